@@ -1,0 +1,1 @@
+"""Fused Triton kernels for long medical token sequences."""

@@ -1,1 +1,22 @@
 """Backbones for 3D and 2D medical images. See README.md."""
+
+from medformer.attention import PerformerAttention, SoftmaxAttention
+from medformer.backbone import Backbone, BackboneConfig, Features
+from medformer.checkpoint import load, save
+from medformer.presets import base_2d, base_3d, small_2d, small_3d, tiny_2d, tiny_3d
+
+__all__ = [
+    "Backbone",
+    "BackboneConfig",
+    "Features",
+    "PerformerAttention",
+    "SoftmaxAttention",
+    "base_2d",
+    "base_3d",
+    "load",
+    "save",
+    "small_2d",
+    "small_3d",
+    "tiny_2d",
+    "tiny_3d",
+]

@@ -1,0 +1,63 @@
+"""The pre-norm transformer block and its regularisers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from medformer.attention import PerformerAttention, SoftmaxAttention
+from medformer.mlp import MLP
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
+__all__ = ["Block"]
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Args:
+        width: channels of a token.
+        attention: mixes the tokens.
+        mlp_hidden: channels inside the MLP.
+        drop_path: probability with which a sample skips each branch in training (stochastic depth,
+            Huang et al. 2016).
+        layer_scale: start value of a learned gain per channel on each branch (Touvron et al. 2021), or None.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        attention: PerformerAttention | SoftmaxAttention,
+        *,
+        mlp_hidden: int,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attention = attention
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = MLP(width, mlp_hidden)
+        self.scale1 = None if layer_scale is None else nn.Parameter(torch.full((width,), layer_scale))
+        self.scale2 = None if layer_scale is None else nn.Parameter(torch.full((width,), layer_scale))
+        self.drop_path = drop_path
+
+    def forward(
+        self, x: Float[Tensor, "B N C"], *, key_padding_mask: Bool[Tensor, "B N"] | None = None
+    ) -> Float[Tensor, "B N C"]:
+        mixed = self.attention(self.norm1(x), key_padding_mask=key_padding_mask)
+        x = x + self._regularise(mixed, self.scale1)
+        return x + self._regularise(self.mlp(self.norm2(x)), self.scale2)
+
+    def _regularise(self, branch: Tensor, scale: Tensor | None) -> Tensor:
+        if scale is not None:
+            branch = branch * scale
+        if self.drop_path == 0.0 or not self.training:
+            return branch
+        keep = 1.0 - self.drop_path
+        kept = torch.rand(branch.shape[0], 1, 1, device=branch.device) < keep
+        return branch * (kept.to(branch.dtype) / keep)

@@ -1,0 +1,128 @@
+"""Weights and config in one safetensors file."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from medformer.backbone import Backbone, BackboneConfig
+
+__all__ = ["load", "save"]
+
+CONFIG_KEY = "medformer_config"
+
+
+def save(model: Backbone, path: str | os.PathLike[str]) -> None:
+    """Write the weights (in their own dtype) and the config to one safetensors file.
+
+    The file appears under its name only when it is complete: it is written beside it, flushed to the disk and
+    renamed, so that a crash or a full disk leaves the previous file as it was.
+
+    Args:
+        model: a `Backbone`, or one that went through `torch.compile`.
+        path: file to write, usually `*.safetensors`; its folder must exist.
+
+    Raises:
+        TypeError: `model` is not a `Backbone`.
+        OSError: the file cannot be written.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, Backbone):
+        raise TypeError(f"medformer.save: {type(model).__name__} is not a Backbone; save its backbone")
+    path = Path(path)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    metadata = {"format": "pt", CONFIG_KEY: json.dumps(asdict(model.config))}
+    content = safetensors.torch.save(tensors, metadata=metadata)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the rename itself reaches the disk with its folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def load(path: str | os.PathLike[str], *, strict: bool = True) -> Backbone:
+    """Rebuild a backbone from a file that `save` wrote, on the CPU, in the dtype it was saved in.
+
+    Leaves torch's random generator as it was.
+
+    Args:
+        path: file to read.
+        strict: refuse a file whose tensors differ from the model in name or shape. False keeps the start
+            value of every tensor that does not fit and warns once with their list.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not a medformer checkpoint, an unknown or impossible config, or (strict) tensors that do
+            not fit.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"medformer.load: {path} is not a file")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if CONFIG_KEY not in metadata:
+                raise ValueError(
+                    f"medformer.load: {path} is a safetensors file without a medformer config; "
+                    "medformer.save writes one"
+                )
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"medformer.load: {path} is damaged or not a safetensors file ({error})") from error
+    with torch.random.fork_rng(devices=[]):
+        model = Backbone(_config_from(metadata[CONFIG_KEY], path))
+
+    expected = model.state_dict()
+    problems = [f"{name} is missing" for name in expected.keys() - tensors.keys()]
+    problems += [f"{name} is unknown" for name in tensors.keys() - expected.keys()]
+    for name in expected.keys() & tensors.keys():
+        found, wanted = tuple(tensors[name].shape), tuple(expected[name].shape)
+        if found != wanted:
+            problems.append(f"{name} has shape {found} instead of {wanted}")
+            del tensors[name]
+    if problems:
+        message = f"medformer.load: {path} does not fit its config: {'; '.join(sorted(problems))}"
+        if strict:
+            raise ValueError(f"{message}. strict=False loads the rest")
+        warnings.warn(f"{message}. These were left at their start values or ignored", stacklevel=2)
+    # assign keeps the dtype of the file; strict is decided above, with shapes included.
+    model.load_state_dict(tensors, strict=False, assign=True)
+    return model
+
+
+def _config_from(text: str, path: Path) -> BackboneConfig:
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"medformer.load: the config in {path} is not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"medformer.load: the config in {path} must be a JSON object")
+    unknown = sorted(values.keys() - {field.name for field in fields(BackboneConfig)})
+    if unknown:
+        raise ValueError(
+            f"medformer.load: the config in {path} has unknown fields {', '.join(unknown)}; "
+            "it was written by another version of medformer"
+        )
+    try:
+        return BackboneConfig(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"medformer.load: the config in {path} is impossible: {error}") from error

@@ -1,0 +1,90 @@
+"""Volumes and images to tokens: one strided convolution whose windows may overlap.
+
+Shape legend: B batch, Cin image channels, C model width, N tokens, Z Y X voxels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+__all__ = ["PatchEmbed"]
+
+
+class PatchEmbed(nn.Module):
+    """Convolve, then flatten the token grid: (B, Cin, Z, Y, X) or (B, Cin, Y, X) to (B, N, C), x fastest.
+
+    Token i of an axis sees the voxels `i * stride - padding` to `i * stride - padding + reach - 1`, where
+    `reach = dilation * (kernel - 1) + 1`; voxels past the last whole window are not seen. A stride below the
+    kernel makes neighbouring patches overlap.
+
+    Args:
+        in_channels: channels of the volume (one per modality or window).
+        width: channels of a token.
+        kernel: patch size in voxels, one number per axis, zyx; its length (2 or 3) sets the dimension.
+        stride: step between patches in voxels.
+        padding: zeros on both ends of each axis, in voxels.
+        dilation: step between the voxels of one patch.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        *,
+        kernel: tuple[int, ...],
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        dilation: tuple[int, ...],
+    ) -> None:
+        super().__init__()
+        if len(kernel) not in (2, 3):
+            raise ValueError(f"PatchEmbed: kernel={kernel} must have 2 or 3 axes")
+        conv = nn.Conv3d if len(kernel) == 3 else nn.Conv2d
+        self.in_channels = in_channels
+        self.kernel, self.stride, self.padding, self.dilation = kernel, stride, padding, dilation
+        self.conv = conv(in_channels, width, kernel, stride, padding, dilation)  # type: ignore[arg-type]
+
+    def grid_of(self, size: Sequence[int]) -> tuple[int, ...]:
+        """Token grid for a volume of `size` voxels (zyx).
+
+        Raises:
+            ValueError: `size` has another number of axes, or an axis is shorter than one patch.
+        """
+        size = tuple(size)
+        if len(size) != len(self.kernel):
+            raise ValueError(
+                f"PatchEmbed: size={size} has {len(size)} axes, this model expects {len(self.kernel)} (zyx)"
+            )
+        reach = tuple(d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilation, strict=True))
+        if any(n < r for n, r in zip(size, reach, strict=True)):
+            kind = "volume" if len(size) == 3 else "image"
+            raise ValueError(
+                f"PatchEmbed: a {kind} of {_times(size)} voxels is smaller than the patch kernel "
+                f"{_times(reach)}; "
+                f"pad or resample the {kind}, or build the model with a smaller patch_size"
+            )
+        return tuple(
+            (n + 2 * p - r) // s + 1
+            for n, p, r, s in zip(size, self.padding, reach, self.stride, strict=True)
+        )
+
+    def forward(self, x: Float[Tensor, "B Cin *size"]) -> Float[Tensor, "B N C"]:
+        if x.ndim != len(self.kernel) + 2 or x.shape[1] != self.in_channels:
+            axes = "Z, Y, X" if len(self.kernel) == 3 else "Y, X"
+            raise ValueError(
+                f"PatchEmbed: input of shape {tuple(x.shape)} must be (batch, {self.in_channels}, {axes})"
+            )
+        if not x.is_floating_point():
+            raise TypeError(f"PatchEmbed: input of dtype {x.dtype} must be floating point; scale it first")
+        self.grid_of(x.shape[2:])
+        return self.conv(x).flatten(2).transpose(1, 2)
+
+
+def _times(size: tuple[int, ...]) -> str:
+    return "x".join(str(n) for n in size)

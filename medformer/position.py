@@ -1,0 +1,96 @@
+"""Position embeddings that follow any token grid, learned or sine-cosine.
+
+Shape legend: C model width, N tokens, g tokens along one axis; grids are zyx.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+__all__ = ["LearnedPosition", "SinCosPosition"]
+
+
+class LearnedPosition(nn.Module):
+    """A learned table over a base grid, stretched linearly to the grid at hand; exact at the base grid.
+
+    The resampling is separable and written as one small matrix product an axis, so that it is the same in 2D
+    and 3D, deterministic on every device, and averages (instead of skipping rows) when the grid shrinks.
+
+    Args:
+        width: channels of a token.
+        grid: base grid in tokens, zyx.
+        class_token: also hold one vector for the class token.
+    """
+
+    def __init__(self, width: int, grid: tuple[int, ...], *, class_token: bool) -> None:
+        super().__init__()
+        self.grid = grid
+        self.patches = nn.Parameter(torch.empty(*grid, width))
+        self.cls = nn.Parameter(torch.empty(width)) if class_token else None
+        for parameter in self.parameters():
+            nn.init.trunc_normal_(parameter, std=0.02)
+
+    def forward(self, grid: tuple[int, ...]) -> Float[Tensor, "N C"]:
+        table = self.patches
+        for axis, (base, wanted) in enumerate(zip(self.grid, grid, strict=True)):
+            if base != wanted:
+                weights = _linear_resampling(base, wanted, device=table.device).to(table.dtype)
+                table = torch.tensordot(weights, table, dims=([1], [axis])).movedim(0, axis)
+        return table.reshape(-1, table.shape[-1])
+
+
+class SinCosPosition(nn.Module):
+    """Fixed sines and cosines of the token index, one equal share of the channels per axis; the rest stays 0.
+
+    Source: Vaswani et al. 2017, section 3.5, applied to each axis. Differs: sines first, then cosines.
+
+    Args:
+        width: channels of a token, at least 2 per axis.
+        dims: axes of the grid.
+        period: longest period divided by 2 pi, in tokens.
+    """
+
+    cls: None = None
+
+    def __init__(self, width: int, dims: int, *, period: float = 10_000.0) -> None:
+        super().__init__()
+        self.width = width
+        self.per_axis = width // (2 * dims)
+        self.period = period
+        # Follows the device and dtype of the model; holds nothing, so it is not saved.
+        self.register_buffer("like", torch.empty(0), persistent=False)
+
+    def forward(self, grid: tuple[int, ...]) -> Float[Tensor, "N C"]:
+        like = self.get_buffer("like")
+        exact = torch.promote_types(like.dtype, torch.float32)
+        exponent = torch.arange(self.per_axis, device=like.device, dtype=exact) / self.per_axis
+        frequency = torch.exp(-math.log(self.period) * exponent)
+        parts = []
+        for axis, tokens in enumerate(grid):
+            angle = torch.arange(tokens, device=like.device, dtype=exact)[:, None] * frequency
+            waves = torch.cat([angle.sin(), angle.cos()], dim=-1)
+            shape = [1] * len(grid) + [waves.shape[-1]]
+            shape[axis] = tokens
+            parts.append(waves.reshape(shape).expand(*grid, -1))
+        unused = self.width - 2 * self.per_axis * len(grid)
+        parts.append(torch.zeros(*grid, unused, device=like.device, dtype=exact))
+        return torch.cat(parts, dim=-1).reshape(-1, self.width).to(like.dtype)
+
+
+def _linear_resampling(base: int, wanted: int, *, device: torch.device) -> Float[Tensor, "wanted base"]:
+    """Rows of triangle weights between cell centres, widened when `wanted < base`, each row summing to 1."""
+    step = base / wanted
+    centre = (torch.arange(wanted, device=device, dtype=torch.float64) + 0.5) * step - 0.5
+    # At the ends the nearest base cell is repeated: clamp the centre when the triangle is one cell wide.
+    if step <= 1:
+        centre = centre.clamp(0, base - 1)
+    distance = (centre[:, None] - torch.arange(base, device=device, dtype=torch.float64)).abs()
+    weights = (1 - distance / max(step, 1.0)).clamp(min=0)
+    return weights / weights.sum(dim=1, keepdim=True)

@@ -1,1 +1,17 @@
-"""Fused Triton kernels for long medical token sequences."""
+"""Fused Triton kernels for long sequences of tokens, each with a plain PyTorch reference beside it."""
+
+from medformer_kernels.performer import (
+    default_num_features,
+    orthogonal_features,
+    performer_attention,
+    performer_attention_reference,
+    performer_features,
+)
+
+__all__ = [
+    "default_num_features",
+    "orthogonal_features",
+    "performer_attention",
+    "performer_attention_reference",
+    "performer_features",
+]

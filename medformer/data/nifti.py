@@ -1,0 +1,237 @@
+"""Reading NIfTI-1 and NIfTI-2: header, affine and one 3D frame, or the reason why not.
+
+The header is parsed and its declared size compared with the file before anything is allocated. Integers stay
+integers. Source: nifti1.h and nifti2.h (the NIfTI data format working group), methods 1 to 3 for the affine.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import zlib
+from dataclasses import dataclass
+
+import nibabel as nib
+import numpy as np
+from nibabel.arrayproxy import ArrayProxy
+from nibabel.spatialimages import HeaderDataError
+
+from medformer.data.geometry import ScanError, check_affine
+from medformer.data.volumes import MAX_VOLUME_BYTES, Volume, rescale
+
+__all__ = ["NiftiHeader", "looks_like_hu", "probe_nifti", "read_nifti", "sniff_nifti"]
+
+_MAX_GZIP_RATIO = 1100  # deflate cannot do better than 1032 to 1
+_UNIT_MM = {1: 1000.0, 2: 1.0, 3: 1e-3}
+_NUMERIC = {2, 4, 8, 16, 64, 256, 512, 768, 1024, 1280}
+_REFUSED = {1: "1-bit", 32: "complex64", 128: "RGB colour", 1792: "complex128", 2048: "complex256", 2304: "RGBA colour"}
+_REFUSED[1536] = "128-bit float"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NiftiHeader:
+    """What a file declares, checked."""
+
+    path: str
+    shape_xyz: tuple[int, int, int]
+    frames: int
+    dtype: np.dtype
+    offset: int
+    affine: np.ndarray
+    slope: float
+    intercept: float
+    notes: tuple[str, ...]
+
+
+def sniff_nifti(head: bytes) -> bool:
+    """Whether the first 352 bytes (or gzip thereof) start a NIfTI file."""
+    block = _inflate(head, 352) if head[:2] == b"\x1f\x8b" else head
+    return block[344:348] in {b"n+1\0", b"ni1\0"} or block[4:8] in {b"n+2\0", b"ni2\0"}
+
+
+def _inflate(data: bytes, limit: int) -> bytes:
+    try:
+        return zlib.decompressobj(wbits=31).decompress(data, limit)
+    except zlib.error:
+        return b""
+
+
+def probe_nifti(path: str) -> NiftiHeader:
+    """Read and check the header alone."""
+    name = os.path.basename(path)
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    zipped = head[:2] == b"\x1f\x8b"
+    block = _inflate(head, 1024) if zipped else head
+    header = _parse(block, name)
+    shape, frames = _shape(header, name)
+    dtype = _dtype(header, name)
+    count = frames * int(np.prod([int(v) for v in shape], dtype=object))
+    offset = int(header["vox_offset"])
+    if offset < 0 or offset > 2**30:
+        raise ScanError(f"{name}: vox_offset {offset} is out of range; the header is damaged")
+    needed = offset + count * dtype.itemsize
+    if zipped and needed > _MAX_GZIP_RATIO * size:
+        raise ScanError(
+            f"{name}: header declares {needed:,} bytes, more than gzip can hold in {size:,}; cut off or made up: "
+            "copy the file again"
+        )
+    if not zipped and needed > size:
+        raise ScanError(f"{name}: cut off, {size:,} of {needed:,} bytes are here; copy the file again")
+    frame_bytes = count // frames * dtype.itemsize
+    if frame_bytes > MAX_VOLUME_BYTES:
+        raise ScanError(f"{name}: {frame_bytes:,} bytes a frame, at most {MAX_VOLUME_BYTES:,} are read; crop it first")
+    affine, notes = _affine(header, name)
+    slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
+    if not np.isfinite(slope) or slope == 0:
+        slope, intercept = 1.0, 0.0
+    if not np.isfinite(intercept):
+        raise ScanError(f"{name}: scl_inter {intercept} beside scl_slope {slope:g} must be finite; fix the header")
+    return NiftiHeader(
+        path=path,
+        shape_xyz=shape,
+        frames=frames,
+        dtype=dtype,
+        offset=offset,
+        affine=affine,
+        slope=slope,
+        intercept=intercept,
+        notes=notes,
+    )
+
+
+def _parse(block: bytes, name: str) -> nib.Nifti1Header:
+    if block[344:348] == b"ni1\0" or block[4:8] == b"ni2\0":
+        raise ScanError(f"{name}: header of a .hdr/.img pair; convert it to one .nii file")
+    second = block[4:8] == b"n+2\0"
+    kind, length = (nib.Nifti2Header, 540) if second else (nib.Nifti1Header, 348)
+    if not second and block[344:348] != b"n+1\0":
+        raise ScanError(f"{name}: not a NIfTI file (no magic in its header)")
+    if len(block) < length:
+        raise ScanError(f"{name}: cut off inside its header; copy the file again")
+    try:
+        return kind(block[:length], check=False)
+    except (HeaderDataError, ValueError) as error:
+        raise ScanError(f"{name}: NIfTI header does not parse: {error}") from error
+
+
+def _shape(header: nib.Nifti1Header, name: str) -> tuple[tuple[int, int, int], int]:
+    dim = [int(v) for v in header["dim"]]
+    if not 1 <= dim[0] <= 7 or any(v < 1 for v in dim[1 : dim[0] + 1]):
+        raise ScanError(f"{name}: dimensions {dim} must be positive; the header is damaged")
+    sizes = dim[1 : dim[0] + 1] + [1] * (7 - dim[0])
+    if dim[0] < 3:
+        raise ScanError(f"{name}: {dim[0]}D image, a scan has 3 dimensions")
+    if any(v != 1 for v in sizes[4:]):
+        raise ScanError(
+            f"{name}: {dim[0]}D image of {sizes[: dim[0]]} (a vector at every voxel); save one 3D component"
+        )
+    return (sizes[0], sizes[1], sizes[2]), sizes[3]
+
+
+def _dtype(header: nib.Nifti1Header, name: str) -> np.dtype:
+    code = int(header["datatype"])
+    if code not in _NUMERIC:
+        what = _REFUSED.get(code, f"unknown (code {code})")
+        raise ScanError(f"{name}: voxels are {what}, must be one real number each; convert it to a grey-scale type")
+    return header.get_data_dtype()
+
+
+def _affine(header: nib.Nifti1Header, name: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """sform if coded, else qform, else voxel size alone with a note."""
+    notes = []
+    sform = header.get_sform() if int(header["sform_code"]) > 0 else None
+    qform = None
+    if int(header["qform_code"]) > 0:
+        try:
+            qform = header.get_qform()
+        except (HeaderDataError, ValueError) as error:
+            if sform is None:
+                raise ScanError(f"{name}: qform does not make a rotation ({error}); fix the header") from error
+            notes.append("qform is damaged: sform used")
+    if sform is not None:
+        affine = sform
+        if qform is not None and np.isfinite(qform).all() and np.isfinite(sform).all():
+            shape = np.array([int(v) for v in header["dim"][1:4]]) - 1
+            corners = np.array(np.meshgrid(*[(0, n) for n in shape], indexing="ij")).reshape(3, -1)
+            apart = np.linalg.norm((sform - qform)[:3, :3] @ corners + (sform - qform)[:3, 3:], axis=0).max()
+            size = float(np.linalg.norm(sform[:3, :3], axis=0).min())
+            if apart > 0.1 * size:
+                notes.append(f"sform and qform differ by up to {apart:.3g} mm: sform used")
+    elif qform is not None:
+        affine = qform
+    else:
+        sizes = [float(abs(v)) for v in header["pixdim"][1:4]]
+        affine = np.diag([*sizes, 1.0])
+        notes.append("no orientation in header: axes assumed to run right, anterior, superior")
+    scale = _UNIT_MM.get(int(header["xyzt_units"]) & 7, 1.0)
+    if scale != 1.0:
+        affine = np.diag([scale, scale, scale, 1.0]) @ affine
+        notes.append(f"lengths converted to mm by {scale:g}")
+    return check_affine(affine, name), tuple(notes)
+
+
+def read_nifti(path: str, *, frame: int = 0, modality: str | None = None) -> Volume:
+    """One 3D frame, axes as stored."""
+    header = probe_nifti(path)
+    name = os.path.basename(path)
+    notes = list(header.notes)
+    if not 0 <= frame < header.frames:
+        raise ScanError(f"{name}: frame={frame} must be 0 to {header.frames - 1}; it holds {header.frames}")
+    if header.frames > 1:
+        notes.append(f"4D: frame {frame} of {header.frames} used")
+    stored = _read_frame(header, frame, name)
+    if stored.dtype.kind == "f":
+        bad = int(stored.size - np.isfinite(stored).sum())
+        if bad:
+            raise ScanError(
+                f"{name}: {bad} of {stored.size} voxels are NaN or infinite, all must be finite; replace them first "
+                "(numpy.nan_to_num) and save the file again"
+            )
+        with np.errstate(over="ignore"):
+            stored = stored.astype(np.float32)
+        if not np.isfinite(stored).all():
+            raise ScanError(f"{name}: voxels exceed float32 (3.4e38); rescale them first")
+    else:
+        stored = stored.astype(stored.dtype.newbyteorder("="), copy=False)
+    voxels = np.ascontiguousarray(rescale(stored, header.slope, header.intercept).T)
+    if modality is None:
+        modality = "CT" if looks_like_hu(voxels) else "unknown"
+        if modality == "CT":
+            notes.append("NIfTI names no modality: taken as CT since the values look like HU")
+    units = "HU" if modality == "CT" else "arbitrary"
+    return Volume(voxels=voxels, affine=header.affine, modality=modality, units=units, notes=tuple(notes), source=path)
+
+
+def _read_frame(header: NiftiHeader, frame: int, name: str) -> np.ndarray:
+    shape = (*header.shape_xyz, header.frames)
+    opened = gzip.open(header.path) if _is_gzip(header.path) else open(header.path, "rb")
+    try:
+        with opened as file:
+            proxy = ArrayProxy(file, (shape, header.dtype, header.offset, 1.0, 0.0), mmap=False)
+            return np.asanyarray(proxy[..., frame])
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise ScanError(
+            f"{name}: voxels cannot be read, the file is cut off or damaged ({error}); copy it again"
+        ) from error
+
+
+def _is_gzip(path: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) == b"\x1f\x8b"
+
+
+def looks_like_hu(voxels: np.ndarray) -> bool:
+    """Whether values look like Hounsfield units: air near -1000, next to nothing below but one padding value.
+
+    Phase images and signed maps fail on the values below -1100, ordinary MR on the missing air.
+    """
+    sample = voxels.ravel()[:: max(1, voxels.size // 500_000)].astype(np.float64)
+    low = float(sample.min())
+    body = sample[sample > low] if low < -1100 else sample
+    if body.size < 0.05 * sample.size or body.max() > 32767:
+        return False
+    air = ((body >= -1100) & (body <= -700)).mean()
+    soft = ((body >= -200) & (body <= 300)).mean()
+    return bool((body < -1100).mean() < 0.01 and air > 0.005 and soft > 0.05 and np.percentile(body, 99) <= 4000)

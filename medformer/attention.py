@@ -13,7 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medformer_kernels import default_num_features, orthogonal_features, performer_attention
+from medformer_kernels import (
+    default_num_features,
+    orthogonal_features,
+    performer_attention,
+    performer_features,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -108,9 +113,7 @@ class SoftmaxAttention(_Attention):
         if _use_xformers(q, key_padding_mask):
             from xformers.ops import memory_efficient_attention  # type: ignore[import-not-found]
 
-            return memory_efficient_attention(
-                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-            ).transpose(1, 2)
+            return memory_efficient_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
         if key_padding_mask is None:
             return F.scaled_dot_product_attention(q, k, v)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=key_padding_mask[:, None, None])
@@ -131,7 +134,7 @@ class PerformerAttention(_Attention):
     Args:
         width: channels of a token.
         heads: must divide `width`.
-        num_features: random features per head, M; None takes the multiple of 16 at or above D ln D.
+        num_features: random features per head, M; None takes D ln D rounded to a multiple of 64.
         qk_norm: LayerNorm queries and keys over each head.
         seed: of the random features.
     """
@@ -156,18 +159,11 @@ class PerformerAttention(_Attention):
         return performer_attention(q, k, v, self.omega, key_padding_mask=key_padding_mask)
 
     def _log_row(self, q: Tensor, k: Tensor) -> Tensor:
-        omega = self.omega.to(q.dtype)
-        log_q = _log_features(q[:, :, None], omega)
+        log_q = performer_features(q[:, :, None], self.omega)
         rows = [
-            torch.logsumexp(log_q + _log_features(keys, omega), dim=-1) for keys in k.split(ROW_CHUNK, dim=2)
+            torch.logsumexp(log_q + performer_features(keys, self.omega), dim=-1) for keys in k.split(ROW_CHUNK, dim=2)
         ]
         return torch.cat(rows, dim=-1)
-
-
-def _log_features(x: Float[Tensor, "B H N D"], omega: Float[Tensor, "H M D"]) -> Float[Tensor, "B H N M"]:
-    """log phi(x) up to a constant: omega x' - |x'|^2 / 2 with x' = x / D^(1/4)."""
-    x = x * x.shape[-1] ** -0.25
-    return x @ omega.mT - x.square().sum(dim=-1, keepdim=True) / 2
 
 
 def _use_xformers(q: Tensor, key_padding_mask: Tensor | None) -> bool:

@@ -55,7 +55,7 @@ class BackboneConfig:
     attention: Literal["performer", "softmax"] = "performer"
     """performer: FAVOR+, cost linear in the tokens. softmax: exact, cost quadratic in the tokens."""
     num_features: int | None = None
-    """Random features per head of performer attention; null takes the multiple of 16 at or above D ln D,
+    """Random features per head of performer attention; null takes D ln D rounded to a multiple of 64,
     where D is the head width."""
     class_token: bool = True
     """Prepend a learned class token; without it the summary of a scan is the mean of its patch tokens."""
@@ -94,9 +94,7 @@ class BackboneConfig:
         ):
             self._check_axes(name, least=least)
         _check(
-            all(
-                p < d * (k - 1) + 1 for p, d, k in zip(self.padding, self.dilation, self.kernel, strict=True)
-            ),
+            all(p < d * (k - 1) + 1 for p, d, k in zip(self.padding, self.dilation, self.kernel, strict=True)),
             f"patch_padding={self.patch_padding} must be below the patch kernel: a patch must see a voxel",
         )
         if self.position_grid is not None:
@@ -216,9 +214,7 @@ class Backbone(nn.Module):
             dilation=config.dilation,
         )
         self.class_token = nn.Parameter(torch.empty(width)) if config.class_token else None
-        self.register_tokens = (
-            nn.Parameter(torch.empty(config.registers, width)) if config.registers else None
-        )
+        self.register_tokens = nn.Parameter(torch.empty(config.registers, width)) if config.registers else None
         self.mask_token = nn.Parameter(torch.zeros(width)) if config.mask_token else None
         if config.position == "learned":
             self.position = LearnedPosition(width, config.base_grid, class_token=config.class_token)
@@ -241,9 +237,7 @@ class Backbone(nn.Module):
         """One vector per scan: `forward_features(x).cls`."""
         return self.forward_features(x).cls
 
-    def forward_features(
-        self, x: Float[Tensor, "B Cin *size"], *, mask: Bool[Tensor, "B N"] | None = None
-    ) -> Features:
+    def forward_features(self, x: Float[Tensor, "B Cin *size"], *, mask: Bool[Tensor, "B N"] | None = None) -> Features:
         """Class, register and patch tokens.
 
         Args:
@@ -273,7 +267,7 @@ class Backbone(nn.Module):
         """How much the class token reads each patch token at one layer.
 
         Exact for both attentions: the softmax row, or for performer attention the normalised row
-        phi(q) phi(k_j). A row sums to 1 together with its class and register columns, which are left out here.
+        phi(q) phi(k_j). A row sums to 1 together with its class and register columns, which are left out.
         Call `.eval()` first.
 
         Args:
@@ -285,9 +279,7 @@ class Backbone(nn.Module):
             IndexError: no such layer.
         """
         if self.class_token is None:
-            raise ValueError(
-                "Backbone.attention_map: this model has no class token; build it with class_token=True"
-            )
+            raise ValueError("Backbone.attention_map: this model has no class token; build it with class_token=True")
         depth = len(self.blocks)
         if not -depth <= layer < depth:
             raise IndexError(f"Backbone.attention_map: layer={layer} must be from {-depth} to {depth - 1}")
@@ -318,12 +310,12 @@ class Backbone(nn.Module):
             if mask.dtype != torch.bool or mask.shape != tokens.shape[:2]:
                 raise ValueError(
                     f"Backbone.forward_features: mask of shape {tuple(mask.shape)} and dtype {mask.dtype} "
-                    f"must be bool of shape {tuple(tokens.shape[:2])}, one entry per patch token (grid {grid})"
+                    f"must be bool of shape {tuple(tokens.shape[:2])}, one entry per token of grid {grid}"
                 )
             tokens = torch.where(mask[..., None], self.mask_token, tokens)
         # Under autocast the tokens are in low precision and the parameters are not: the sum, and with it the
         # residual stream, is in the dtype of the parameters.
-        parts = [tokens + self.position(grid)]
+        parts = [tokens + self.position(grid).to(self.norm.weight.dtype)]
         if self.register_tokens is not None:
             parts.insert(0, self.register_tokens.expand(batch, -1, -1))
         if self.class_token is not None:

@@ -39,16 +39,18 @@ class LearnedPosition(nn.Module):
 
     def forward(self, grid: tuple[int, ...]) -> Float[Tensor, "N C"]:
         table = self.patches
-        for axis, (base, wanted) in enumerate(zip(self.grid, grid, strict=True)):
-            if base != wanted:
-                weights = _linear_resampling(base, wanted, device=table.device).to(table.dtype)
-                table = torch.tensordot(weights, table, dims=([1], [axis])).movedim(0, axis)
+        with torch.autocast(table.device.type, enabled=False):
+            for axis, (base, wanted) in enumerate(zip(self.grid, grid, strict=True)):
+                if base != wanted:
+                    weights = _linear_resampling(base, wanted, like=table)
+                    table = (weights @ table.movedim(axis, -2)).movedim(-2, axis)
         return table.reshape(-1, table.shape[-1])
 
 
 class SinCosPosition(nn.Module):
     """Fixed sines and cosines of the token index, one equal share of the channels per axis; the rest stays 0.
 
+    Always float32, so that a model keeps its positions when its dtype changes.
     Source: Vaswani et al. 2017, section 3.5, applied to each axis. Differs: sines first, then cosines.
 
     Args:
@@ -64,33 +66,34 @@ class SinCosPosition(nn.Module):
         self.width = width
         self.per_axis = width // (2 * dims)
         self.period = period
-        # Follows the device and dtype of the model; holds nothing, so it is not saved.
-        self.register_buffer("like", torch.empty(0), persistent=False)
+        # Follows the device of the model; holds nothing, so it is not saved.
+        self.anchor: Tensor
+        self.register_buffer("anchor", torch.empty(0), persistent=False)
 
     def forward(self, grid: tuple[int, ...]) -> Float[Tensor, "N C"]:
-        like = self.get_buffer("like")
-        exact = torch.promote_types(like.dtype, torch.float32)
-        exponent = torch.arange(self.per_axis, device=like.device, dtype=exact) / self.per_axis
+        device = self.anchor.device
+        exponent = torch.arange(self.per_axis, device=device, dtype=torch.float32) / self.per_axis
         frequency = torch.exp(-math.log(self.period) * exponent)
         parts = []
         for axis, tokens in enumerate(grid):
-            angle = torch.arange(tokens, device=like.device, dtype=exact)[:, None] * frequency
+            angle = torch.arange(tokens, device=device, dtype=torch.float32)[:, None] * frequency
             waves = torch.cat([angle.sin(), angle.cos()], dim=-1)
             shape = [1] * len(grid) + [waves.shape[-1]]
             shape[axis] = tokens
             parts.append(waves.reshape(shape).expand(*grid, -1))
         unused = self.width - 2 * self.per_axis * len(grid)
-        parts.append(torch.zeros(*grid, unused, device=like.device, dtype=exact))
-        return torch.cat(parts, dim=-1).reshape(-1, self.width).to(like.dtype)
+        parts.append(torch.zeros(*grid, unused, device=device))
+        return torch.cat(parts, dim=-1).reshape(-1, self.width)
 
 
-def _linear_resampling(base: int, wanted: int, *, device: torch.device) -> Float[Tensor, "wanted base"]:
+def _linear_resampling(base: int, wanted: int, *, like: Tensor) -> Float[Tensor, "wanted base"]:
     """Rows of triangle weights between cell centres, widened when `wanted < base`, each row summing to 1."""
     step = base / wanted
-    centre = (torch.arange(wanted, device=device, dtype=torch.float64) + 0.5) * step - 0.5
+    exact = torch.promote_types(like.dtype, torch.float32)
+    centre = (torch.arange(wanted, device=like.device, dtype=exact) + 0.5) * step - 0.5
     # At the ends the nearest base cell is repeated: clamp the centre when the triangle is one cell wide.
     if step <= 1:
         centre = centre.clamp(0, base - 1)
-    distance = (centre[:, None] - torch.arange(base, device=device, dtype=torch.float64)).abs()
+    distance = (centre[:, None] - torch.arange(base, device=like.device, dtype=exact)).abs()
     weights = (1 - distance / max(step, 1.0)).clamp(min=0)
-    return weights / weights.sum(dim=1, keepdim=True)
+    return (weights / weights.sum(dim=1, keepdim=True)).to(like.dtype)

@@ -1,8 +1,8 @@
 """Ready-made sizes; any field of `BackboneConfig` can be overridden: `small_3d(attention="softmax")`.
 
 3D presets cut 8-voxel patches every 4 voxels and use performer attention; 2D presets cut 16-pixel patches
-every 8 pixels and use softmax attention. Either way patches overlap, and a size that is a multiple of the stride
-gives a grid of size / stride tokens.
+every 8 pixels and use softmax attention. Either way patches overlap, and a size that is a multiple of the
+stride gives a grid of size / stride tokens.
 """
 
 from __future__ import annotations

@@ -1,0 +1,155 @@
+"""Saving and loading."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+import medformer
+from medformer import Backbone, BackboneConfig
+
+SMALL: dict[str, Any] = {"width": 24, "depth": 2, "heads": 3, "patch_size": (4, 4, 2), "patch_padding": 1}
+
+
+def build(**overrides: Any) -> Backbone:
+    torch.manual_seed(0)
+    return Backbone(BackboneConfig(**{**SMALL, **overrides}))
+
+
+def rewrite(path: Path, *, config: object = None, **changes: torch.Tensor | None) -> None:
+    """Replace tensors (None removes one; `__` stands for a dot) or the config of a saved file."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = safetensors.torch.load(path.read_bytes())
+    for name, tensor in changes.items():
+        tensors.pop(name.replace("__", "."), None)
+        if tensor is not None:
+            tensors[name.replace("__", ".")] = tensor
+    if config is not None:
+        metadata["medformer_config"] = config if isinstance(config, str) else json.dumps(config)
+    path.write_bytes(safetensors.torch.save(tensors, metadata=metadata))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "model.safetensors"
+    medformer.save(build(), path)
+    return path
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("overrides", [{}, {"attention": "softmax", "dims": 2, "patch_size": 4, "position": "sincos"}])
+def test_round_trip_is_bit_exact(tmp_path: Path, dtype: torch.dtype, overrides: dict[str, Any]) -> None:
+    model = build(**overrides, registers=2, mask_token=True, layer_scale=0.1, seed=7).to(dtype)
+    medformer.save(model, tmp_path / "model.safetensors")
+    loaded = medformer.load(tmp_path / "model.safetensors")
+    assert loaded.config == model.config
+    states = model.state_dict(), loaded.state_dict()
+    assert list(states[0]) == list(states[1])
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(*map(dict.values, states), strict=True))
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    x = torch.randn(2, 1, *(9, 8, 7)[: model.config.dims]).to(dtype)
+    assert torch.equal(model.eval()(x), loaded.eval()(x))
+
+
+def test_compiled_model_is_saved_under_the_plain_names(tmp_path: Path) -> None:
+    medformer.save(torch.compile(build()), tmp_path / "model.safetensors")  # type: ignore[arg-type]
+    assert medformer.load(tmp_path / "model.safetensors").config == build().config
+
+
+def test_loading_leaves_the_random_generator_alone(saved: Path) -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    medformer.load(saved)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_failed_save_keeps_the_previous_file(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = saved.read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        medformer.save(build(seed=1), saved)
+    assert saved.read_bytes() == before
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_only_backbones_are_saved(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="Linear is not a Backbone"):
+        medformer.save(torch.nn.Linear(2, 2), tmp_path / "x.safetensors")  # type: ignore[arg-type]
+
+
+def test_every_tensor_that_does_not_fit_is_listed(saved: Path) -> None:
+    rewrite(saved, norm__weight=None, class_token=torch.zeros(25), head__weight=torch.zeros(3))
+    with pytest.raises(ValueError, match="does not fit its config") as error:
+        medformer.load(saved)
+    for part in (
+        "norm.weight is missing",
+        "head.weight is unknown",
+        "class_token has shape (25,) instead of (24,)",
+        "strict=False loads the rest",
+    ):
+        assert part in str(error.value)
+
+
+def test_loading_not_strictly_warns_and_keeps_the_rest(saved: Path) -> None:
+    rewrite(saved, norm__weight=None, class_token=torch.zeros(25), norm__bias=torch.full((24,), 3.0))
+    with pytest.warns(UserWarning, match=r"class_token has shape.*norm\.weight is missing"):
+        model = medformer.load(saved, strict=False)
+    assert torch.equal(model.norm.bias, torch.full((24,), 3.0))
+    assert torch.equal(model.norm.weight, torch.ones(24))
+    assert model(torch.randn(1, 1, 8, 8, 8)).shape == (1, 24)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "must be a JSON object"),
+        ({"width": 24, "wings": 2}, "unknown fields wings"),
+        ({"width": 24, "heads": 5}, "impossible: BackboneConfig: heads=5"),
+        ({"width": "wide"}, "impossible: BackboneConfig: width='wide'"),
+        ({"drop_path": "much"}, "impossible: "),
+    ],
+)
+def test_bad_config_is_refused_by_file_and_reason(saved: Path, config: object, message: str) -> None:
+    rewrite(saved, config=config)
+    with pytest.raises(ValueError, match=rf"model\.safetensors .*{message}"):
+        medformer.load(saved)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_truncated_file_is_refused(saved: Path, keep: int) -> None:
+    saved.write_bytes(saved.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged or not a safetensors file"):
+        medformer.load(saved)
+
+
+def test_other_files_are_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.safetensors is not a file"):
+        medformer.load(tmp_path / "none.safetensors")
+    with pytest.raises(FileNotFoundError, match="is not a file"):
+        medformer.load(tmp_path)
+    torch.save({"a": 1}, tmp_path / "pickle.pt")
+    with pytest.raises(ValueError, match="not a safetensors file") as error:
+        medformer.load(tmp_path / "pickle.pt")
+    assert "\n" not in str(error.value)
+    safetensors.torch.save_file({"a": torch.zeros(2)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(ValueError, match="without a medformer config"):
+        medformer.load(tmp_path / "foreign.safetensors")
+
+
+def test_config_in_the_file_is_complete(saved: Path) -> None:
+    with safetensors.safe_open(saved, framework="pt") as file:
+        config = json.loads(file.metadata()["medformer_config"])
+    assert set(config) == {field.name for field in dataclasses.fields(BackboneConfig)}

@@ -1,0 +1,211 @@
+"""What a run shows: its progress, the scans it uses, a picture of where the model looks, and what to do next."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from medformer import Backbone
+from prepare import Prepared, Stored, load
+from runs import write_whole
+
+__all__ = ["Meter", "attention_picture", "closing", "describe", "reading"]
+
+_EVERY_S = 5.0  # between lines where there is no terminal
+_LISTED = 12  # scans named before "and N more"
+
+
+class Meter:
+    """A progress bar in a terminal; elsewhere a line every few seconds."""
+
+    def __init__(self, total: int, done: int, scans_per_step: int, tty: bool | None = None) -> None:
+        self.total, self.done, self.scans = total, done, scans_per_step
+        self.first = done
+        self.began = self.spoke = time.monotonic()
+        self.loss: float | None = None
+        tty = sys.stdout.isatty() if tty is None else tty
+        layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {postfix} [{elapsed}, {remaining} left]"
+        self.bar = (
+            tqdm(total=total, initial=done, desc="step", bar_format=layout, file=sys.stdout, dynamic_ncols=True)
+            if tty
+            else None
+        )
+
+    def __call__(self, loss: float, entropy: float) -> None:
+        """One step is done."""
+        self.done += 1
+        self.loss = loss if self.loss is None else 0.9 * self.loss + 0.1 * loss
+        now = time.monotonic()
+        pace = (self.done - self.first) / max(now - self.began, 1e-9)
+        figures = f"loss {self.loss:.3f}, teacher entropy {entropy:.2f}, {pace * self.scans:.1f} scans/s"
+        if self.bar is not None:
+            self.bar.set_postfix_str(figures, refresh=False)
+            self.bar.update()
+        elif now - self.spoke >= _EVERY_S or self.done == self.total:
+            self.spoke = now
+            left = duration((self.total - self.done) / pace)
+            print(f"step {self.done}/{self.total}: {figures}, {left} left", flush=True)
+
+    def say(self, line: str) -> None:
+        """A line that does not break the bar."""
+        if self.bar is not None:
+            self.bar.write(line, file=sys.stdout)
+        else:
+            print(line, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def reading(scans: list[Any]) -> Iterable[Any]:
+    """Progress over scans being read."""
+    if sys.stdout.isatty():
+        return tqdm(scans, desc="reading", unit="scan", file=sys.stdout, dynamic_ncols=True, leave=False)
+    return _spoken(scans)
+
+
+def _spoken(scans: list[Any]) -> Iterator[Any]:
+    spoke = time.monotonic()
+    for number, scan in enumerate(scans):
+        if time.monotonic() - spoke >= _EVERY_S:
+            spoke = time.monotonic()
+            print(f"read {number}/{len(scans)} scans", flush=True)
+        yield scan
+
+
+def duration(seconds: float) -> str:
+    """75 -> "1:15"."""
+    whole = round(seconds)
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+
+def describe(prepared: Prepared, builtin: bool, say: Callable[[str], None]) -> None:
+    """Which scans are used, which are held out, and how many were skipped."""
+    count = len(prepared.train) + len(prepared.held_out)
+    made = sum(scan.name.startswith("synthetic/") for scan in (*prepared.train, *prepared.held_out)) if builtin else 0
+    if builtin:
+        say(f"{count} scans: {count - made} real, from nibabel and pydicom; {made} synthetic CT phantoms")
+    else:
+        say(f"{count} scans")
+    rows = [("train", s) for s in prepared.train[:_LISTED]] + [("held out", s) for s in prepared.held_out[:_LISTED]]
+    for role, scan in rows:
+        size = "x".join(map(str, scan.shape))
+        spacing = "x".join(f"{mm:.3g}" for mm in scan.spacing_mm)
+        modality = "" if scan.modality == "unknown" else scan.modality
+        say(f"  {role:9}{scan.name:34} {modality:3} {size:>11} voxels of {spacing} mm (zyx)")
+    if len(prepared.train) > _LISTED:
+        say(f"  and {len(prepared.train) - _LISTED} more to train on")
+    if prepared.skipped:
+        say(f"{len(prepared.skipped)} skipped (listed at the end)")
+
+
+def list_skipped(skipped: list[tuple[str, str]], run: Path, say: Callable[[str], None]) -> None:
+    """Names and reasons, on the screen and in skipped.txt."""
+    if not skipped:
+        return
+    write_whole(run / "skipped.txt", lambda file: file.write("".join(f"{n}: {r}\n" for n, r in skipped).encode()))
+    say(f"Skipped {len(skipped)}:")
+    for name, reason in skipped[:_LISTED]:
+        say(f"  {reason if name in reason else f'{name}: {reason}'}")
+    if len(skipped) > _LISTED:
+        say(f"  and {len(skipped) - _LISTED} more, in {run / 'skipped.txt'}")
+
+
+def closing(run: Path, steps: int, say: Callable[[str], None]) -> None:
+    """What the run left, and what to do with it."""
+    say(f"""\
+{run}/
+  backbone.safetensors  weights of the teacher's backbone
+  attention.png         where its class token looks in a scan
+  config.yaml           every setting, ready for --config
+  metrics.jsonl         one line a step; tensorboard/ has the same
+  checkpoints/          the last two, to go on from
+Next:
+  on your own scans     python ssl/train.py --data.root DIR
+  go on for longer      python ssl/train.py --resume {run} --steps {2 * steps}
+  in Python             import medformer
+                        backbone = medformer.load("{run}/backbone.safetensors").eval()
+  curves                tensorboard --logdir {run.parent}""")
+
+
+@torch.no_grad()
+def attention_picture(
+    backbone: Backbone, scan: Stored, path: Path, *, caption: str, limit: tuple[int, int, int]
+) -> None:
+    """Axial, coronal and sagittal slices of a scan, plain and with the class token's attention over them.
+
+    Radiological layout: the patient's right is on the left of the picture. Each plane goes through the middle of the
+    tissue; pixels are as wide as they are in the patient. A scan above `limit` voxels is cropped around that middle.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
+    from matplotlib.figure import Figure
+
+    whole, points = load(scan.path), load(scan.points_path)
+    middle = np.median(points, axis=0) if len(points) else np.array(whole.shape) / 2
+    size = np.minimum(whole.shape, limit)
+    start = np.clip(np.round(middle - size / 2), 0, np.array(whole.shape) - size).astype(int)
+    voxels = np.asarray(whole[tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))], dtype=np.float32)
+    at = np.clip(np.round(middle - start), 0, size - 1).astype(int)
+
+    device = next(backbone.parameters()).device
+    x = torch.from_numpy(voxels)[None, None].to(device)
+    least = [max(n, k) for n, k in zip(x.shape[2:], backbone.config.kernel, strict=True)]
+    if least != list(x.shape[2:]):
+        pad = [p for n, k in zip(reversed(x.shape[2:]), reversed(least), strict=True) for p in (0, k - n)]
+        x = F.pad(x, pad, mode="replicate")
+    weights = backbone.attention_map(x)[0].float().mean(0)  # over the heads
+    weights = weights / weights.mean()
+    weights = F.interpolate(weights[None, None], size=x.shape[2:], mode="trilinear", align_corners=False)[0, 0]
+    attention = weights[tuple(slice(0, n) for n in voxels.shape)].cpu().numpy()
+
+    planes = [(0, "axial", "RLAP", True), (1, "coronal", "RLSI", True), (2, "sagittal", "APSI", True)]
+    dark, bright = np.percentile(voxels, (1, 99.5))
+    top = max(float(np.percentile(attention, 99.5)), 1.01)
+    sizes_mm = np.array(voxels.shape) * np.array(scan.spacing_mm)
+    widths = [sizes_mm[2], sizes_mm[2], sizes_mm[1]]
+    heights = [sizes_mm[1], sizes_mm[0], sizes_mm[0]]
+    figure = Figure(figsize=(11, 7.6), facecolor="black")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(
+        2, 4, width_ratios=[*widths, 0.035 * sum(widths)], wspace=0.06, hspace=0.04,
+        left=0.03, right=0.93, top=0.86, bottom=0.05,
+    )  # fmt: skip
+    image = None
+    for column, (axis, title, letters, _) in enumerate(planes):
+        picture = np.take(voxels, at[axis], axis)[:, ::-1]  # x to the right becomes right on the left
+        heat = np.take(attention, at[axis], axis)[:, ::-1]
+        extent = (0.0, float(widths[column]), 0.0, float(heights[column]))
+        for row in range(2):
+            axes = figure.add_subplot(grid[row, column])
+            axes.imshow(picture, cmap="gray", vmin=dark, vmax=bright, origin="lower", extent=extent)
+            if row:
+                alpha = 0.65 * np.clip((heat - 1) / (top - 1), 0, 1)
+                image = axes.imshow(heat, cmap="inferno", vmin=0, vmax=top, alpha=alpha, origin="lower", extent=extent)
+            else:
+                axes.set_title(title, color="white", fontsize=11)
+            axes.set_axis_off()
+            places = ((0.02, 0.5), (0.98, 0.5), (0.5, 0.98), (0.5, 0.02))
+            aligned = (("left", "center"), ("right", "center"), ("center", "top"), ("center", "bottom"))
+            for letter, (u, v), (ha, va) in zip(letters, places, aligned, strict=True):
+                axes.text(u, v, letter, transform=axes.transAxes, ha=ha, va=va, color="#9fd3ff", fontsize=10)
+    assert image is not None
+    bar = figure.colorbar(image, cax=figure.add_subplot(grid[1, 3]))
+    bar.set_label("attention, times the mean", color="white")
+    bar.ax.tick_params(colors="white")
+    shape, spacing = "x".join(map(str, whole.shape)), " x ".join(f"{mm:.3g}" for mm in scan.spacing_mm)
+    figure.suptitle(f"{caption}: {scan.name}", color="white", fontsize=13, y=0.965)
+    figure.text(
+        0.5, 0.905, f"{scan.modality}, {shape} voxels of {spacing} mm (zyx); class token's attention in the last "
+        "block, mean over heads", color="#bbbbbb", ha="center", fontsize=9,
+    )  # fmt: skip
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110, facecolor="black"))

@@ -1,0 +1,237 @@
+"""A run's folder: config, metrics, checkpoints that survive anything, and the way back into it."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = [
+    "Metrics",
+    "UserError",
+    "check_free",
+    "checkpoints",
+    "complain",
+    "latest_run",
+    "load_checkpoint",
+    "new_run",
+    "save_checkpoint",
+    "write_whole",
+]
+
+KEEP = 2  # checkpoints of a run
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class UserError(Exception):
+    """Something that the user can put right: printed as one line, without a traceback. Code 2: usage, 1: data."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(" ".join(message.split()))
+        self.code = code
+
+
+def check_free(out: str | None) -> None:
+    """UserError where `out` already holds a run."""
+    run = Path(out) if out else None
+    if run and ((run / "checkpoints").exists() or (run / "metrics.jsonl").exists()):
+        raise UserError(f"--out {run} holds a run: --resume {run} goes on with it, another --out starts anew", 2)
+
+
+def new_run(out: str | None) -> Path:
+    """Make the folder of a new run."""
+    if out is not None:
+        run = Path(out)
+        with _naming(run):
+            run.mkdir(parents=True, exist_ok=True)
+        return run
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for name in (stamp, *(f"{stamp}-{i}" for i in range(2, 100))):
+        run = Path("runs") / name
+        with _naming(run):
+            try:
+                run.mkdir(parents=True)
+                return run
+            except FileExistsError:
+                continue
+    raise UserError(f"runs/{stamp} and 98 more names are taken; give --out")
+
+
+def latest_run() -> Path:
+    """The newest folder in runs/ that holds a checkpoint."""
+    found = [run for run in Path("runs").glob("*") if checkpoints(run)]
+    if not found:
+        raise UserError("--resume auto: no folder in runs/ holds a checkpoint; start a run without --resume", 2)
+    return max(found, key=lambda run: checkpoints(run)[-1].stat().st_mtime_ns)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    found = [p for p in (run / "checkpoints").glob("step-*.pt") if re.fullmatch(r"step-\d+\.pt", p.name)]
+    return sorted(found, key=lambda p: int(p.stem[5:]))
+
+
+def write_whole(path: Path, write: Callable[[io.BufferedWriter], object]) -> None:
+    """Write a file so that its name only ever shows a complete one: temporary name, fsync, rename.
+
+    Raises:
+        UserError: the disk is full or refuses; what was under the name before is still there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    failure: OSError | None = None
+
+    class Watched(io.BufferedWriter):
+        # torch's zip writer turns an OSError from here into a RuntimeError about its own position: keep the cause.
+        def write(self, data: Any, /) -> int:
+            nonlocal failure
+            try:
+                return super().write(data)
+            except OSError as error:
+                failure = error
+                raise
+
+    try:
+        with _naming(path):
+            try:
+                with Watched(io.FileIO(draft, "w")) as file:
+                    write(file)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except RuntimeError as error:
+                if failure is not None:
+                    raise failure from error
+                raise
+            os.replace(draft, path)
+            folder = os.open(path.parent, os.O_RDONLY)  # the rename reaches the disk with its folder
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _naming(path: Path):
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{_cannot_write(path, error)}") from error
+
+
+def _cannot_write(path: Path, error: OSError) -> str:
+    way_out = "make room or point --out elsewhere" if error.errno in _FULL else "check the path and its permissions"
+    return f"cannot write {path}: {error.strerror or error}; {way_out}"
+
+
+def save_checkpoint(run: Path, step: int, state: dict[str, Any]) -> Path:
+    """Write `checkpoints/step-<step>.pt` whole or not at all, then drop all but the newest two.
+
+    Raises:
+        UserError: naming the file and the last good checkpoint.
+    """
+    path = run / "checkpoints" / f"step-{step:08d}.pt"
+    try:
+        write_whole(path, lambda file: torch.save(state, file))
+    except UserError as error:
+        good = checkpoints(run)
+        kept = f"; {good[-1].name} is safe, go on with --resume {run}" if good else ""
+        raise UserError(f"{error}{kept}") from error
+    for old in checkpoints(run)[:-KEEP]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def load_checkpoint(path: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
+    """Read a checkpoint file, or the newest good one of a run folder; returns the run's folder and the state.
+
+    A damaged newest checkpoint is named aloud and the one before is taken.
+
+    Raises:
+        UserError: nothing there to go on from.
+    """
+    if path.is_file():
+        state, problem = _read(path)
+        if state is None:
+            raise UserError(f"--resume {path}: {problem}")
+        return path.parent.parent, state
+    found = checkpoints(path)
+    if not path.is_dir():
+        raise UserError(f"--resume {path}: no such run folder or checkpoint file", 2)
+    if not found:
+        raise UserError(f"--resume {path}: no checkpoint in {path / 'checkpoints'}; start it anew without --resume")
+    for candidate in reversed(found):
+        state, problem = _read(candidate)
+        if state is not None:
+            return path, state
+        say(f"WARNING: {candidate} {problem}; falling back to the checkpoint before it")
+    raise UserError(f"--resume {path}: none of its {len(found)} checkpoints can be read; start the run anew")
+
+
+def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+    except Exception as error:
+        # Whatever the unpickler or the zip reader makes of a damaged file.
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return None, f"is damaged or no checkpoint ({first[:120]})"
+    if not isinstance(state, dict) or state.get("format") != "medformer-run-1":
+        return None, "is not a checkpoint of this trainer (checkpoints/step-*.pt of a run folder are)"
+    return state, ""
+
+
+class Metrics:
+    """metrics.jsonl and TensorBoard, cut back to the resumed step so that no line is lost or doubled."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        """`step`: steps already done; lines of later ones, from a run that died after its checkpoint, are dropped."""
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only one process writes
+
+        self.path = run / "metrics.jsonl"
+        if self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) < step]
+            write_whole(self.path, lambda file: file.write("".join(f"{line}\n" for line in kept).encode()))
+        with _naming(self.path):
+            self._file = open(self.path, "a", buffering=1)  # noqa: SIM115
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step or None)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """`step` is the number of the step, from 0."""
+        with _naming(self.path):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def sync(self) -> None:
+        """Everything written so far is on the disk; call before a checkpoint that relies on it."""
+        with _naming(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # the half-written last line of a killed run
+
+
+def complain(message: str) -> None:
+    """One line on stderr."""
+    print(f"error: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,283 @@
+"""3D multi-crop: two global and several local views of a scan, cut and changed on the training device.
+
+Two halves. `draw` runs beside the data (numpy, one call a sample) and decides everything random; it sees only a small
+region of the scan. `render` runs on the training device (torch, batched) and does the arithmetic: crop, resize,
+flip, contrast, blur, noise. Both depend on the sample's own seed and on nothing else, so a sample looks the same in
+any batch, on any worker and after any restart.
+
+Axes are Z, Y, X; a box is `start, size` in voxels of the region, both fractional.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+__all__ = ["Plan", "ViewsConfig", "draw", "region_size", "render", "through_plane_axis"]
+
+_TRIES = 4  # boxes drawn in search of one that holds more than air
+_BLUR_RADIUS = 3  # voxels either side
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewsConfig:
+    """Crops and augmentations. Sizes and per-axis values are in z,y,x order."""
+
+    global_size: tuple[int, int, int] = (24, 32, 32)
+    """Voxels of each of the two global views: z,y,x, for instance 24x32x32. Scans below it are skipped or padded."""
+    local_size: tuple[int, int, int] = (16, 16, 16)
+    """Voxels of each local view: z,y,x."""
+    local_views: int = 4
+    """Local views of each scan (the two global ones come on top). 0 or more."""
+    global_scale: tuple[float, float] = (0.75, 1.5)
+    """In-plane zoom of the global views: voxels of the scan per voxel of the view, lowest and highest. Above 0."""
+    local_scale: tuple[float, float] = (0.6, 1.2)
+    """In-plane zoom of the local views."""
+    through_plane_scale: tuple[float, float] = (0.85, 1.15)
+    """Zoom of all views along the axis with the thickest voxels (z in a scan of equal spacing)."""
+    min_foreground: float = 0.2
+    """Share of a view that should be tissue rather than air; up to four places are tried. 0 to 1."""
+    flip: tuple[float, float, float] = (0.0, 0.0, 0.5)
+    """Chance of a flip along z, y and x. 0 to 1 each."""
+    contrast: float = 0.3
+    """Largest relative change of contrast, and the largest shift of brightness in standard deviations. 0 to 0.9."""
+    gamma: float = 0.3
+    """Largest change of ln gamma, applied between each view's darkest and brightest voxel. 0 or more."""
+    noise: float = 0.15
+    """Largest standard deviation of added Gaussian noise, in standard deviations of the view. 0 or more."""
+    blur: float = 1.0
+    """Largest width (sigma) of the Gaussian blur, in voxels of the view; used for half of the views. 0 to 1.5."""
+
+    def __post_init__(self) -> None:
+        for name in ("global_size", "local_size"):
+            if len(getattr(self, name)) != 3 or min(getattr(self, name)) < 1:
+                raise ValueError(f"--views.{name} {_by(getattr(self, name))} must be three whole numbers of 1 or more")
+        for name in ("global_scale", "local_scale", "through_plane_scale"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"--views.{name} {low},{high} must be a lowest above 0 and a highest not below it")
+        if self.local_views < 0:
+            raise ValueError(f"--views.local_views {self.local_views} must be 0 or more")
+        for name, chances in (("flip", self.flip), ("min_foreground", (self.min_foreground,))):
+            if not all(0 <= chance <= 1 for chance in chances):
+                raise ValueError(f"--views.{name} {chances} must lie between 0 and 1")
+        for name, top in (("contrast", 0.9), ("gamma", math.inf), ("noise", math.inf), ("blur", 1.5)):
+            if not 0 <= getattr(self, name) <= top:
+                raise ValueError(f"--views.{name} {getattr(self, name)} must lie between 0 and {top}")
+
+
+class Plan(NamedTuple):
+    """What was decided for one sample of V views (arrays; a batch of them has one more axis in front)."""
+
+    region: np.ndarray
+    """Part of the scan that holds all the views, [Z, Y, X] float16, zero beyond `extent`."""
+    extent: np.ndarray
+    """Voxels of the region that are real, [3]."""
+    boxes: np.ndarray
+    """Start and size of each view in the region, [V, 6] float32; global views first."""
+    flips: np.ndarray
+    """1 where a view is flipped, [V, 3]."""
+    intensity: np.ndarray
+    """contrast, brightness, gamma, noise, blur of each view, [V, 5]."""
+    seed: np.ndarray
+    """Seed of the sample's noise, int64."""
+    scan: np.ndarray
+    """Number of the scan in the training list, int64."""
+
+
+def _by(size: tuple[int, ...]) -> str:
+    return "x".join(map(str, size))
+
+
+def region_size(config: ViewsConfig) -> tuple[int, int, int]:
+    """Voxels of a scan from which one sample is cut: the largest box of any view, on every axis."""
+    through = config.through_plane_scale[1]
+    sizes = [(config.global_size, config.global_scale[1])]
+    if config.local_views:
+        sizes.append((config.local_size, config.local_scale[1]))
+    z, y, x = (max(math.ceil(size[a] * max(scale, through)) for size, scale in sizes) for a in range(3))
+    return z, y, x
+
+
+def through_plane_axis(spacing_mm: tuple[float, float, float]) -> int:
+    """The axis with the thickest voxels; z where they are equal to within 10%."""
+    thickest = int(np.argmax(spacing_mm))
+    return thickest if spacing_mm[thickest] > 1.1 * spacing_mm[0] else 0
+
+
+def draw(
+    voxels: np.ndarray,
+    spacing_mm: tuple[float, float, float],
+    points: np.ndarray,
+    threshold: float,
+    config: ViewsConfig,
+    seed: tuple[int, ...],
+    scan: int = 0,
+) -> Plan:
+    """Decide the views of one sample.
+
+    `voxels` [Z, Y, X] may be a memory map: only one region of it is read. `points` [n, 3] are places in the tissue,
+    around one of which the region is put; above `threshold` is tissue. A scan below the size of a global view is
+    padded by repeating its edge.
+    """
+    rng = np.random.default_rng(seed)
+    shape, limit = np.array(voxels.shape), np.array(region_size(config))
+    anchor = points[rng.integers(len(points))] if len(points) else shape // 2
+    start = np.clip(np.floor(anchor - limit * rng.uniform(0.25, 0.75, 3)), 0, np.maximum(shape - limit, 0)).astype(int)
+    stop = np.minimum(start + limit, shape)
+    region = np.asarray(voxels[tuple(slice(a, b) for a, b in zip(start, stop, strict=True))])
+    short = np.maximum(np.array(config.global_size) - region.shape, 0)
+    if short.any():
+        region = np.pad(region, [(n // 2, n - n // 2) for n in short], mode="edge")
+    extent = np.array(region.shape)
+
+    through = through_plane_axis(spacing_mm)
+    tissue = region[::2, ::2, ::2] > threshold
+    boxes = np.empty((2 + config.local_views, 6), np.float32)
+    for i in range(len(boxes)):
+        size = np.array(config.global_size if i < 2 else config.local_size)
+        boxes[i] = _box(
+            rng, size, config.global_scale if i < 2 else config.local_scale, through, extent, tissue, config
+        )
+
+    # The order of these draws is part of a run's identity: changing it changes every view of every seed.
+    flips = (rng.random((len(boxes), 3)) < config.flip).astype(np.float32)
+    u = rng.random((len(boxes), 6)).astype(np.float32)
+    intensity = np.stack(
+        [
+            1 + config.contrast * (2 * u[:, 0] - 1),
+            config.contrast * (2 * u[:, 1] - 1),
+            np.exp(config.gamma * (2 * u[:, 2] - 1)),
+            config.noise * u[:, 3],
+            config.blur * u[:, 4] * (u[:, 5] < 0.5),
+        ],
+        axis=1,
+    ).astype(np.float32)
+    filled = np.zeros(limit, np.float16)
+    filled[tuple(slice(0, n) for n in extent)] = region
+    noise_seed = np.array(rng.integers(2**62), np.int64)
+    return Plan(filled, extent, boxes, flips, intensity, noise_seed, np.array(scan, np.int64))
+
+
+def _box(
+    rng: np.random.Generator,
+    size: np.ndarray,
+    scale: tuple[float, float],
+    through: int,
+    extent: np.ndarray,
+    tissue: np.ndarray,
+    config: ViewsConfig,
+) -> np.ndarray:
+    best, best_share = np.zeros(6, np.float32), -1.0
+    for _ in range(_TRIES):
+        zoom = np.full(3, rng.uniform(*scale))
+        zoom[through] = rng.uniform(*config.through_plane_scale)
+        extents = np.minimum(size * zoom, extent)
+        start = rng.uniform(0, 1, 3) * (extent - extents)
+        low, high = np.floor(start / 2).astype(int), np.ceil((start + extents) / 2).astype(int)
+        share = float(tissue[low[0] : high[0], low[1] : high[1], low[2] : high[2]].mean())
+        if share > best_share:
+            best, best_share = np.concatenate([start, extents]).astype(np.float32), share
+        if share >= config.min_foreground:
+            break
+    return best
+
+
+def render(plans: Plan, config: ViewsConfig, device: torch.device) -> list[Float[Tensor, "N 1 Z Y X"]]:
+    """Cut and change the views of a batch: [global views, local views], each view by view ([V * B, 1, Z, Y, X]).
+
+    `plans` holds tensors with a batch axis in front, as the default collate makes them of `draw`'s.
+    """
+    region = torch.as_tensor(plans.region).to(device, non_blocking=True).float()
+    extent = torch.as_tensor(plans.extent).to(device)
+    boxes, flips, intensity = (torch.as_tensor(t).to(device) for t in (plans.boxes, plans.flips, plans.intensity))
+    sizes = [config.global_size] * 2 + [config.local_size] * config.local_views
+    noise = _noise(torch.as_tensor(plans.seed), sum(math.prod(size) for size in sizes), device)
+    groups = [(0, 2, config.global_size, 0)]
+    if config.local_views:
+        groups.append((2, len(sizes), config.local_size, 2 * math.prod(config.global_size)))
+    views = []
+    for first, last, size, offset in groups:
+        count = last - first
+        x = _crop(region, extent, boxes[:, first:last], flips[:, first:last], size)  # [B, v, Z, Y, X]
+        grain = noise[:, offset : offset + count * math.prod(size)].view(x.shape)
+        x = _change(x.flatten(0, 1), intensity[:, first:last].flatten(0, 1), grain.flatten(0, 1))
+        views.append(x.unflatten(0, (-1, count)).transpose(0, 1).flatten(0, 1).unsqueeze(1).contiguous())
+    return views
+
+
+def _noise(seeds: Tensor, count: int, device: torch.device) -> Tensor:
+    rows = []
+    for seed in seeds.tolist():
+        rows.append(torch.randn(count, generator=torch.Generator(device).manual_seed(seed), device=device))
+    return torch.stack(rows)
+
+
+def _crop(region: Tensor, extent: Tensor, boxes: Tensor, flips: Tensor, size: tuple[int, int, int]) -> Tensor:
+    """Trilinear resize of each box, one axis at a time as a small matrix product.
+
+    Where a box is shrunk the hat function widens with it, so fine detail is averaged rather than aliased; beyond the
+    region's edge the last voxel repeats.
+    """
+    x = region[:, None]
+    for axis, letter in ((2, "x"), (1, "y"), (0, "z")):
+        weights = _resize_matrix(
+            boxes[..., axis],
+            boxes[..., 3 + axis],
+            flips[..., axis],
+            size[axis],
+            extent[:, axis],
+            region.shape[1 + axis],
+        )
+        if letter == "x":
+            x = torch.einsum("bvzyx,bvnx->bvzyn", x.expand(-1, boxes.shape[1], -1, -1, -1), weights)
+        elif letter == "y":
+            x = torch.einsum("bvzyx,bvny->bvznx", x, weights)
+        else:
+            x = torch.einsum("bvzyx,bvnz->bvnyx", x, weights)
+    return x
+
+
+def _resize_matrix(start: Tensor, length: Tensor, flip: Tensor, out: int, extent: Tensor, full: int) -> Tensor:
+    """[B, V, out, full]: row i averages the input voxels under output voxel i."""
+    index = torch.arange(out, device=start.device, dtype=torch.float32)
+    index = torch.where(flip[..., None] > 0, out - 1 - index, index)
+    step = (length / out)[..., None]
+    at = start[..., None] + (index + 0.5) * step - 0.5
+    at = torch.minimum(at.clamp_min(0), (extent - 1).float()[:, None, None])
+    source = torch.arange(full, device=start.device, dtype=torch.float32)
+    weights = (1 - (source - at[..., None]).abs() / step.clamp_min(1)[..., None]).clamp_min(0)
+    weights = weights * (source < extent[:, None, None, None])
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def _change(x: Float[Tensor, "N Z Y X"], intensity: Float[Tensor, "N 5"], grain: Tensor) -> Tensor:
+    contrast, brightness, gamma, noise, blur = (v[:, None, None, None] for v in intensity.unbind(1))
+    x = _blur(x, blur)
+    low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
+    span = (high - low).clamp_min(1e-6)
+    x = low + span * ((x - low) / span).clamp(0, 1) ** gamma
+    mean = x.mean((1, 2, 3), keepdim=True)
+    spread = x.std((1, 2, 3), correction=0, keepdim=True)
+    return mean + (x - mean) * contrast + spread * (brightness + noise * grain)
+
+
+def _blur(x: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian along each axis with the sample's own width, as a sum of shifted copies; sigma 0 changes nothing."""
+    taps = torch.arange(-_BLUR_RADIUS, _BLUR_RADIUS + 1, device=x.device, dtype=x.dtype)
+    weights = torch.exp(-0.5 * (taps / sigma.flatten(1).clamp_min(1e-3)) ** 2)
+    weights = weights / weights.sum(1, keepdim=True)
+    for axis in (1, 2, 3):
+        length = x.shape[axis]
+        at = torch.arange(-_BLUR_RADIUS, length + _BLUR_RADIUS, device=x.device).clamp(0, length - 1)
+        padded = x.index_select(axis, at)
+        x = sum(weights[:, k, None, None, None] * padded.narrow(axis, k, length) for k in range(2 * _BLUR_RADIUS + 1))  # type: ignore[assignment]
+    return x

@@ -70,16 +70,13 @@ class PatchEmbed(nn.Module):
                 f"pad or resample the {kind}, or build the model with a smaller patch_size"
             )
         return tuple(
-            (n + 2 * p - r) // s + 1
-            for n, p, r, s in zip(size, self.padding, reach, self.stride, strict=True)
+            (n + 2 * p - r) // s + 1 for n, p, r, s in zip(size, self.padding, reach, self.stride, strict=True)
         )
 
     def forward(self, x: Float[Tensor, "B Cin *size"]) -> Float[Tensor, "B N C"]:
         if x.ndim != len(self.kernel) + 2 or x.shape[1] != self.in_channels:
             axes = "Z, Y, X" if len(self.kernel) == 3 else "Y, X"
-            raise ValueError(
-                f"PatchEmbed: input of shape {tuple(x.shape)} must be (batch, {self.in_channels}, {axes})"
-            )
+            raise ValueError(f"PatchEmbed: input of shape {tuple(x.shape)} must be (batch, {self.in_channels}, {axes})")
         if not x.is_floating_point():
             raise TypeError(f"PatchEmbed: input of dtype {x.dtype} must be floating point; scale it first")
         self.grid_of(x.shape[2:])

@@ -100,7 +100,8 @@ def test_every_gradient_flows(attention: str, overrides: dict[str, Any]) -> None
     x = volume(2, model.config.in_channels, *(7, 6, 5)[: model.config.dims]).requires_grad_()
     mask = torch.arange(torch.Size(model.grid_of(x.shape[2:])).numel()).expand(2, -1) % 3 == 0
     features = model.forward_features(x, mask=mask)
-    sum((t * volume(*t.shape)).sum() for t in (features.cls, features.registers, features.patches)).backward()
+    outputs = (features.cls, features.registers, features.patches)
+    torch.stack([(t * volume(*t.shape)).sum() for t in outputs]).sum().backward()
     silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert silent == []
     assert x.grad is not None
@@ -215,26 +216,27 @@ def test_autocast_keeps_the_residual_stream_in_float32(attention: str) -> None:
     assert (out.double() - exact).abs().max() < 32 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
 
 
-@both
-def test_one_graph_serves_every_size(attention: str) -> None:
-    model = build(attention=attention, depth=1, loud=True).eval()
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
-    for size in ((7, 9, 6), (8, 5, 11)):
+def test_one_graph_serves_every_size() -> None:
+    model = build(depth=1, loud=True)
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=count)
+    for size in ((7, 9, 6), (8, 5, 11), (12, 12, 13)):
         x = volume(2, 1, *size)
         torch.testing.assert_close(compiled(x), model(x))
+    assert len(graphs) == 1
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled_model_matches_eager_in_forward_and_backward() -> None:
-    model = build(depth=1, position="sincos").float()
-    x = volume(2, 1, 7, 9, 6, dtype=torch.float32)
-    results = []
-    for run in (model, torch.compile(model, fullgraph=True)):
-        model.zero_grad()
-        out = run(x)
-        out.square().sum().backward()
-        results.append([out.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
-    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+def test_compiled_model_matches_eager() -> None:
+    model = build(depth=1, position_grid=4).float().eval()
+    x = volume(2, 1, 8, 8, 8, dtype=torch.float32)
+    with torch.no_grad():  # the backward graph would double the time to compile
+        torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), atol=1e-4, rtol=1e-4)
 
 
 def test_state_of_the_features_follows_seed_and_layer() -> None:

@@ -35,6 +35,7 @@ def test_tokens_are_windows_in_zyx_order_with_x_fastest() -> None:
     x = torch.randn(1, 1, 4, 7, 10)
     gz, gy, gx = embed.grid_of(x.shape[2:])
     tokens = embed(x).view(gz, gy, gx, 5)
+    assert embed.conv.bias is not None
     window = x[0, 0, 2 : 2 + 2, 2 : 2 + 3, 6 : 6 + 4]
     expected = (embed.conv.weight[:, 0] * window).sum((1, 2, 3)) + embed.conv.bias
     torch.testing.assert_close(tokens[2, 1, 2], expected)

@@ -48,9 +48,11 @@ def save(model: Backbone, path: str | os.PathLike[str]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
+    except OSError as error:
+        reason = f"medformer.save: {error.strerror}; free space or choose another path, an older file is as it was"
+        raise OSError(error.errno, reason, str(path)) from error
+    finally:
         partial.unlink(missing_ok=True)
-        raise
     if os.name == "posix":  # the rename itself reaches the disk with its folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:

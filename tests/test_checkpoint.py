@@ -78,10 +78,15 @@ def test_failed_save_keeps_the_previous_file(saved: Path, monkeypatch: pytest.Mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"No space left on device.*model\.safetensors"):
         medformer.save(build(seed=1), saved)
     assert saved.read_bytes() == before
     assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_saving_into_a_missing_folder_names_the_path(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none/model\.safetensors"):
+        medformer.save(build(), tmp_path / "none" / "model.safetensors")
 
 
 def test_only_backbones_are_saved(tmp_path: Path) -> None:

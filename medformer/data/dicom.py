@@ -1,4 +1,4 @@
-"""Reading DICOM headers and pixels: one record a file, one stack of slices a series, or the reason why not.
+"""Reading DICOM headers: one record a file, or the reason why not.
 
 Geometry is left to geometry.py. Only ImagePositionPatient, ImageOrientationPatient and PixelSpacing place a
 slice; InstanceNumber, SliceLocation, SliceThickness and file names never do. Names and identifiers of patients
@@ -17,10 +17,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import pydicom
+from pydicom import config, filereader
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.multival import MultiValue
-from pydicom.pixels import get_decoder
+from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import (
     UID,
     DeflatedExplicitVRLittleEndian,
@@ -32,12 +33,24 @@ from pydicom.uid import (
 from medformer.data.geometry import ScanError
 from medformer.data.volumes import MAX_VOLUME_BYTES
 
-__all__ = ["NotAnImage", "SliceFile", "probe_dicom", "read_pixels", "sniff_dicom"]
+__all__ = [
+    "NATIVE",
+    "PARSE_ERRORS",
+    "SPLIT_TAGS",
+    "NotAnImage",
+    "SliceFile",
+    "check_syntax",
+    "probe_dicom",
+    "quiet",
+    "sniff_dicom",
+    "syntax_of",
+]
 
 _DEFLATED = {str(DeflatedExplicitVRLittleEndian), "1.2.840.10008.1.2.4.95", "1.2.840.10008.1.2.4.205"}
-_NATIVE = {str(ImplicitVRLittleEndian), str(ExplicitVRLittleEndian), str(ExplicitVRBigEndian)}
+NATIVE = {str(ImplicitVRLittleEndian), str(ExplicitVRLittleEndian), str(ExplicitVRBigEndian)}
 _NOT_IMAGES = {"SR", "KO", "PR", "RTSTRUCT", "RTPLAN", "RTRECORD", "RTDOSE", "SEG", "REG", "RWV", "FID", "DOC", "ECG"}
 _NOT_IMAGES |= {"AU", "PLAN", "M3D", "OSS", "TEXTUREMAP", "SMR", "HD", "EPS", "RESP"}
+_SCANNERS = {"CT", "MR", "PT", "NM", "US"}
 _DIRECTORY = "1.2.840.10008.1.3.10"
 _CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 _MAX_FRAME_VOXELS = 2**26
@@ -102,14 +115,14 @@ class SliceFile:
 @contextmanager
 def quiet() -> Iterator[None]:
     """pydicom warns of harmless deviations from the standard in most real files."""
-    level = pydicom.config.logger.level
-    pydicom.config.logger.setLevel(100)
+    level = config.logger.level
+    config.logger.setLevel(100)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        pydicom.config.logger.setLevel(level)
+        config.logger.setLevel(level)
 
 
 def sniff_dicom(head: bytes) -> bool:
@@ -142,8 +155,8 @@ def check_syntax(file: BinaryIO, name: str) -> None:
     """Refuse deflated files before pydicom inflates them without bound; leaves the file at its start."""
     file.seek(0)
     try:
-        pydicom.filereader.read_preamble(file, force=True)
-        meta = pydicom.filereader.read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2)
+        filereader.read_preamble(file, force=True)
+        meta = filereader.read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2)
         syntax = str(meta.get("TransferSyntaxUID") or "")
     except PARSE_ERRORS as error:
         raise ScanError(f"{name}: DICOM header is damaged ({type(error).__name__}); copy the file again") from error
@@ -162,7 +175,13 @@ def _describe(ds: FileDataset, path: str, problem: str | None) -> SliceFile:
     modality = str(ds.get("Modality") or "").strip().upper()
     if sop == _DIRECTORY or "DirectoryRecordSequence" in ds:
         raise NotAnImage(f"{name}: DICOMDIR, an index of files and no scan")
-    if modality in _NOT_IMAGES or "Rows" not in ds or "Columns" not in ds:
+    if modality in _NOT_IMAGES:
+        raise NotAnImage(f"{name}: DICOM without a scan in it ({modality})")
+    if "Rows" not in ds or "Columns" not in ds:
+        if modality in _SCANNERS:
+            raise ScanError(
+                f"{name}: {modality} header without Rows and Columns: cut off or emptied; copy the file again"
+            )
         kind = modality or (UID(sop).name if sop else "no image attributes")
         raise NotAnImage(f"{name}: DICOM without a scan in it ({kind})")
     kinds = [str(v).upper() for v in _values(ds.get("ImageType"))]
@@ -179,7 +198,7 @@ def _describe(ds: FileDataset, path: str, problem: str | None) -> SliceFile:
         raise NotAnImage(f"{name}: colour image ({colour}), a scan is grey-scale")
     if "ModalityLUTSequence" in ds:
         raise ScanError(f"{name}: Modality LUT Sequence is not read; convert it to RescaleSlope and RescaleIntercept")
-    frames = frame_headers(ds, name)
+    frames = _frame_headers(ds, name)
     spacing = {f.spacing for f in frames}
     orientations = np.array([f.orientation for f in frames])
     if len(spacing) > 1 or np.ptp(orientations, axis=0).max() > 5e-4:
@@ -218,7 +237,7 @@ def _describe(ds: FileDataset, path: str, problem: str | None) -> SliceFile:
 
 
 @dataclass(frozen=True)
-class FrameHeader:
+class _FrameHeader:
     position: tuple[float, float, float]
     orientation: tuple[float, ...]
     spacing: tuple[float, float]
@@ -229,7 +248,7 @@ class FrameHeader:
     thickness: float | None
 
 
-def frame_headers(ds: Dataset, name: str) -> list[FrameHeader]:
+def _frame_headers(ds: Dataset, name: str) -> list[_FrameHeader]:
     """Geometry and rescale of every frame; enhanced images keep them in functional groups (PS3.3 C.7.6.16)."""
     count = int(ds.get("NumberOfFrames") or 1)
     shared = _first(ds.get("SharedFunctionalGroupsSequence"))
@@ -237,8 +256,7 @@ def frame_headers(ds: Dataset, name: str) -> list[FrameHeader]:
     if shared is None and per_frame is None:
         if count != 1:
             raise ScanError(
-                f"{name}: {count} frames without functional groups give no place to each frame; convert it to one file a "
-                "slice"
+                f"{name}: {count} frames without functional groups have no known places; convert it to one file a slice"
             )
         return [_frame_header(name, [ds])]
     groups = list(per_frame or [])
@@ -264,7 +282,7 @@ def _first(sequence: Any) -> Dataset | None:
     return sequence[0] if sequence else None
 
 
-def _frame_header(name: str, parts: list[Dataset]) -> FrameHeader:
+def _frame_header(name: str, parts: list[Dataset]) -> _FrameHeader:
     def find(tag: str) -> Any:
         return next((part.get(tag) for part in parts if part.get(tag) not in (None, "")), None)
 
@@ -285,9 +303,9 @@ def _frame_header(name: str, parts: list[Dataset]) -> FrameHeader:
     intercept_value = 0.0 if intercept is None else float(intercept)
     if not (np.isfinite(slope_value) and np.isfinite(intercept_value)) or slope_value == 0:
         raise ScanError(
-            f"{name}: RescaleSlope {slope_value:g}, RescaleIntercept {intercept_value:g} must be finite, the slope not 0"
+            f"{name}: RescaleSlope {slope_value:g}, RescaleIntercept {intercept_value:g} must be finite, slope not 0"
         )
-    return FrameHeader(
+    return _FrameHeader(
         position=(position[0], position[1], position[2]),
         orientation=orientation,
         spacing=(spacing[0], spacing[1]),
@@ -312,14 +330,15 @@ def _values(value: Any) -> list[Any]:
     return list(value) if isinstance(value, MultiValue | list | tuple) else [value]
 
 
-def _depth(ds: Dataset, frame: FrameHeader) -> tuple[float | None, str]:
+def _depth(ds: Dataset, frame: _FrameHeader) -> tuple[float | None, str]:
+    """How deep a lone slice is; a stack never needs it."""
+    if frame.thickness:
+        return frame.thickness, "SliceThickness"
     between = _floats(ds.get("SpacingBetweenSlices"))
-    if between and between[0] > 0:
-        return between[0], "SpacingBetweenSlices"
-    return (frame.thickness, "SliceThickness") if frame.thickness else (None, "")
+    return (between[0], "SpacingBetweenSlices") if between and between[0] > 0 else (None, "")
 
 
-def _units(ds: Dataset, modality: str, frames: list[FrameHeader]) -> tuple[bool, tuple[str, ...]]:
+def _units(ds: Dataset, modality: str, frames: list[_FrameHeader]) -> tuple[bool, tuple[str, ...]]:
     if modality != "CT":
         return False, ()
     if not all(f.rescaled for f in frames):
@@ -347,27 +366,29 @@ def _pixel_problem(ds: FileDataset, file: BinaryIO, end: int, size: int, name: s
         return f"{name}: BitsAllocated {allocated} must be 8, 16 or 32"
     stored, high = int(ds.get("BitsStored") or allocated), ds.get("HighBit")
     high = stored - 1 if high in (None, "") else int(high)
-    if not 1 <= stored <= allocated or not stored - 1 <= high < allocated:
+    if not 1 <= stored <= allocated or high != stored - 1:
         return f"{name}: BitsStored {stored}, HighBit {high} do not fit BitsAllocated {allocated}; fix the header"
     voxels = int(ds.Rows) * int(ds.Columns)
     if voxels < 1 or voxels * frames * allocated // 8 > MAX_VOLUME_BYTES:
         return f"{name}: {ds.Rows} x {ds.Columns} x {frames} voxels are out of range; the header is damaged"
     needed = voxels * frames * allocated // 8
-    syntax = _syntax(ds)
+    syntax = syntax_of(ds)
     explicit = not ds.original_encoding[0]
     start = end + (12 if explicit else 8)
     length = struct.unpack("<L" if little else ">L", head[8:12] if explicit else head[4:8])[0]
-    if syntax in _NATIVE:
+    if syntax in NATIVE:
         if length == 0xFFFFFFFF:
             return f"{name}: pixel data of undefined length in an uncompressed file; the header is damaged"
         if length < needed or size - start < needed:
             here = max(0, min(length, size - start))
             return f"{name}: cut off, {here:,} of {needed:,} bytes of pixels are here; copy the file again"
+        if length >= needed + voxels * allocated // 8:
+            return (
+                f"{name}: {length:,} bytes of pixels, header declares {needed:,}; fix Rows, Columns or NumberOfFrames"
+            )
         return None
     if voxels > _MAX_FRAME_VOXELS:
-        return (
-            f"{name}: {ds.Rows} x {ds.Columns} voxels in a compressed frame, at most {_MAX_FRAME_VOXELS:,} are decoded"
-        )
+        return f"{name}: compressed frame of {ds.Rows} x {ds.Columns}, at most {_MAX_FRAME_VOXELS:,} voxels are decoded"
     if not _decodable(syntax):
         return f"{name}: no decoder for {UID(syntax).name} ({syntax}); install them with: pip install -e '.[codecs]'"
     if not _fragments_whole(file, start, size):
@@ -375,12 +396,11 @@ def _pixel_problem(ds: FileDataset, file: BinaryIO, end: int, size: int, name: s
     return None
 
 
-def _syntax(ds: FileDataset) -> str:
+def syntax_of(ds: FileDataset) -> str:
     declared = str(ds.file_meta.get("TransferSyntaxUID") or "")
-    if declared and UID(declared).is_transfer_syntax:
-        # A wrong label on an uncompressed file is found by pydicom while parsing; believe what it found.
-        if declared not in _NATIVE:
-            return declared
+    # A wrong label on an uncompressed file is found by pydicom while parsing; believe what it found.
+    if declared and UID(declared).is_transfer_syntax and declared not in NATIVE:
+        return declared
     implicit, little = ds.original_encoding
     if little is False:
         return str(ExplicitVRBigEndian)
@@ -406,123 +426,3 @@ def _fragments_whole(file: BinaryIO, start: int, size: int) -> bool:
             return False
         at, items = at + 8 + length, items + 1
     return False
-
-
-def read_pixels(path: str) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...]]:
-    """Stored values (frames, rows, columns), the padding mask or None, and notes. Checks the file again."""
-    name = os.path.basename(path)
-    with open(path, "rb") as file, quiet():
-        check_syntax(file, name)
-        try:
-            ds = pydicom.dcmread(file, force=True)
-            syntax = _syntax(ds)
-            ds.file_meta.TransferSyntaxUID = UID(syntax)
-            if syntax not in _NATIVE:
-                _check_stream(ds, name)
-            frames = int(ds.get("NumberOfFrames") or 1)
-            array = np.asarray(ds.pixel_array)
-            expected = (int(ds.Rows), int(ds.Columns))
-            if array.ndim == 2:
-                array = array[None]
-            if array.shape != (frames, *expected):
-                raise ScanError(f"{name}: pixels decode to {array.shape}, header declares {(frames, *expected)}")
-            return _unpack(ds, array)
-        except ScanError:
-            raise
-        except (*PARSE_ERRORS, RuntimeError) as error:
-            reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-            raise ScanError(
-                f"{name}: pixels do not decode ({UID(_syntax_or_blank(path)).name}: {reason}); if a codec is missing: "
-                "pip install -e '.[codecs]'"
-            ) from error
-
-
-def _syntax_or_blank(path: str) -> str:
-    try:
-        return str(pydicom.filereader.read_file_meta_info(path).get("TransferSyntaxUID") or "")
-    except PARSE_ERRORS:
-        return ""
-
-
-def _check_stream(ds: FileDataset, name: str) -> None:
-    """Size declared inside a JPEG or JPEG 2000 stream against the header, and the end-of-image marker."""
-    data = bytes(ds.PixelData)
-    rows, columns = int(ds.Rows), int(ds.Columns)
-    frames = int(ds.get("NumberOfFrames") or 1)
-    syntax = _syntax(ds)
-    if not syntax.startswith("1.2.840.10008.1.2.4.") or frames < 1:
-        return
-    for stream in pydicom.encaps.generate_frames(data, number_of_frames=frames):
-        size = _stream_size(stream)
-        if size is not None and size != (rows, columns):
-            raise ScanError(f"{name}: compressed image is {size[0]} x {size[1]}, header declares {rows} x {columns}")
-        if b"\xff\xd9" not in stream[-16:]:
-            raise ScanError(f"{name}: compressed image has no end marker, it is cut off; copy the file again")
-
-
-def _stream_size(stream: bytes) -> tuple[int, int] | None:
-    """(rows, columns) from the JPEG 2000 SIZ or the JPEG start-of-frame segment."""
-    at = stream[:4096].find(b"\xff\x4f\xff\x51")
-    if at >= 0 and len(stream) >= at + 24:
-        x, y, x0, y0 = struct.unpack(">4L", stream[at + 8 : at + 24])
-        return y - y0, x - x0
-    at = 2
-    while stream[:2] == b"\xff\xd8" and at + 9 <= len(stream) and stream[at] == 0xFF:
-        marker = stream[at + 1]
-        if marker in {0xC0, 0xC1, 0xC2, 0xC3, 0xF7}:
-            rows, columns = struct.unpack(">HH", stream[at + 5 : at + 9])
-            return rows, columns
-        at += 2 + struct.unpack(">H", stream[at + 2 : at + 4])[0]
-    return None
-
-
-def _unpack(ds: FileDataset, array: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...]]:
-    """Keep the stored bits only, restore the sign, find the padding (PS3.5 8.1.1, PS3.3 C.7.5.1.1.2)."""
-    allocated, stored = int(ds.BitsAllocated), int(ds.get("BitsStored") or ds.BitsAllocated)
-    high = ds.get("HighBit")
-    shift = 0 if high in (None, "") else int(high) - (stored - 1)
-    signed = int(ds.get("PixelRepresentation") or 0) == 1
-    notes: tuple[str, ...] = ()
-    array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    if shift or stored < allocated:
-        # pydicom may have decoded to a wider type than allocated: go by its own width.
-        width = array.dtype.itemsize * 8
-        native = shift if str(ds.file_meta.TransferSyntaxUID) in _NATIVE else 0
-        raw = (array.view(f"u{array.dtype.itemsize}") >> native) & np.array(
-            (1 << stored) - 1, f"u{array.dtype.itemsize}"
-        )
-        kept = raw.astype(f"u{array.dtype.itemsize}")
-        if signed:
-            left = width - stored
-            kept = (kept << left).view(f"i{array.dtype.itemsize}") >> left
-        if native or not np.array_equal(kept, array):
-            notes = ("bits outside BitsStored masked off (overlays or unused)",)
-        array = kept.astype(array.dtype, copy=False)
-    return array, _padding(ds, array, allocated, signed), notes
-
-
-def _padding(ds: FileDataset, array: np.ndarray, allocated: int, signed: bool) -> np.ndarray | None:
-    value = _pad_value(ds, "PixelPaddingValue", allocated, signed)
-    if value is None:
-        return None
-    limit = _pad_value(ds, "PixelPaddingRangeLimit", allocated, signed)
-    low, high = sorted((value, value if limit is None else limit))
-    mask = (array >= low) & (array <= high)
-    return mask if mask.any() else None
-
-
-def _pad_value(ds: FileDataset, tag: str, allocated: int, signed: bool) -> int | None:
-    value = ds.get(tag)
-    if value in (None, "") or isinstance(value, MultiValue):
-        return None
-    if isinstance(value, bytes):
-        if len(value) != 2:
-            return None
-        value = int.from_bytes(value, "little" if ds.original_encoding[1] is not False else "big")
-    number = int(value)
-    # Often written with the other signedness: bring it to that of the pixels.
-    if signed and number >= 1 << (allocated - 1):
-        return number - (1 << allocated)
-    if not signed and number < 0:
-        return number + (1 << allocated)
-    return number

@@ -21,8 +21,9 @@ def normalise(volume: Volume) -> np.ndarray:
 
     Volumes in HU: clipped to [-1000, 1000] and divided by 500, so that water is 0, air -2 and the same tissue
     has the same value in every scan. All others: the foreground is what lies above the mean of the measured
-    voxels; values are clipped to [0.5th percentile of all, 99.5th of the foreground], then shifted and scaled
-    by the foreground's mean and standard deviation after clipping.
+    voxels; values are clipped to [0.5th percentile of all, 99.5th of the foreground], then shifted by the
+    foreground's mean and scaled by its standard deviation, or by half the distance from mean to lowest value
+    where that is more, so that background lies at -2 at least, as in CT.
 
     Padding (`valid` False) never enters the statistics and gets the lowest value. Raises ScanError for a volume
     without contrast, which has no scale.
@@ -62,8 +63,5 @@ def _robust(measured: np.ndarray) -> tuple[float, float, float, float]:
         return 0.0, 0.0, 0.0, 0.0
     low, high = float(np.percentile(sample, 0.5)), float(np.percentile(foreground, 99.5))
     clipped = np.clip(foreground, low, high)
-    scale = float(clipped.std())
-    # Two-valued images have no spread inside the foreground: use that of all voxels.
-    if scale <= 1e-3 * (high - low):
-        scale = float(np.clip(sample, low, high).std())
-    return low, high, float(clipped.mean()), scale
+    mean = float(clipped.mean())
+    return low, high, mean, max(float(clipped.std()), (mean - low) / 2)

@@ -124,9 +124,7 @@ def _shape(header: nib.Nifti1Header, name: str) -> tuple[tuple[int, int, int], i
     if dim[0] < 3:
         raise ScanError(f"{name}: {dim[0]}D image, a scan has 3 dimensions")
     if any(v != 1 for v in sizes[4:]):
-        raise ScanError(
-            f"{name}: {dim[0]}D image of {sizes[: dim[0]]} (a vector at every voxel); save one 3D component"
-        )
+        raise ScanError(f"{name}: {dim[0]}D image of {sizes[: dim[0]]} (several values a voxel); save one 3D component")
     return (sizes[0], sizes[1], sizes[2]), sizes[3]
 
 
@@ -141,11 +139,11 @@ def _dtype(header: nib.Nifti1Header, name: str) -> np.dtype:
 def _affine(header: nib.Nifti1Header, name: str) -> tuple[np.ndarray, tuple[str, ...]]:
     """sform if coded, else qform, else voxel size alone with a note."""
     notes = []
-    sform = header.get_sform() if int(header["sform_code"]) > 0 else None
-    qform = None
+    sform: np.ndarray | None = np.asarray(header.get_sform()) if int(header["sform_code"]) > 0 else None
+    qform: np.ndarray | None = None
     if int(header["qform_code"]) > 0:
         try:
-            qform = header.get_qform()
+            qform = np.asarray(header.get_qform())
         except (HeaderDataError, ValueError) as error:
             if sform is None:
                 raise ScanError(f"{name}: qform does not make a rotation ({error}); fix the header") from error
@@ -206,9 +204,9 @@ def read_nifti(path: str, *, frame: int = 0, modality: str | None = None) -> Vol
 
 def _read_frame(header: NiftiHeader, frame: int, name: str) -> np.ndarray:
     shape = (*header.shape_xyz, header.frames)
-    opened = gzip.open(header.path) if _is_gzip(header.path) else open(header.path, "rb")
+    opener = gzip.open if _is_gzip(header.path) else open
     try:
-        with opened as file:
+        with opener(header.path, "rb") as file:
             proxy = ArrayProxy(file, (shape, header.dtype, header.offset, 1.0, 0.0), mmap=False)
             return np.asanyarray(proxy[..., frame])
     except (OSError, EOFError, zlib.error, ValueError) as error:

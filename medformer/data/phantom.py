@@ -6,6 +6,8 @@ not for learning anatomy.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from medformer.data.geometry import ScanError
@@ -191,10 +193,10 @@ class _Torso:
         self._airways(hilum_w)
 
     def _airways(self, hilum_w: float) -> None:
-        carina = np.array([0.0, -0.08, hilum_w + 0.14])
+        carina, throat = np.array([0.0, -0.08, hilum_w + 0.14]), np.array([0.0, 0.02, hilum_w + 1.14])
         everywhere = np.ones(self.shape, bool)
-        self._tube([carina + [0, 0.1, 1.0], carina], 0.062, everywhere, 40)
-        self._tube([carina + [0, 0.1, 1.0], carina], 0.048, everywhere, _AIR)
+        self._tube([throat, carina], 0.062, everywhere, 40)
+        self._tube([throat, carina], 0.048, everywhere, _AIR)
         for sign in (-1, 1):
             end = np.array([sign * 0.3, -0.1, hilum_w - 0.06])
             self._tube([carina, end], 0.042, everywhere, 20)
@@ -212,7 +214,9 @@ class _Torso:
         self._fill(heart <= 1, 48 + self._texture(5, 8))
         for shift, scale in (((-0.1, 0.02, -0.03), 0.42), ((0.1, 0.07, -0.02), 0.42), ((0.03, -0.12, 0.12), 0.38)):
             place = tuple(c + s * size for c, s in zip(centre, shift, strict=True))
-            chamber = self._ellipsoid((place[0], place[1], place[2]), tuple(r * scale for r in radii))
+            chamber = self._ellipsoid(
+                (place[0], place[1], place[2]), (radii[0] * scale, radii[1] * scale, radii[2] * scale)
+            )
             self._fill(chamber <= 1, blood)
         everywhere = np.ones(self.shape, bool)
         arch = rng.uniform(0.42, 0.54)
@@ -289,7 +293,7 @@ class _Torso:
 
     def _tube(self, points: list[np.ndarray], radius: float, inside: np.ndarray, hu: float) -> None:
         """Capsules along a line of points (u, v, w); only the box around each is touched."""
-        for a, b in zip(points[:-1], points[1:], strict=True):
+        for a, b in itertools.pairwise(points):
             box = []
             for axis, grid in ((2, self.w), (1, self.v), (0, self.u)):
                 line = grid.ravel()

@@ -16,9 +16,10 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from medformer.data.dicom import SPLIT_TAGS, NotAnImage, SliceFile, probe_dicom, read_pixels, sniff_dicom
+from medformer.data.dicom import SPLIT_TAGS, NotAnImage, SliceFile, probe_dicom, sniff_dicom
 from medformer.data.geometry import ORIENTATION_TOLERANCE, ScanError, SliceStack, cluster_orientations, stack_slices
 from medformer.data.nifti import NiftiHeader, probe_nifti, read_nifti, sniff_nifti
+from medformer.data.pixels import read_pixels
 from medformer.data.volumes import MAX_VOLUME_BYTES, Volume, rescale
 
 __all__ = ["Scan", "ScanIndex", "Skipped", "find_scans", "read_volume"]
@@ -51,10 +52,12 @@ class Scan:
     """(Z, Y, X) as stored, before axes are brought to RAS+."""
     spacing_mm: tuple[float, float, float] | None
 
-    def read(self, *, frame: int = 0, canonical: bool = True, strict: bool = False) -> Volume:
-        """The volume; options as in `read_volume`."""
+    def read(
+        self, *, frame: int = 0, canonical: bool = True, strict: bool = False, modality: str | None = None
+    ) -> Volume:
+        """The volume; options as in `read_volume`. Every check is made again: files may have changed."""
         if self.kind == "nifti":
-            volume = read_nifti(self.files[0], frame=frame)
+            volume = read_nifti(self.files[0], frame=frame, modality=modality)
         else:
             _only_frame(frame, self.name)
             parts, refused = _group([_probe_one(f) for f in self.files])
@@ -62,7 +65,7 @@ class Scan:
                 reason = refused[0].reason if refused else f"{self.name}: files no longer form one series; index again"
                 raise ScanError(reason)
             volume = _read_series(parts[0], self.name, os.path.dirname(self.files[0]))
-        return _finish(volume, canonical, strict)
+        return _finish(volume, canonical, strict, modality)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +114,7 @@ def read_volume(
     if not os.path.exists(path):
         raise ScanError(f"read_volume: {os.path.basename(path) or path!r} does not exist (looked at {path!r})")
     if os.path.isdir(path):
-        volume = _read_folder(path, frame)
+        volume = _read_folder(path, frame, modality)
     else:
         found = _probe(path)
         if isinstance(found, Skipped):
@@ -124,10 +127,7 @@ def read_volume(
             if refused:
                 raise ScanError(refused[0].reason)
             volume = _read_series(parts[0], os.path.basename(path), path)
-    if modality is not None and modality != volume.modality:
-        units = "HU" if modality == "CT" and volume.units == "HU" else "arbitrary"
-        volume = replace(volume, modality=modality, units=units)
-    return _finish(volume, canonical, strict)
+    return _finish(volume, canonical, strict, modality)
 
 
 def _only_frame(frame: int, name: str) -> None:
@@ -135,7 +135,7 @@ def _only_frame(frame: int, name: str) -> None:
         raise ScanError(f"{name}: frame={frame} must be 0 for DICOM, whose repeats are separate scans; use find_scans")
 
 
-def _read_folder(path: str, frame: int) -> Volume:
+def _read_folder(path: str, frame: int, modality: str | None) -> Volume:
     name = os.path.basename(os.path.abspath(path))
     scans, skipped, seen = _index(path, 0, False)
     broken = [s for s in skipped if s.refused]
@@ -143,13 +143,13 @@ def _read_folder(path: str, frame: int) -> Volume:
         names = ", ".join(repr(s.name) for s in scans[:4]) + (", ..." if len(scans) > 4 else "")
         also = f" and {len(broken)} that cannot be read ({broken[0].reason})" if broken else ""
         raise ScanError(
-            f"{name}: folder holds {len(scans)} scans ({names}){also}; use find_scans to choose, or give a folder with one"
+            f"{name}: folder holds {len(scans)} scans ({names}){also}; use find_scans, or a folder with one"
         )
     if broken:
         raise ScanError(broken[0].reason)
     if not scans:
         raise ScanError(f"{name}: no NIfTI or DICOM scan in this folder ({seen} files looked at){_why(skipped)}")
-    volume = scans[0].read(frame=frame, canonical=False)
+    volume = scans[0].read(frame=frame, canonical=False, modality=modality)
     dropped = [s for s in skipped if s.reason != _JUNK]
     notes = (*volume.notes, *(f"left out: {s.reason}" for s in dropped))
     return replace(volume, notes=notes, source=path)
@@ -168,8 +168,8 @@ def find_scans(root: str | os.PathLike[str], *, workers: int | None = None, prog
     scans, skipped, seen = _index(root, workers, progress)
     if not scans:
         raise ScanError(
-            f"find_scans: no NIfTI or DICOM under {root!r} ({seen} files looked at{_why(skipped)}); point --data.root at "
-            "the folder that holds the scans"
+            f"find_scans: no NIfTI or DICOM under {root!r} ({seen} files looked at{_why(skipped)}); point "
+            "--data.root at the folder that holds the scans"
         )
     return ScanIndex(scans=scans, skipped=skipped)
 
@@ -203,7 +203,8 @@ def _index(root: str, workers: int | None, progress: bool) -> tuple[list[Scan], 
         files = tuple(f.path for f in part.files)
         spacing = tuple(np.linalg.norm(part.stack.affine[:3, :3], axis=0)[::-1].tolist())
         drafts.append((name, _scan(name, "dicom", files, part.files[0].modality, part.shape, spacing)))
-    drafts.sort(key=lambda d: (d[0], d[1].files))
+    # Stable: scans of one folder stay in the order of their first file, repeats in that of their tag.
+    drafts.sort(key=lambda d: d[0])
     return _unique(drafts), sorted(skipped + refused, key=lambda s: (s.path, s.reason)), len(paths)
 
 
@@ -282,8 +283,8 @@ def _probe(path: str) -> _Found:
             return probe_dicom(path)
         if sniff_nifti(head):
             return probe_nifti(path)
-        named = path.lower().endswith((".nii", ".nii.gz", ".dcm"))
         name = os.path.basename(path)
+        named = name.lower().endswith((".nii", ".nii.gz", ".dcm")) and not name.startswith(".")
         reason = f"{name}: named like a scan, but its content is none ({os.path.getsize(path):,} bytes)"
         return Skipped(path, reason, refused=True) if named else Skipped(path, _JUNK)
     except NotAnImage as error:
@@ -310,7 +311,7 @@ def _group(slices: Iterable[SliceFile]) -> tuple[list[_Series], list[Skipped]]:
     by_key: dict[tuple, list[SliceFile]] = defaultdict(list)
     for item in slices:
         by_key[item.series].append(item)
-    for key in sorted(by_key, key=repr):
+    for key in sorted(by_key, key=lambda k: min(f.path for f in by_key[k])):
         for files in _by_orientation(by_key[key]):
             for part in _split_repeats(files):
                 where = part[0].path if len(part) == 1 else os.path.dirname(part[0].path)
@@ -345,8 +346,15 @@ def _split_repeats(files: list[SliceFile]) -> list[list[SliceFile]]:
             parts[item.split.get(tag, "")].append(item)
         sizes = {len(p) for p in parts.values()}
         if len(parts) == repeats and sizes == {len(groups)}:
-            return [parts[value] for value in sorted(parts)]
+            return [parts[value] for value in sorted(parts, key=_numeric)]
     return [files]
+
+
+def _numeric(value: str) -> tuple[float, str]:
+    try:
+        return float(value), value
+    except ValueError:
+        return float("inf"), value
 
 
 def _fit(files: Sequence[SliceFile], what: str) -> SliceStack:
@@ -409,8 +417,8 @@ def _read_series(series: _Series, name: str, source: str) -> Volume:
                 same_scale = slopes[at] == file.slopes[j] and intercepts[at] == file.intercepts[j]
                 if not (same_scale and np.array_equal(voxels[at], stored[j])):
                     raise ScanError(
-                        f"{name}: two different images at one position (slice {at + 1} of {series.shape[0]}) and no tag "
-                        "tells them apart; keep one set of files in the folder"
+                        f"{name}: two different images at one position (slice {at + 1} of {series.shape[0]}) and no "
+                        "tag tells them apart; keep one set of files in the folder"
                     )
                 dropped += 1
             else:
@@ -448,7 +456,9 @@ def _rescale_measured(
     return rescale(stored, slopes, intercepts)
 
 
-def _finish(volume: Volume, canonical: bool, strict: bool) -> Volume:
+def _finish(volume: Volume, canonical: bool, strict: bool, modality: str | None) -> Volume:
+    if modality is not None and modality != volume.modality:
+        volume = replace(volume, modality=modality, units="arbitrary")
     if strict and volume.notes:
         raise ScanError(
             f"{os.path.basename(volume.source.rstrip('/'))}: refused by strict=True: {'; '.join(volume.notes)}; pass "

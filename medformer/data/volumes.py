@@ -18,7 +18,7 @@ __all__ = ["MAX_VOLUME_BYTES", "Volume", "rescale"]
 MAX_VOLUME_BYTES = 8 * 2**30
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Volume:
     """One 3D scan.
 

@@ -7,12 +7,16 @@ import importlib.resources
 import importlib.util
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["arch_of", "load_configs", "nearest_arch", "resolve_backend"]
+__all__ = ["Chip", "assume_chip", "chip_of", "load_configs", "nearest_arch", "resolve_backend"]
 
 _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -40,9 +44,7 @@ def resolve_backend(function: str, backend: str, x: Tensor) -> str:
     if backend == "auto":
         return "triton" if x.is_cuda and has_triton() and x.dtype in _TRITON_DTYPES else "torch"
     if not has_triton():
-        raise ValueError(
-            f"{function}: backend='triton' needs the triton package; pip install triton, or use 'torch'"
-        )
+        raise ValueError(f"{function}: backend='triton' needs the triton package; pip install triton, or use 'torch'")
     if x.dtype not in _TRITON_DTYPES:
         raise ValueError(
             f"{function}: backend='triton' does not take {x.dtype}; use float16, bfloat16, float32 or backend='torch'"
@@ -53,28 +55,52 @@ def resolve_backend(function: str, backend: str, x: Tensor) -> str:
             "or set TRITON_INTERPRET=1 before Python starts to run the kernel in the (slow) interpreter"
         )
     if not x.is_cuda and x.dtype == torch.bfloat16:
-        raise ValueError(
-            f"{function}: Triton's interpreter is wrong for bfloat16; use float16 or float32 there"
-        )
+        raise ValueError(f"{function}: Triton's interpreter is wrong for bfloat16; use float16 or float32 there")
     return "triton"
 
 
-def arch_of(x: Tensor) -> str:
-    """'sm_90', 'gfx942', ...; the interpreter uses the tiles of 'sm_80'."""
-    if not x.is_cuda:
-        return "sm_80"
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(x.device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return f"sm_{major}{minor}"
+@dataclass(frozen=True, kw_only=True)
+class Chip:
+    """What a launch plan needs to know of a device."""
+
+    arch: str
+    """'sm_90', 'gfx942', ..."""
+    units: int
+    """Multiprocessors (compute units) to fill."""
+
+
+_assumed_chip: ContextVar[Chip | None] = ContextVar("assumed_chip", default=None)
+
+
+@contextmanager
+def assume_chip(chip: Chip) -> Iterator[None]:
+    """Plan launches for `chip` whatever the tensors are on: to compile ahead of time, where there is no GPU."""
+    token = _assumed_chip.set(chip)
+    try:
+        yield
+    finally:
+        _assumed_chip.reset(token)
+
+
+def chip_of(x: Tensor) -> Chip:
+    """The chip that `x` is on; the interpreter plans as for a small sm_80, so that it splits lengths too."""
+    assumed = _assumed_chip.get()
+    if assumed is not None:
+        return assumed
+    return _chip(x.device) if x.is_cuda else Chip(arch="sm_80", units=4)
+
+
+@functools.cache
+def _chip(device: torch.device) -> Chip:
+    properties = torch.cuda.get_device_properties(device)
+    arch = properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+    return Chip(arch=arch, units=properties.multi_processor_count)
 
 
 @functools.cache
 def load_configs(family: str) -> dict[str, Any]:
     """The tuned tile sizes of a family, `configs/<family>.json`."""
-    return json.loads(
-        importlib.resources.files(__package__).joinpath("configs", f"{family}.json").read_text()
-    )
+    return json.loads(importlib.resources.files(__package__).joinpath("configs", f"{family}.json").read_text())
 
 
 def nearest_arch(arch: str, known: tuple[str, ...]) -> str:

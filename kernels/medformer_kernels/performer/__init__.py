@@ -77,9 +77,7 @@ def _add_epsilon(
     return values, total, extra_values, extra_lse + math.log(eps)
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, omega: Tensor, key_padding_mask: Tensor | None, eps: float
-) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, omega: Tensor, key_padding_mask: Tensor | None, eps: float) -> None:
     def fail(message: str) -> None:
         raise ValueError(f"performer_attention: {message}")
 
@@ -91,13 +89,9 @@ def _check(
         if x.dtype != q.dtype or x.device != q.device:
             fail(f"{name} is {x.dtype} on {x.device} but q is {q.dtype} on {q.device}; they must agree")
     if k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3]:
-        fail(
-            f"k has shape {tuple(k.shape)}; with q {tuple(q.shape)} it must be (B, H, S, D) of the same B, H and D"
-        )
+        fail(f"k has shape {tuple(k.shape)}; with q {tuple(q.shape)} it must be (B, H, S, D) of the same B, H and D")
     if v.shape[:3] != k.shape[:3]:
-        fail(
-            f"v has shape {tuple(v.shape)}; with k {tuple(k.shape)} it must be (B, H, S, Dv) of the same B, H and S"
-        )
+        fail(f"v has shape {tuple(v.shape)}; with k {tuple(k.shape)} it must be (B, H, S, Dv) of the same B, H and S")
     heads, width = q.shape[1], q.shape[3]
     if omega.ndim not in (2, 3) or omega.shape[-1] != width or omega.shape[:-2] not in ((), (heads,)):
         fail(f"omega has shape {tuple(omega.shape)}; it must be (M, {width}) or ({heads}, M, {width})")
@@ -110,10 +104,9 @@ def _check(
     if key_padding_mask is not None:
         if key_padding_mask.dtype != torch.bool:
             fail(f"key_padding_mask is {key_padding_mask.dtype}; it must be bool, True = a real key")
-        if key_padding_mask.shape != (k.shape[0], k.shape[2]):
-            fail(
-                f"key_padding_mask has shape {tuple(key_padding_mask.shape)}; it must be (B, S) = {(k.shape[0], k.shape[2])}"
-            )
+        shape = (k.shape[0], k.shape[2])
+        if key_padding_mask.shape != shape:
+            fail(f"key_padding_mask has shape {tuple(key_padding_mask.shape)}; it must be (B, S) = {shape}")
         if key_padding_mask.device != q.device:
             fail(f"key_padding_mask is on {key_padding_mask.device} but q is on {q.device}; move it there")
     if not eps >= 0:

@@ -1,10 +1,15 @@
 """FAVOR+ on any device in plain PyTorch, in chunks of tokens: features never exist for more than one chunk.
 
-The same two passes and the same saved tensors as the Triton kernels (see `fused`), so that a forward pass
-of one and a backward pass of the other fit together. Arithmetic is float32, or float64 for float64 inputs.
+The same two passes and the same saved tensors as the Triton kernels (see `fused`), so that a forward pass of one and
+a backward pass of the other fit together. Arithmetic is float32, or float64 for float64 inputs.
 
-Cost, forward: 8 B H N M D FLOP in matrix products and 2 B H N M exponentials; memory beyond inputs and outputs
-is one chunk of B H x `_CHUNK_VALUES` features, whatever N is.
+Whatever is added to, or summed over, a tile of chunk x M values rides in its matrix products as one more column or
+row, because a pass over the tile costs as much as half a product. What is left between the products is one
+exponential and, backward, one multiplication. Exponents are in base 2: `torch.exp2` on a CPU takes a third of the
+time of `torch.exp`.
+
+Cost, forward: 8 B H N M D FLOP in products and 2 B H N M exponentials; memory beyond inputs and outputs is two tiles
+of `_TILE_VALUES` values, whatever N is.
 """
 
 from __future__ import annotations
@@ -17,40 +22,48 @@ from torch import Tensor
 
 __all__ = ["read", "read_backward", "state", "state_backward"]
 
-# Feature values alive at once: 8 heads x 256 features x 512 tokens. Measured on 2 cores at N=4096: half or double
-# of it is within 5%.
-_CHUNK_VALUES = 1 << 20
+# Values in one tile of B x H x chunk x M: 512 tokens for 8 heads and 256 features.
+_TILE_VALUES = 1 << 20
+_LOG2E = math.log2(math.e)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _scaled_omega(omega: Tensor, x: Tensor) -> Tensor:
-    """omega / D^(1/4), transposed to (..., D, M): x @ it are the exponents of the features."""
-    return (omega.to(_compute_dtype(x)) * omega.shape[-1] ** -0.25).transpose(-1, -2)
+def _scaled_omega(omega: Tensor, x: Tensor, factor: float) -> Tensor:
+    """omega * factor / D^(1/4) as (B, H, M, D) in the compute dtype."""
+    omega = omega.to(_compute_dtype(x)) * (factor * omega.shape[-1] ** -0.25)
+    return omega.expand(*x.shape[:2], -1, -1).contiguous()
 
 
-def _chunks(tokens: int, batch_heads: int, num_features: int) -> Iterator[slice]:
-    step = max(16, _CHUNK_VALUES // max(1, batch_heads * num_features))
+def _chunks(x: Tensor, num_features: int) -> Iterator[slice]:
+    batch, heads, tokens, _ = x.shape
+    step = max(16, _TILE_VALUES // max(1, batch * heads * num_features))
     return (slice(start, min(start + step, tokens)) for start in range(0, tokens, step))
 
 
-def _key_exponents(
-    k: Tensor, omega_t: Tensor, key_padding_mask: Tensor | None, chunk: slice
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(exponents (B, H, c, M), half squared norms (B, H, c, 1), k of the chunk), masked keys at -inf."""
-    k = k[:, :, chunk].to(omega_t.dtype)
-    if key_padding_mask is not None:
-        valid = key_padding_mask[:, None, chunk, None]
-        k = k.masked_fill(~valid, 0)
-    half = k.square().sum(-1, keepdim=True).mul_(omega_t.shape[-2] ** -0.5 / 2)
-    if key_padding_mask is not None:
-        half = half.masked_fill_(~valid, math.inf)
-    return (k @ omega_t).sub_(half), half, k
+def _columns(x: Tensor, *columns: Tensor | float) -> Tensor:
+    """x (..., n, d) with columns appended: each a number or a tensor (..., n) that broadcasts to it."""
+    out = x.new_empty((*x.shape[:-1], x.shape[-1] + len(columns)))
+    out[..., : x.shape[-1]] = x
+    for index, column in enumerate(columns, start=x.shape[-1]):
+        out[..., index] = column
+    return out
 
 
-def _masked_values(v: Tensor, key_padding_mask: Tensor | None, chunk: slice, dtype: torch.dtype) -> Tensor:
+def _key_chunk(k: Tensor, key_padding_mask: Tensor | None, chunk: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(keys, their |k'|^2 / 2 in base 2) of a chunk; a masked key is 0 and at distance infinity."""
+    factor = _LOG2E * k.shape[-1] ** -0.5 / 2
+    k = k[:, :, chunk].to(dtype)
+    if key_padding_mask is None:
+        return k, k.square().sum(-1).mul_(factor)
+    masked = ~key_padding_mask[:, None, chunk]
+    k = k.masked_fill(masked.unsqueeze(-1), 0)
+    return k, k.square().sum(-1).mul_(factor).masked_fill_(masked, math.inf)
+
+
+def _value_chunk(v: Tensor, key_padding_mask: Tensor | None, chunk: slice, dtype: torch.dtype) -> Tensor:
     v = v[:, :, chunk].to(dtype)
     return v if key_padding_mask is None else v.masked_fill(~key_padding_mask[:, None, chunk, None], 0)
 
@@ -59,28 +72,26 @@ def state(
     k: Tensor, v: Tensor, omega: Tensor, key_padding_mask: Tensor | None, with_max: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Key pass; see `ops.performer_state`."""
-    omega_t = _scaled_omega(omega, k)
-    batch, heads, tokens, _ = k.shape
-    num_features, dtype = omega.shape[-2], omega_t.dtype
-    values = k.new_zeros((batch, heads, num_features, v.shape[-1]), dtype=dtype)
-    top = k.new_full((batch, heads, 1, num_features), -math.inf, dtype=dtype)
-    total = torch.zeros_like(top)
-    exponent_max = k.new_full((batch, heads), -math.inf, dtype=dtype)
-    for chunk in _chunks(tokens, batch * heads, num_features):
-        exponents, half, _ = _key_exponents(k, omega_t, key_padding_mask, chunk)
+    omega_1 = _columns(_scaled_omega(omega, k, _LOG2E), -1.0).transpose(-1, -2)
+    dtype, num_features = omega_1.dtype, omega.shape[-2]
+    sums = k.new_zeros((*k.shape[:2], num_features, v.shape[-1] + 1), dtype=dtype)  # values and, last, weights
+    top = k.new_full((*k.shape[:2], 1, num_features), -math.inf, dtype=dtype)
+    exponent_max = k.new_full(k.shape[:2], -math.inf, dtype=dtype)
+    for chunk in _chunks(k, num_features):
+        k_chunk, half = _key_chunk(k, key_padding_mask, chunk, dtype)
+        exponents = _columns(k_chunk, half) @ omega_1
         if with_max:
-            finite = half.masked_fill(half == math.inf, 0)
-            exponent_max = torch.maximum(exponent_max, (exponents + finite).amax((-1, -2)))
+            u = exponents + half.masked_fill(half == math.inf, 0).unsqueeze(-1)
+            exponent_max = torch.maximum(exponent_max, u.amax((-1, -2)))
         new_top = torch.maximum(top, exponents.amax(-2, keepdim=True))
         base = new_top.masked_fill(new_top == -math.inf, 0)
-        weights = exponents.sub_(base).exp_()
-        decay = (top - base).exp_()
-        total = total * decay + weights.sum(-2, keepdim=True)
-        values.mul_(decay.transpose(-1, -2))
-        values += weights.transpose(-1, -2) @ _masked_values(v, key_padding_mask, chunk, dtype)
+        weights = exponents.sub_(base).exp2_()
+        sums.mul_((top - base).exp2_().transpose(-1, -2))
+        sums += weights.transpose(-1, -2) @ _columns(_value_chunk(v, key_padding_mask, chunk, dtype), 1.0)
         top = new_top
-    values /= total.masked_fill(total == 0, 1).transpose(-1, -2)
-    return values, (top + total.log()).squeeze(-2), exponent_max
+    values, total = sums[..., :-1], sums[..., -1]
+    values = values / total.masked_fill(total == 0, 1).unsqueeze(-1)
+    return values, (top.squeeze(-2) + total.log2()) / _LOG2E, exponent_max / _LOG2E
 
 
 def state_backward(
@@ -94,67 +105,55 @@ def state_backward(
     dlse: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """(dk, dv); see `ops.performer_state_backward`."""
-    omega_t = _scaled_omega(omega, k)
-    scale = omega.shape[-1] ** -0.5
+    scale = k.shape[-1] ** -0.5
+    base = lse.masked_fill(lse == -math.inf, 0) * -_LOG2E
+    omega_lse = _columns(_scaled_omega(omega, k, _LOG2E), -1.0, base).transpose(-1, -2)
+    omega_1 = _columns(_scaled_omega(omega, k, 1.0), 1.0)
+    dvalues_shift = _columns(dvalues, dlse - (dvalues * values).sum(-1)).transpose(-1, -2)
     dk, dv = torch.empty_like(k), torch.empty_like(v)
-    shift = (dlse - (dvalues * values).sum(-1)).unsqueeze(-2)
-    base = lse.masked_fill(lse == -math.inf, 0).unsqueeze(-2)
-    for chunk in _chunks(k.shape[2], k.shape[0] * k.shape[1], omega.shape[-2]):
-        exponents, _, k_chunk = _key_exponents(k, omega_t, key_padding_mask, chunk)
-        weights = exponents.sub_(base).exp_()
-        dv[:, :, chunk] = (weights @ dvalues).to(v.dtype)
-        v_chunk = _masked_values(v, key_padding_mask, chunk, weights.dtype)
-        dexponents = (v_chunk @ dvalues.transpose(-1, -2)).add_(shift).mul_(weights)
-        dk_chunk = dexponents @ omega_t.transpose(-1, -2)
-        dk_chunk -= k_chunk * dexponents.sum(-1, keepdim=True).mul_(scale)
-        dk[:, :, chunk] = dk_chunk.to(k.dtype)
+    for chunk in _chunks(k, omega.shape[-2]):
+        k_chunk, half = _key_chunk(k, key_padding_mask, chunk, omega_1.dtype)
+        weights = (_columns(k_chunk, half, 1.0) @ omega_lse).exp2_()
+        dv[:, :, chunk] = weights @ dvalues
+        v_chunk = _value_chunk(v, key_padding_mask, chunk, omega_1.dtype)
+        dexponents = (_columns(v_chunk, 1.0) @ dvalues_shift).mul_(weights)
+        dk_chunk = dexponents @ omega_1
+        dk[:, :, chunk] = dk_chunk[..., :-1] - k_chunk * (scale * dk_chunk[..., -1:])
     return dk, dv
 
 
-def _query_exponents(q: Tensor, omega_t: Tensor, lse: Tensor) -> Tensor:
-    return (q @ omega_t).add_(lse.unsqueeze(-2))
-
-
 def _extra_exponent(q: Tensor, u: Tensor, extra_lse: Tensor) -> Tensor:
-    """Exponent of the constant feature `eps`, per query: see `ops.performer_read`."""
-    half = q.square().sum(-1, keepdim=True) * (q.shape[-1] ** -0.5 / 2)
-    return half + u.amax(-1, keepdim=True) + extra_lse[..., None, None]
+    """Exponent (base 2) of the constant feature `eps`, per query (B, H, c): see `ops.performer_read`."""
+    half = q.square().sum(-1) * (_LOG2E * q.shape[-1] ** -0.5 / 2)
+    return half + u.amax(-1) + extra_lse.unsqueeze(-1) * _LOG2E
 
 
 def read(
-    q: Tensor,
-    omega: Tensor,
-    values: Tensor,
-    lse: Tensor,
-    extra_values: Tensor | None,
-    extra_lse: Tensor | None,
+    q: Tensor, omega: Tensor, values: Tensor, lse: Tensor, extra_values: Tensor | None, extra_lse: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Query pass; see `ops.performer_read`."""
-    omega_t = _scaled_omega(omega, q)
-    batch, heads, tokens, _ = q.shape
-    out = q.new_empty((batch, heads, tokens, values.shape[-1]))
-    out_lse = q.new_empty((batch, heads, tokens), dtype=omega_t.dtype)
-    for chunk in _chunks(tokens, batch * heads, omega.shape[-2]):
-        q_chunk = q[:, :, chunk].to(omega_t.dtype)
-        if extra_lse is None:
-            exponents, extra = _query_exponents(q_chunk, omega_t, lse), None
-        else:
-            u = q_chunk @ omega_t
-            extra = _extra_exponent(q_chunk, u, extra_lse)
-            exponents = u.add_(lse.unsqueeze(-2))
-        top = exponents.amax(-1, keepdim=True)
-        if extra is not None:
+    lse = lse * _LOG2E
+    omega_lse = _columns(_scaled_omega(omega, q, _LOG2E), lse).transpose(-1, -2)
+    values_1 = _columns(values, 1.0)
+    out = q.new_empty((*q.shape[:3], values.shape[-1]))
+    out_lse = q.new_empty(q.shape[:3], dtype=lse.dtype)
+    for chunk in _chunks(q, omega.shape[-2]):
+        q_chunk = q[:, :, chunk].to(lse.dtype)
+        exponents = _columns(q_chunk, 1.0) @ omega_lse
+        top = exponents.amax(-1)
+        extra = None
+        if extra_values is not None and extra_lse is not None:
+            extra = _extra_exponent(q_chunk, exponents - lse.unsqueeze(-2), extra_lse)
             top = torch.maximum(top, extra)
         top.masked_fill_(top == -math.inf, 0)
-        weights = exponents.sub_(top).exp_()
-        total = weights.sum(-1, keepdim=True)
-        out_chunk = weights @ values
+        sums = exponents.sub_(top.unsqueeze(-1)).exp2_() @ values_1
+        out_chunk, total = sums[..., :-1], sums[..., -1]
         if extra is not None:
-            extra_weight = extra.sub_(top).exp_()
-            total += extra_weight
-            out_chunk += extra_weight * extra_values.unsqueeze(-2)
-        out[:, :, chunk] = out_chunk.div_(total.masked_fill(total == 0, 1)).to(q.dtype)
-        out_lse[:, :, chunk] = (top + total.log()).squeeze(-1)
+            weight = (extra - top).exp2_()
+            total = total + weight
+            out_chunk = out_chunk + weight.unsqueeze(-1) * extra_values.unsqueeze(-2)
+        out[:, :, chunk] = out_chunk / total.masked_fill(total == 0, 1).unsqueeze(-1)
+        out_lse[:, :, chunk] = (top + total.log2()) / _LOG2E
     return out, out_lse
 
 
@@ -170,28 +169,34 @@ def read_backward(
     dout: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dvalues, dlse, dextra_values, dextra_lse); see `ops.performer_read_backward`."""
-    omega_t = _scaled_omega(omega, q)
-    dtype, scale = omega_t.dtype, omega.shape[-1] ** -0.5
-    dq, dvalues, dlse = torch.empty_like(q), torch.zeros_like(values), torch.zeros_like(lse)
-    dextra_values = values.new_zeros((*values.shape[:2], values.shape[-1]))
-    dextra_lse = lse.new_zeros(lse.shape[:2])
-    for chunk in _chunks(q.shape[2], q.shape[0] * q.shape[1], omega.shape[-2]):
+    scale = q.shape[-1] ** -0.5
+    dtype, omega_1, lse = lse.dtype, _scaled_omega(omega, q, 1.0), lse * _LOG2E
+    omega_lse = _columns(_scaled_omega(omega, q, _LOG2E), lse, -1.0).transpose(-1, -2)
+    values_1 = _columns(values, -1.0).transpose(-1, -2)
+    dq = torch.empty_like(q)
+    sums = values.new_zeros((*values.shape[:3], values.shape[3] + 1))  # p^T dout and, last, p^T delta
+    dextra_values = torch.zeros_like(values[..., 0, :])
+    dextra_lse = torch.zeros_like(lse[..., 0])
+    for chunk in _chunks(q, omega.shape[-2]):
         q_chunk, dout_chunk = q[:, :, chunk].to(dtype), dout[:, :, chunk].to(dtype)
-        delta = (dout_chunk * out[:, :, chunk].to(dtype)).sum(-1, keepdim=True)
-        base = out_lse[:, :, chunk].unsqueeze(-1)
+        delta = (dout_chunk * out[:, :, chunk].to(dtype)).sum(-1)
+        base = out_lse[:, :, chunk] * _LOG2E
         base = base.masked_fill(base == -math.inf, 0)
-        u = q_chunk @ omega_t
-        extra = None if extra_lse is None else _extra_exponent(q_chunk, u, extra_lse)
-        weights = u.add_(lse.unsqueeze(-2)).sub_(base).exp_()
-        dvalues += weights.transpose(-1, -2) @ dout_chunk
-        dexponents = (dout_chunk @ values.transpose(-1, -2)).sub_(delta).mul_(weights)
-        dlse += dexponents.sum(-2)
-        dq_chunk = dexponents @ omega_t.transpose(-1, -2)
+        exponents = _columns(q_chunk, 1.0, base) @ omega_lse
+        extra = None
+        if extra_values is not None and extra_lse is not None:
+            u = exponents - lse.unsqueeze(-2) + base.unsqueeze(-1)
+            extra = (_extra_exponent(q_chunk, u, extra_lse) - base).exp2_().unsqueeze(-1)
+        weights = exponents.exp2_()
+        dout_delta = _columns(dout_chunk, delta)
+        sums += weights.transpose(-1, -2) @ dout_delta
+        dexponents = (dout_delta @ values_1).mul_(weights)
+        dq_chunk = dexponents @ omega_1
         if extra is not None:
-            extra_weight = extra.sub_(base).exp_()
-            dextra_values += (extra_weight * dout_chunk).sum(-2)
-            dextra = ((dout_chunk * extra_values.unsqueeze(-2)).sum(-1, keepdim=True) - delta) * extra_weight
+            dextra_values += (extra * dout_chunk).sum(-2)
+            dextra = extra * (dout_chunk @ extra_values.unsqueeze(-1) - delta.unsqueeze(-1))
             dextra_lse += dextra.sum((-1, -2))
             dq_chunk += dextra * scale * q_chunk
-        dq[:, :, chunk] = dq_chunk.to(q.dtype)
-    return dq, dvalues, dlse, dextra_values, dextra_lse
+        dq[:, :, chunk] = dq_chunk
+    dvalues = sums[..., :-1].contiguous()
+    return dq, dvalues, (dvalues * values).sum(-1) - sums[..., -1], dextra_values, dextra_lse

@@ -132,9 +132,7 @@ def performer_read_backward(
     With p = softmax_m: dvalues_m = sum_i p_im dout_i, ds_im = p_im dout_i (values_m - out_i), dlse_m = sum_i ds_im and
     dq_i = sum_m ds_im omega_m / D^(1/4). The maximum inside the extra exponent is a constant.
     """
-    return _implementation(backend).read_backward(
-        q, omega, values, lse, extra_values, extra_lse, out, out_lse, dout
-    )
+    return _implementation(backend).read_backward(q, omega, values, lse, extra_values, extra_lse, out, out_lse, dout)
 
 
 @performer_read_backward.register_fake
@@ -158,9 +156,7 @@ def _setup_read(ctx, inputs, output):
 
 def _read_autograd(ctx, dout, _):
     *saved, out, out_lse = ctx.saved_tensors
-    dq, dvalues, dlse, dextra_values, dextra_lse = performer_read_backward(
-        *saved, out, out_lse, dout, ctx.backend
-    )
+    dq, dvalues, dlse, dextra_values, dextra_lse = performer_read_backward(*saved, out, out_lse, dout, ctx.backend)
     if saved[-1] is None:
         return dq, None, dvalues, dlse, None, None, None
     return dq, None, dvalues, dlse, dextra_values, dextra_lse, None

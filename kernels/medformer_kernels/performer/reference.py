@@ -54,9 +54,7 @@ def orthogonal_features(
     if head_dim < 1:
         raise ValueError(f"orthogonal_features: head_dim={head_dim} must be at least 1")
     if heads is not None and heads < 1:
-        raise ValueError(
-            f"orthogonal_features: heads={heads} must be at least 1 (or None to share one omega)"
-        )
+        raise ValueError(f"orthogonal_features: heads={heads} must be at least 1 (or None to share one omega)")
     generator = torch.Generator(device=device or "cpu").manual_seed(seed)
     lead = () if heads is None else (heads,)
     blocks = -(-num_features // head_dim)
@@ -67,16 +65,12 @@ def orthogonal_features(
     directions, triangle = torch.linalg.qr(normal(blocks, head_dim, head_dim))
     # The sign of R's diagonal makes Q uniform over the orthogonal group (Mezzadri 2007).
     directions = directions * torch.sign(torch.diagonal(triangle, dim1=-2, dim2=-1)).unsqueeze(-2)
-    directions = directions.transpose(-1, -2).reshape(*lead, blocks * head_dim, head_dim)[
-        ..., :num_features, :
-    ]
+    directions = directions.transpose(-1, -2).reshape(*lead, blocks * head_dim, head_dim)[..., :num_features, :]
     lengths = normal(num_features, head_dim).norm(dim=-1, keepdim=True)
     return (directions * lengths).to(dtype).contiguous()
 
 
-def performer_features(
-    x: Float[Tensor, "B H N D"], omega: Float[Tensor, "*H M D"]
-) -> Float[Tensor, "B H N M"]:
+def performer_features(x: Float[Tensor, "B H N D"], omega: Float[Tensor, "*H M D"]) -> Float[Tensor, "B H N M"]:
     """Logarithm of the positive softmax features: omega x' - |x'|^2 / 2 with x' = x / D^(1/4).
 
     Without the 1/sqrt(M) and without a stabiliser, both of which cancel in the attention. Materialises

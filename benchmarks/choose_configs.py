@@ -1,0 +1,87 @@
+"""Choose tiles without a GPU: the largest that compile without a spill, within shared memory, onto the matrix unit.
+
+    python benchmarks/choose_configs.py performer --arch sm_90 --kernel state_bwd
+
+writes kernels/medformer_kernels/configs/<family>.json. Largest first is a rule of thumb (bytes read again fall with
+the tile), not a measurement; where a GPU is at hand, time the candidates instead and keep the winner.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+
+from medformer_kernels import _dispatch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from ahead_of_time import TARGETS, record
+from compile_cases import FAMILIES, WIDTHS
+
+# (block_m, block_n, num_warps, num_stages), best guess first
+CANDIDATES = [
+    (256, 64, 8, 3), (256, 32, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (64, 128, 8, 3), (64, 128, 8, 2),
+    (64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1),
+    (32, 32, 8, 1), (16, 32, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1),
+]  # fmt: skip
+
+
+def choose(family: str, kernel: str, arch: str, width: int, dtype: torch.dtype) -> dict[str, int]:
+    """The first candidate that fits in every variant (masked or not) of this kernel, width and dtype."""
+    cases = [case for case in FAMILIES[family].cases(widths=(width,)) if case.dtype == dtype]
+    for block_m, block_n, num_warps, num_stages in CANDIDATES:
+        entry = {"itemsize": dtype.itemsize, "width": width, "block_m": block_m, "block_n": block_n}
+        entry |= {"num_warps": num_warps, "num_stages": num_stages}
+        small = entry | {"block_m": 32, "block_n": 32, "num_stages": 1}  # the others in the same launch, made cheap
+        table = {name: {arch: [entry if name == kernel else small]} for name in cases[0].launches}
+        fits = True
+        for case in cases:
+            with patch.object(_dispatch, "load_configs", lambda _, table=table: table):
+                for compiled in record(arch, case.launches[kernel]):
+                    if compiled.kernel == f"{family}_{kernel}_kernel":
+                        on_matrix_unit = arch != "sm_90" or dtype == torch.float32 or compiled.matrix == "wgmma"
+                        fits &= compiled.fits and on_matrix_unit
+            if not fits:
+                break
+        if fits:
+            return entry
+    raise SystemExit(f"choose_configs: no candidate fits {family} {kernel} {arch} width {width} {dtype}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("family", choices=sorted(FAMILIES))
+    parser.add_argument("--arch", choices=sorted(TARGETS), action="append", help="default: all")
+    parser.add_argument("--kernel", action="append", help="configuration key; default: all")
+    arguments = parser.parse_args()
+    path = Path(_dispatch.__file__).parent / "configs" / f"{arguments.family}.json"
+    table = json.loads(path.read_text()) if path.exists() else {}
+    kernels = arguments.kernel or list(next(FAMILIES[arguments.family].cases()).launches)
+    for kernel, arch in itertools.product(kernels, arguments.arch or TARGETS):
+        entries = []
+        for width, dtype in itertools.product(WIDTHS, (torch.bfloat16, torch.float32)):
+            entries.append(choose(arguments.family, kernel, arch, width, dtype))
+            print(kernel, arch, entries[-1], flush=True)
+        table.setdefault(kernel, {})[arch] = entries
+        path.write_text(_dump(table))
+
+
+def _dump(table: dict) -> str:
+    """JSON with an entry a line."""
+    kernels = []
+    for kernel, archs in table.items():
+        rows = [
+            f'    "{arch}": [\n' + ",\n".join(f"      {json.dumps(entry)}" for entry in entries) + "\n    ]"
+            for arch, entries in archs.items()
+        ]
+        kernels.append(f'  "{kernel}": {{\n' + ",\n".join(rows) + "\n  }")
+    return "{\n" + ",\n".join(kernels) + "\n}\n"
+
+
+if __name__ == "__main__":
+    main()

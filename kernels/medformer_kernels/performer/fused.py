@@ -1,0 +1,308 @@
+"""Launches of the FAVOR+ kernels: tiles, slices, and the bytes and FLOP they come to.
+
+Cost, forward: 8 B H N M D FLOP and 2 B H N M exponentials; q, k, v and out pass through memory once, plus a float32 a
+query and the partial states of `Plan.slices`. Backward: 18 B H N M D FLOP, 4 B H N M exponentials (`cost` counts).
+
+Tested in Triton's interpreter (float32, float16) and compiled ahead of time for every tile shipped
+(`benchmarks/compile_report.py`). Not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from medformer_kernels import _dispatch
+from medformer_kernels._dispatch import Chip, chip_of, nearest_arch
+from medformer_kernels.performer.kernels import (
+    performer_merge_kernel,
+    performer_read_dq_kernel,
+    performer_read_dstate_kernel,
+    performer_read_fwd_kernel,
+    performer_state_bwd_kernel,
+    performer_state_fwd_kernel,
+)
+
+__all__ = ["Cost", "Plan", "costs", "launch_plan", "read", "read_backward", "state", "state_backward"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Tiles of one launch: `block_m` features x `block_n` tokens, the latter axis cut into `slices`."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    slice_length: int
+    slices: int
+
+
+def launch_plan(
+    kernel: str,
+    *,
+    chip: Chip,
+    num_features: int,
+    width: int,
+    itemsize: int,
+    tokens: int,
+    batch_heads: int,
+    with_max: bool = False,
+) -> Plan:
+    """How `kernel` ('state_fwd', 'read_fwd', 'read_dq', 'read_dstate', 'state_bwd') is launched.
+
+    `width` is the larger of D and Dv; `with_max` halves the features of a program, because the second maximum takes
+    the registers. Deterministic; the tiles come from configs/performer.json, which the compile report checks entry by
+    entry.
+    """
+    table = _dispatch.load_configs("performer")[kernel]
+    entries = table[nearest_arch(chip.arch, tuple(table))]
+    fitting = [e for e in entries if e["itemsize"] == itemsize and e["width"] >= _block(width)]
+    if not fitting:
+        widest = max(e["width"] for e in entries)
+        raise ValueError(f"performer_attention: head width {width} is above {widest}; use backend='torch'")
+    entry = min(fitting, key=lambda e: e["width"])
+    block_m = min(max(16, entry["block_m"] // (2 if with_max else 1)), _block(num_features))
+    block_n = entry["block_n"]
+    slices = 1
+    if kernel in ("state_fwd", "read_dstate"):
+        m_blocks = -(-num_features // block_m)
+        wanted = -(-2 * chip.units // (batch_heads * m_blocks))  # two programs a multiprocessor
+        slices = max(1, min(wanted, tokens // (8 * block_n)))  # and at least 8 tiles a program
+    slice_length = -(-tokens // slices)
+    slice_length = -(-slice_length // block_n) * block_n
+    return Plan(
+        block_m=block_m,
+        block_n=block_n,
+        num_warps=entry["num_warps"],
+        num_stages=entry["num_stages"],
+        slice_length=slice_length,
+        slices=max(1, -(-tokens // slice_length)),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What one launch does: operations, exponentials, and bytes to and from memory (omega and the like not counted:
+    M rows that every program finds in the cache)."""
+
+    flop: int
+    exponentials: int
+    bytes: int
+
+
+def costs(
+    *, chip: Chip, batch_heads: int, tokens: int, num_features: int, width: int, width_v: int, itemsize: int
+) -> dict[str, Cost]:
+    """Cost by kernel of a forward and a backward pass over N = S = `tokens`, from the launch plans themselves."""
+
+    def plan(kernel: str) -> Plan:
+        return launch_plan(
+            kernel,
+            chip=chip,
+            num_features=num_features,
+            width=max(width, width_v),
+            itemsize=itemsize,
+            tokens=tokens,
+            batch_heads=batch_heads,
+        )
+
+    rows = batch_heads * tokens
+    product, pair = 2 * rows * num_features, (width + width_v) * itemsize
+    partial = batch_heads * num_features * (width_v + 1) * 4
+    state_plan, dstate_plan = plan("state_fwd"), plan("read_dstate")
+    state_passes, dstate_passes = (-(-num_features // p.block_m) for p in (state_plan, dstate_plan))
+    merged = state_plan.slices + 1 if state_plan.slices > 1 else 0
+    result = {
+        "state_fwd": (width + width_v, 1, state_passes * rows * pair + state_plan.slices * partial),
+        "merge": (0, 0, merged * partial),
+        "read_fwd": (width + width_v, 1, rows * (pair + 4)),
+        "read_dq": (2 * width + width_v, 1, rows * (2 * pair + 8)),
+        "read_dstate": (width + width_v, 1, dstate_passes * rows * (pair + 8) + 2 * dstate_plan.slices * partial),
+        "state_bwd": (2 * (width + width_v), 1, rows * 2 * pair),
+    }
+    return {
+        kernel: Cost(flop=product * widths, exponentials=rows * num_features * exps, bytes=moved)
+        for kernel, (widths, exps, moved) in result.items()
+    }
+
+
+def _block(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
+def _plan(kernel: str, x: Tensor, omega: Tensor, width_v: int, with_max: bool = False) -> Plan:
+    batch, heads, tokens, width = x.shape
+    return launch_plan(
+        kernel,
+        chip=chip_of(x),
+        num_features=omega.shape[-2],
+        width=max(width, width_v),
+        itemsize=x.element_size(),
+        tokens=tokens,
+        batch_heads=batch * heads,
+        with_max=with_max,
+    )
+
+
+def _precision(x: Tensor) -> str:
+    """float32 products run as three tf32 products on NVIDIA (24 bits), exactly elsewhere."""
+    return "tf32x3" if x.dtype == torch.float32 and chip_of(x).arch.startswith("sm_") else "ieee"
+
+
+def _common(x: Tensor, width_v: int, plan: Plan) -> dict[str, Any]:
+    return {
+        "BLOCK_M": plan.block_m,
+        "BLOCK_D": _block(x.shape[-1]),
+        "BLOCK_DV": _block(width_v),
+        "PRECISION": _precision(x),
+        "num_warps": plan.num_warps,
+        "num_stages": plan.num_stages,
+    }
+
+
+def _omega_strides(omega: Tensor) -> tuple[int, int]:
+    return (omega.stride(0) if omega.ndim == 3 else 0), omega.stride(-2)
+
+
+def _packed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The M rows of a head as the matrix units take them; M x D numbers, so the copy costs nothing."""
+    return x.to(dtype).contiguous()
+
+
+def _mask_arguments(mask: Tensor | None, like: Tensor) -> tuple[Tensor, int, int]:
+    if mask is None:
+        return like, 0, 0
+    mask = mask.view(torch.uint8)
+    return mask, mask.stride(0), mask.stride(1)
+
+
+def state(
+    k: Tensor, v: Tensor, omega: Tensor, key_padding_mask: Tensor | None, with_max: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Key pass; see `ops.performer_state`."""
+    omega = _packed(omega, k.dtype)
+    (batch, heads, tokens, width), width_v, num_features = k.shape, v.shape[-1], omega.shape[-2]
+    plan = _plan("state_fwd", k, omega, width_v, with_max)
+    m_blocks = -(-num_features // plan.block_m)
+    part_values = k.new_empty((batch, heads, plan.slices, num_features, width_v), dtype=torch.float32)
+    part_lse = k.new_empty((batch, heads, plan.slices, num_features), dtype=torch.float32)
+    part_top = k.new_full((batch, heads, plan.slices, m_blocks), -math.inf, dtype=torch.float32)
+    mask, *mask_strides = _mask_arguments(key_padding_mask, k)
+    performer_state_fwd_kernel[(batch * heads * plan.slices * m_blocks,)](
+        k, v, omega, mask, part_values, part_lse, part_top,
+        *k.stride(), *v.stride(), *_omega_strides(omega), *mask_strides,
+        heads, tokens, num_features, width, width_v, plan.slice_length, plan.slices, width**-0.25,
+        BLOCK_S=plan.block_n, HAS_MASK=key_padding_mask is not None, WITH_MAX=with_max, **_common(k, width_v, plan),
+    )  # fmt: skip
+    top = part_top.amax((-1, -2))
+    if plan.slices == 1:
+        return part_values.squeeze(2), part_lse.squeeze(2), top
+    values, lse = torch.empty_like(part_values[:, :, 0]), torch.empty_like(part_lse[:, :, 0])
+    performer_merge_kernel[(batch * heads * -(-num_features // 32),)](
+        part_values, part_lse, values, lse, num_features, width_v, plan.slices,
+        BLOCK_M=32, BLOCK_DV=_block(width_v), num_warps=4,
+    )  # fmt: skip
+    return values, lse, top
+
+
+def read(
+    q: Tensor, omega: Tensor, values: Tensor, lse: Tensor, extra_values: Tensor | None, extra_lse: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Query pass; see `ops.performer_read`."""
+    omega, values, lse = _packed(omega, q.dtype), _packed(values, q.dtype), lse.contiguous()
+    (batch, heads, tokens, width), width_v = q.shape, values.shape[-1]
+    plan = _plan("read_fwd", q, omega, width_v)
+    out = q.new_empty((batch, heads, tokens, width_v))
+    out_lse = q.new_empty((batch, heads, tokens), dtype=torch.float32)
+    performer_read_fwd_kernel[(batch * heads * -(-tokens // plan.block_n),)](
+        q, omega, values, lse, *_extra_arguments(extra_values, extra_lse, lse), out, out_lse,
+        *q.stride(), *_omega_strides(omega), heads, tokens, omega.shape[-2], width, width_v, width**-0.25,
+        BLOCK_N=plan.block_n, HAS_EXTRA=extra_lse is not None, **_common(q, width_v, plan),
+    )  # fmt: skip
+    return out, out_lse
+
+
+def _extra_arguments(extra_values: Tensor | None, extra_lse: Tensor | None, unused: Tensor) -> tuple[Tensor, Tensor]:
+    if extra_values is None or extra_lse is None:
+        return unused, unused
+    return extra_values.contiguous(), extra_lse.contiguous()
+
+
+def read_backward(
+    q: Tensor,
+    omega: Tensor,
+    values: Tensor,
+    lse: Tensor,
+    extra_values: Tensor | None,
+    extra_lse: Tensor | None,
+    out: Tensor,
+    out_lse: Tensor,
+    dout: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dvalues, dlse, dextra_values, dextra_lse); see `ops.performer_read_backward`."""
+    omega, lse = _packed(omega, q.dtype), lse.contiguous()
+    (batch, heads, tokens, width), width_v, num_features = q.shape, values.shape[-1], omega.shape[-2]
+    dq, delta = torch.empty_like(q), torch.empty_like(out_lse)
+    extra_weight = torch.empty_like(out_lse) if extra_lse is not None else delta
+    plan = _plan("read_dq", q, omega, width_v)
+    performer_read_dq_kernel[(batch * heads * -(-tokens // plan.block_n),)](
+        q, omega, _packed(values, q.dtype), lse, *_extra_arguments(extra_values, extra_lse, lse),
+        out, out_lse, dout, dq, delta, extra_weight,
+        *q.stride(), *_omega_strides(omega), *dout.stride(), *dq.stride(),
+        heads, tokens, num_features, width, width_v, width**-0.25,
+        BLOCK_N=plan.block_n, HAS_EXTRA=extra_lse is not None, **_common(q, width_v, plan),
+    )  # fmt: skip
+    plan = _plan("read_dstate", q, omega, width_v)
+    part_dvalues = values.new_empty((batch, heads, plan.slices, num_features, width_v))
+    part_pdelta = values.new_empty((batch, heads, plan.slices, num_features))
+    performer_read_dstate_kernel[(batch * heads * plan.slices * -(-num_features // plan.block_m),)](
+        q, omega, lse, out_lse, dout, delta, part_dvalues, part_pdelta,
+        *q.stride(), *_omega_strides(omega), *dout.stride(),
+        heads, tokens, num_features, width, width_v, plan.slice_length, plan.slices, width**-0.25,
+        BLOCK_N=plan.block_n, **_common(q, width_v, plan),
+    )  # fmt: skip
+    dvalues = part_dvalues.sum(2)
+    dlse = (dvalues * values).sum(-1) - part_pdelta.sum(2)
+    if extra_values is None:
+        dextra_values, dextra_lse = torch.zeros_like(values[:, :, 0]), torch.zeros_like(lse[:, :, 0])
+    else:
+        weighted = (extra_weight.to(dout.dtype).unsqueeze(-2) @ dout).squeeze(-2).float()
+        dextra_values = weighted
+        dextra_lse = (weighted * extra_values).sum(-1) - (extra_weight * delta).sum(-1)
+    return dq, dvalues, dlse, dextra_values, dextra_lse
+
+
+def state_backward(
+    k: Tensor,
+    v: Tensor,
+    omega: Tensor,
+    key_padding_mask: Tensor | None,
+    values: Tensor,
+    lse: Tensor,
+    dvalues: Tensor,
+    dlse: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(dk, dv); see `ops.performer_state_backward`."""
+    omega, lse = _packed(omega, k.dtype), lse.contiguous()
+    (batch, heads, tokens, width), width_v = k.shape, v.shape[-1]
+    shift = dlse - (dvalues * values).sum(-1)
+    unit = torch.maximum(dvalues.abs().amax((-1, -2)), shift.abs().amax(-1))
+    unit = unit.masked_fill(unit == 0, 1).contiguous()
+    dvalues = _packed(dvalues / unit[..., None, None], k.dtype)
+    shift = (shift / unit.unsqueeze(-1)).contiguous()
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    plan = _plan("state_bwd", k, omega, width_v)
+    mask, *mask_strides = _mask_arguments(key_padding_mask, k)
+    performer_state_bwd_kernel[(batch * heads * -(-tokens // plan.block_n),)](
+        k, v, omega, mask, lse, dvalues, shift, unit, dk, dv,
+        *k.stride(), *v.stride(), *dk.stride(), *dv.stride(), *_omega_strides(omega), *mask_strides,
+        heads, tokens, omega.shape[-2], width, width_v, width**-0.25, float(min(8, max(0, tokens.bit_length() - 1))),
+        BLOCK_S=plan.block_n, HAS_MASK=key_padding_mask is not None, **_common(k, width_v, plan),
+    )  # fmt: skip
+    return dk, dv

@@ -1,0 +1,382 @@
+"""The Triton kernels of FAVOR+; `fused` launches them, `ops` derives what they compute.
+
+H heads, N queries, S keys, M features, D and DV widths. A program owns the named block of one head:
+
+    performer_state_fwd_kernel    BLOCK_M features over one slice of the keys: reads K, V once
+    performer_merge_kernel        BLOCK_M features: merges the slices, as flash decoding merges its splits
+    performer_read_fwd_kernel     BLOCK_N queries, walking over the features: reads Q once
+    performer_read_dq_kernel      BLOCK_N queries: dQ, and delta = sum(dout * out) for the next
+    performer_read_dstate_kernel  BLOCK_M features over one slice of the queries: dvalues and dlse as partial sums
+    performer_state_bwd_kernel    BLOCK_S keys, walking over the features: dK, dV
+
+Features live in registers only. Products run on the matrix units in the dtype of q, k, v (float32 as three tf32
+products on NVIDIA), all else in float32, exponents in base 2. No atomics: equal inputs give equal bits.
+"""
+
+import triton
+import triton.language as tl
+
+# Lengths and slices never specialise a kernel: the first call on a new length compiles nothing.
+_RUNTIME = ["N", "S", "M", "slice_length", "slices"]
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _rows(pointer, row0, row_stride, offs_row, offs_col, col_stride, row_ok, col_ok):
+    """Tile of rows row0 + offs_row; the large part of the offset in 64 bits, the part inside the tile in 32."""
+    base = pointer + tl.cast(row0, tl.int64) * row_stride
+    mask = row_ok[:, None] & col_ok[None, :]
+    return tl.load(base + offs_row[:, None] * row_stride + offs_col[None, :] * col_stride, mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_rows(pointer, row0, row_stride, offs_row, offs_col, col_stride, row_ok, col_ok, x):
+    base = pointer + tl.cast(row0, tl.int64) * row_stride
+    mask = row_ok[:, None] & col_ok[None, :]
+    tl.store(
+        base + offs_row[:, None] * row_stride + offs_col[None, :] * col_stride,
+        x.to(pointer.dtype.element_ty),
+        mask=mask,
+    )
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def performer_state_fwd_kernel(
+    K, V, OMEGA, MASK, VALUES, LSE, TOP,
+    k_stride_b, k_stride_h, k_stride_n, k_stride_d,
+    v_stride_b, v_stride_h, v_stride_n, v_stride_d,
+    omega_stride_h, omega_stride_m, mask_stride_b, mask_stride_n,
+    H, S, M, D, DV, slice_length, slices, scale,
+    BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HAS_MASK: tl.constexpr, WITH_MAX: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """values_m = sum_n softmax_n(e_mn) v_n and lse_m over the keys of one slice; e_mn = omega_m k'_n - |k'_n|^2 / 2."""
+    m_blocks = tl.cdiv(M, BLOCK_M)
+    pid = tl.program_id(0)
+    m0 = (pid % m_blocks) * BLOCK_M
+    slice_index = (pid // m_blocks) % slices
+    bh = pid // (m_blocks * slices)
+    b = (bh // H).to(tl.int64)
+    h = (bh % H).to(tl.int64)
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_s = tl.arange(0, BLOCK_S)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    m_ok = m0 + offs_m < M
+    K += b * k_stride_b + h * k_stride_h
+    V += b * v_stride_b + h * v_stride_h
+    # omega [BLOCK_M, BLOCK_D] stays on chip for the whole slice
+    omega = _rows(OMEGA + h * omega_stride_h, m0, omega_stride_m, offs_m, offs_d, 1, m_ok, offs_d < D)
+    exponent_scale = scale * _LOG2E
+    half_scale = scale * scale * 0.5 * _LOG2E
+
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    u_top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    start = slice_index * slice_length
+    end = tl.minimum(start + slice_length, S)
+    for s0 in range(start, end, BLOCK_S):
+        s_ok = s0 + offs_s < end
+        if HAS_MASK:
+            s_ok &= tl.load(MASK + b * mask_stride_b + (s0 + offs_s) * mask_stride_n, mask=s_ok, other=0) != 0
+        k = _rows(K, s0, k_stride_n, offs_s, offs_d, k_stride_d, s_ok, offs_d < D)  # [BLOCK_S, BLOCK_D]
+        v = _rows(V, s0, v_stride_n, offs_s, offs_dv, v_stride_d, s_ok, offs_dv < DV)  # [BLOCK_S, BLOCK_DV]
+        k32 = k.to(tl.float32)
+        shift = tl.where(s_ok, tl.sum(k32 * k32, 1) * -half_scale, float("-inf"))
+        u = tl.dot(omega, tl.trans(k), input_precision=PRECISION) * exponent_scale  # [BLOCK_M, BLOCK_S]
+        if WITH_MAX:
+            u_top = tl.maximum(u_top, tl.max(tl.where(s_ok[None, :], u, float("-inf")), 1))
+        e = u + shift[None, :]
+        new_top = tl.maximum(top, tl.max(e, 1))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        p = tl.exp2(e - base[:, None])
+        decay = tl.exp2(top - base)
+        total = total * decay + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+        top = new_top
+    out = (bh.to(tl.int64) * slices + slice_index) * M
+    values = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    _store_rows(VALUES + out * DV, m0, DV, offs_m, offs_dv, 1, m_ok, offs_dv < DV, values)
+    tl.store(LSE + out + m0 + offs_m, (top + tl.log2(total)) / _LOG2E, mask=m_ok)
+    if WITH_MAX:
+        u_top = tl.max(tl.where(m_ok, u_top, float("-inf")), 0)
+        tl.store(TOP + pid.to(tl.int64), u_top / _LOG2E)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def performer_merge_kernel(
+    PART_VALUES, PART_LSE, VALUES, LSE, M, DV, slices, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr
+):
+    """lse = log sum_s exp(lse_s); values = sum_s exp(lse_s - lse) values_s: the slices of one head."""
+    m_blocks = tl.cdiv(M, BLOCK_M)
+    pid = tl.program_id(0)
+    bh = (pid // m_blocks).to(tl.int64)
+    m0 = (pid % m_blocks) * BLOCK_M
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    m_ok = m0 + offs_m < M
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    for s in range(0, slices):
+        part = (bh * slices + s) * M
+        lse = tl.load(PART_LSE + part + m0 + offs_m, mask=m_ok, other=float("-inf")) * _LOG2E
+        values = _rows(PART_VALUES + part * DV, m0, DV, offs_m, offs_dv, 1, m_ok, offs_dv < DV)
+        new_top = tl.maximum(top, lse)
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        decay = tl.exp2(top - base)
+        weight = tl.exp2(lse - base)
+        total = total * decay + weight
+        acc = acc * decay[:, None] + values * weight[:, None]
+        top = new_top
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    _store_rows(VALUES + bh * M * DV, m0, DV, offs_m, offs_dv, 1, m_ok, offs_dv < DV, acc)
+    tl.store(LSE + bh * M + m0 + offs_m, (top + tl.log2(total)) / _LOG2E, mask=m_ok)
+
+
+@triton.jit
+def _extra_exponent(q, u_top, extra_lse, scale):
+    """Exponent of the feature that holds the published epsilon, per query: |q'|^2 / 2 + max_m u + extra_lse."""
+    q32 = q.to(tl.float32)
+    return tl.sum(q32 * q32, 1) * (scale * scale * 0.5 * _LOG2E) + u_top + extra_lse * _LOG2E
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def performer_read_fwd_kernel(
+    Q, OMEGA, VALUES, LSE, EXTRA_VALUES, EXTRA_LSE, OUT, OUT_LSE,
+    q_stride_b, q_stride_h, q_stride_n, q_stride_d, omega_stride_h, omega_stride_m,
+    H, N, M, D, DV, scale,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HAS_EXTRA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out_i = sum_m softmax_m(omega_m q'_i + lse_m) values_m for BLOCK_N queries, and the log of its denominator."""
+    n_blocks = tl.cdiv(N, BLOCK_N)
+    pid = tl.program_id(0)
+    n0 = (pid % n_blocks) * BLOCK_N
+    bh = (pid // n_blocks).to(tl.int64)
+    b, h = bh // H, bh % H
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    n_ok = n0 + offs_n < N
+    q = _rows(Q + b * q_stride_b + h * q_stride_h, n0, q_stride_n, offs_n, offs_d, q_stride_d, n_ok, offs_d < D)
+    exponent_scale = scale * _LOG2E
+    OMEGA += h * omega_stride_h
+    VALUES += bh * M * DV
+    LSE += bh * M
+
+    top = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    u_top = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    for m0 in range(0, M, BLOCK_M):
+        m_ok = m0 + offs_m < M
+        omega = _rows(OMEGA, m0, omega_stride_m, offs_m, offs_d, 1, m_ok, offs_d < D)
+        values = _rows(VALUES, m0, DV, offs_m, offs_dv, 1, m_ok, offs_dv < DV)
+        lse = tl.load(LSE + m0 + offs_m, mask=m_ok, other=float("-inf")) * _LOG2E
+        u = tl.dot(q, tl.trans(omega), input_precision=PRECISION) * exponent_scale  # [BLOCK_N, BLOCK_M]
+        if HAS_EXTRA:
+            u_top = tl.maximum(u_top, tl.max(tl.where(m_ok[None, :], u, float("-inf")), 1))
+        e = u + lse[None, :]
+        new_top = tl.maximum(top, tl.max(e, 1))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        p = tl.exp2(e - base[:, None])
+        decay = tl.exp2(top - base)
+        total = total * decay + tl.sum(p, 1)
+        acc = tl.dot(p.to(q.dtype), values, acc * decay[:, None], input_precision=PRECISION)
+        top = new_top
+    if HAS_EXTRA:
+        extra = _extra_exponent(q, u_top, tl.load(EXTRA_LSE + bh), scale)
+        extra_values = tl.load(EXTRA_VALUES + bh * DV + offs_dv, mask=offs_dv < DV, other=0.0)
+        new_top = tl.maximum(top, extra)
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        decay = tl.exp2(top - base)
+        weight = tl.exp2(extra - base)
+        total = total * decay + weight
+        acc = acc * decay[:, None] + weight[:, None] * extra_values[None, :]
+        top = new_top
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    _store_rows(OUT + bh * N * DV, n0, DV, offs_n, offs_dv, 1, n_ok, offs_dv < DV, acc)
+    tl.store(OUT_LSE + bh * N + n0 + offs_n, (top + tl.log2(total)) / _LOG2E, mask=n_ok)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def performer_read_dq_kernel(
+    Q, OMEGA, VALUES, LSE, EXTRA_VALUES, EXTRA_LSE, OUT, OUT_LSE, DOUT, DQ, DELTA, EXTRA_WEIGHT,
+    q_stride_b, q_stride_h, q_stride_n, q_stride_d, omega_stride_h, omega_stride_m,
+    dout_stride_b, dout_stride_h, dout_stride_n, dout_stride_d,
+    dq_stride_b, dq_stride_h, dq_stride_n, dq_stride_d,
+    H, N, M, D, DV, scale,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HAS_EXTRA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq_i = sum_m ds_im omega_m / D^(1/4) with ds_im = p_im (dout_i values_m - delta_i), delta_i = dout_i out_i."""
+    n_blocks = tl.cdiv(N, BLOCK_N)
+    pid = tl.program_id(0)
+    n0 = (pid % n_blocks) * BLOCK_N
+    bh = (pid // n_blocks).to(tl.int64)
+    b, h = bh // H, bh % H
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    n_ok = n0 + offs_n < N
+    d_ok = offs_d < D
+    dv_ok = offs_dv < DV
+    q = _rows(Q + b * q_stride_b + h * q_stride_h, n0, q_stride_n, offs_n, offs_d, q_stride_d, n_ok, d_ok)
+    DOUT += b * dout_stride_b + h * dout_stride_h
+    dout = _rows(DOUT, n0, dout_stride_n, offs_n, offs_dv, dout_stride_d, n_ok, dv_ok)
+    out = _rows(OUT + bh * N * DV, n0, DV, offs_n, offs_dv, 1, n_ok, dv_ok)
+    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+    tl.store(DELTA + bh * N + n0 + offs_n, delta, mask=n_ok)
+    out_lse = tl.load(OUT_LSE + bh * N + n0 + offs_n, mask=n_ok, other=0.0) * _LOG2E
+    base = tl.where(out_lse == float("-inf"), 0.0, out_lse)
+    exponent_scale = scale * _LOG2E
+    OMEGA += h * omega_stride_h
+    VALUES += bh * M * DV
+    LSE += bh * M
+
+    acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    u_top = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    for m0 in range(0, M, BLOCK_M):
+        m_ok = m0 + offs_m < M
+        omega = _rows(OMEGA, m0, omega_stride_m, offs_m, offs_d, 1, m_ok, d_ok)
+        values = _rows(VALUES, m0, DV, offs_m, offs_dv, 1, m_ok, dv_ok)
+        lse = tl.load(LSE + m0 + offs_m, mask=m_ok, other=float("-inf")) * _LOG2E
+        u = tl.dot(q, tl.trans(omega), input_precision=PRECISION) * exponent_scale  # [BLOCK_N, BLOCK_M]
+        if HAS_EXTRA:
+            u_top = tl.maximum(u_top, tl.max(tl.where(m_ok[None, :], u, float("-inf")), 1))
+        p = tl.exp2(u + lse[None, :] - base[:, None])
+        dp = tl.dot(dout, tl.trans(values), input_precision=PRECISION)
+        ds = p * (dp - delta[:, None])
+        acc = tl.dot(ds.to(q.dtype), omega, acc, input_precision=PRECISION)
+    acc *= scale
+    if HAS_EXTRA:
+        extra_values = tl.load(EXTRA_VALUES + bh * DV + offs_dv, mask=dv_ok, other=0.0)
+        weight = tl.exp2(_extra_exponent(q, u_top, tl.load(EXTRA_LSE + bh), scale) - base)
+        tl.store(EXTRA_WEIGHT + bh * N + n0 + offs_n, weight, mask=n_ok)
+        ds_extra = weight * (tl.sum(dout.to(tl.float32) * extra_values[None, :], 1) - delta)
+        acc += (scale * scale) * ds_extra[:, None] * q.to(tl.float32)
+    DQ += b * dq_stride_b + h * dq_stride_h
+    _store_rows(DQ, n0, dq_stride_n, offs_n, offs_d, dq_stride_d, n_ok, d_ok, acc)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def performer_read_dstate_kernel(
+    Q, OMEGA, LSE, OUT_LSE, DOUT, DELTA, PART_DVALUES, PART_PDELTA,
+    q_stride_b, q_stride_h, q_stride_n, q_stride_d, omega_stride_h, omega_stride_m,
+    dout_stride_b, dout_stride_h, dout_stride_n, dout_stride_d,
+    H, N, M, D, DV, slice_length, slices, scale,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dvalues_m = sum_i p_im dout_i and sum_i p_im delta_i (for dlse_m = dvalues_m values_m - it), one slice."""
+    m_blocks = tl.cdiv(M, BLOCK_M)
+    pid = tl.program_id(0)
+    m0 = (pid % m_blocks) * BLOCK_M
+    slice_index = (pid // m_blocks) % slices
+    bh = (pid // (m_blocks * slices)).to(tl.int64)
+    b, h = bh // H, bh % H
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    m_ok = m0 + offs_m < M
+    Q += b * q_stride_b + h * q_stride_h
+    DOUT += b * dout_stride_b + h * dout_stride_h
+    omega = _rows(OMEGA + h * omega_stride_h, m0, omega_stride_m, offs_m, offs_d, 1, m_ok, offs_d < D)
+    lse = tl.load(LSE + bh * M + m0 + offs_m, mask=m_ok, other=float("-inf")) * _LOG2E
+    exponent_scale = scale * _LOG2E
+
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    pdelta = tl.zeros([BLOCK_M], tl.float32)
+    start = slice_index * slice_length
+    end = tl.minimum(start + slice_length, N)
+    for n0 in range(start, end, BLOCK_N):
+        n_ok = n0 + offs_n < end
+        q = _rows(Q, n0, q_stride_n, offs_n, offs_d, q_stride_d, n_ok, offs_d < D)
+        dout = _rows(DOUT, n0, dout_stride_n, offs_n, offs_dv, dout_stride_d, n_ok, offs_dv < DV)
+        out_lse = tl.load(OUT_LSE + bh * N + n0 + offs_n, mask=n_ok, other=float("inf")) * _LOG2E
+        base = tl.where(out_lse == float("-inf"), 0.0, out_lse)
+        delta = tl.load(DELTA + bh * N + n0 + offs_n, mask=n_ok, other=0.0)
+        u = tl.dot(omega, tl.trans(q), input_precision=PRECISION) * exponent_scale  # [BLOCK_M, BLOCK_N]
+        p = tl.exp2(u + lse[:, None] - base[None, :])
+        pdelta += tl.sum(p * delta[None, :], 1)
+        acc = tl.dot(p.to(q.dtype), dout, acc, input_precision=PRECISION)
+    part = (bh * slices + slice_index) * M
+    _store_rows(PART_DVALUES + part * DV, m0, DV, offs_m, offs_dv, 1, m_ok, offs_dv < DV, acc)
+    tl.store(PART_PDELTA + part + m0 + offs_m, pdelta, mask=m_ok)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def performer_state_bwd_kernel(
+    K, V, OMEGA, MASK, LSE, DVALUES, SHIFT, UNIT, DK, DV_OUT,
+    k_stride_b, k_stride_h, k_stride_n, k_stride_d,
+    v_stride_b, v_stride_h, v_stride_n, v_stride_d,
+    dk_stride_b, dk_stride_h, dk_stride_n, dk_stride_d,
+    dv_stride_b, dv_stride_h, dv_stride_n, dv_stride_d,
+    omega_stride_h, omega_stride_m, mask_stride_b, mask_stride_n,
+    H, S, M, D, DV, scale, weight_bits,
+    BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dv_n = sum_m p_mn dvalues_m; de_mn = p_mn (dvalues_m v_n + shift_m); dk = (omega^T de - k' sum_m de) / D^(1/4).
+
+    p is about 1/S and dvalues a sum over all queries: in float16 both leave its range. So p is scaled up by
+    2^weight_bits, dvalues and shift arrive divided by UNIT (their largest value in the head), and both are undone in
+    float32.
+    """
+    s_blocks = tl.cdiv(S, BLOCK_S)
+    pid = tl.program_id(0)
+    s0 = (pid % s_blocks) * BLOCK_S
+    bh = (pid // s_blocks).to(tl.int64)
+    b, h = bh // H, bh % H
+    offs_s = tl.arange(0, BLOCK_S)
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    s_in = s0 + offs_s < S
+    s_ok = s_in
+    d_ok = offs_d < D
+    dv_ok = offs_dv < DV
+    if HAS_MASK:
+        mask_row = MASK + b * mask_stride_b
+        s_ok &= tl.load(mask_row + (s0 + offs_s).to(tl.int64) * mask_stride_n, mask=s_in, other=0) != 0
+    K += b * k_stride_b + h * k_stride_h
+    k = _rows(K, s0, k_stride_n, offs_s, offs_d, k_stride_d, s_ok, d_ok)
+    v = _rows(V + b * v_stride_b + h * v_stride_h, s0, v_stride_n, offs_s, offs_dv, v_stride_d, s_ok, dv_ok)
+    k32 = k.to(tl.float32)
+    half = tl.sum(k32 * k32, 1) * (scale * scale * 0.5 * _LOG2E)
+    base = tl.where(s_ok, weight_bits - half, float("-inf"))
+    exponent_scale = scale * _LOG2E
+    OMEGA += h * omega_stride_h
+    LSE += bh * M
+    DVALUES += bh * M * DV
+    SHIFT += bh * M
+
+    dk = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_S, BLOCK_DV], tl.float32)
+    de_sum = tl.zeros([BLOCK_S], tl.float32)
+    for m0 in range(0, M, BLOCK_M):
+        m_ok = m0 + offs_m < M
+        omega = _rows(OMEGA, m0, omega_stride_m, offs_m, offs_d, 1, m_ok, d_ok)
+        dvalues = _rows(DVALUES, m0, DV, offs_m, offs_dv, 1, m_ok, dv_ok)
+        lse = tl.load(LSE + m0 + offs_m, mask=m_ok, other=float("inf")) * _LOG2E
+        lse = tl.where(lse == float("-inf"), float("inf"), lse)
+        shift = tl.load(SHIFT + m0 + offs_m, mask=m_ok, other=0.0)
+        u = tl.dot(k, tl.trans(omega), input_precision=PRECISION) * exponent_scale  # [BLOCK_S, BLOCK_M]
+        p = tl.exp2(u - lse[None, :] + base[:, None])
+        dv = tl.dot(p.to(k.dtype), dvalues, dv, input_precision=PRECISION)
+        de = p * (tl.dot(v, tl.trans(dvalues), input_precision=PRECISION) + shift[None, :])
+        de_sum += tl.sum(de, 1)
+        dk = tl.dot(de.to(k.dtype), omega, dk, input_precision=PRECISION)
+    unit = tl.load(UNIT + bh) * tl.exp2(-weight_bits)
+    # read again rather than held in registers through the loop
+    k32 = _rows(K, s0, k_stride_n, offs_s, offs_d, k_stride_d, s_ok, d_ok).to(tl.float32)
+    dk = (dk - k32 * (scale * de_sum)[:, None]) * (scale * unit)
+    DK += b * dk_stride_b + h * dk_stride_h
+    DV_OUT += b * dv_stride_b + h * dv_stride_h
+    _store_rows(DK, s0, dk_stride_n, offs_s, offs_d, dk_stride_d, s_in, d_ok, dk)
+    _store_rows(DV_OUT, s0, dv_stride_n, offs_s, offs_dv, dv_stride_d, s_in, dv_ok, dv * unit)

@@ -25,16 +25,25 @@ from compile_cases import FAMILIES, WIDTHS
 
 # (block_m, block_n, num_warps, num_stages), best guess first
 CANDIDATES = [
-    (256, 64, 8, 3), (256, 32, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (64, 128, 8, 3), (64, 128, 8, 2),
-    (64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1),
-    (32, 32, 8, 1), (16, 32, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1),
+    (256, 64, 8, 3), (256, 32, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (64, 128, 8, 3),
+    (64, 128, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2),
+    (32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1),
 ]  # fmt: skip
+
+
+def hopeless(kernel: str, width: int, itemsize: int, block_m: int, block_n: int, num_warps: int) -> bool:
+    """True where the accumulators and one tile alone overfill the registers: not worth a compilation."""
+    accumulators = {"state_fwd": block_m, "read_dstate": block_m, "state_bwd": 2 * block_n}.get(kernel, block_n)
+    values = accumulators * width + block_m * block_n * itemsize / 2
+    return values / (32 * num_warps) > 200
 
 
 def choose(family: str, kernel: str, arch: str, width: int, dtype: torch.dtype) -> dict[str, int]:
     """The first candidate that fits in every variant (masked or not) of this kernel, width and dtype."""
     cases = [case for case in FAMILIES[family].cases(widths=(width,)) if case.dtype == dtype]
     for block_m, block_n, num_warps, num_stages in CANDIDATES:
+        if hopeless(kernel, width, dtype.itemsize, block_m, block_n, num_warps):
+            continue
         entry = {"itemsize": dtype.itemsize, "width": width, "block_m": block_m, "block_n": block_n}
         entry |= {"num_warps": num_warps, "num_stages": num_stages}
         small = entry | {"block_m": 32, "block_n": 32, "num_stages": 1}  # the others in the same launch, made cheap

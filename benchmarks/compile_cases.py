@@ -13,8 +13,8 @@ from medformer_kernels.performer import default_num_features, fused
 
 __all__ = ["FAMILIES", "WIDTHS", "Case", "Family", "Floor"]
 
-WIDTHS = (32, 64, 128, 256)
-"""Head widths that have tiles of their own; others take the next one up."""
+WIDTHS = (64, 128, 256)
+"""Head widths that have tiles of their own; others take those of the next one up."""
 
 
 @dataclass(frozen=True, kw_only=True)

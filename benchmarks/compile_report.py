@@ -1,4 +1,4 @@
-"""What every shipped kernel compiles to, without a GPU: registers, spills, shared memory, matrix instruction, occupancy.
+"""What every shipped kernel compiles to, without a GPU: registers, spills, shared memory, matrix unit, occupancy.
 
     python benchmarks/compile_report.py                      # every family, chip, width and dtype
     python benchmarks/compile_report.py --arch sm_90 --width 64 --markdown report.md
@@ -99,7 +99,7 @@ def floor_table(floors: list[Floor]) -> str:
             f"{floor.planned_bytes / 1e9:.2f}", f"{floor.least_bytes / 1e9:.2f}",
             f"{floor.planned_bytes / floor.least_bytes:.2f}", f"{times[bound] * 1e3:.2f}", bound,
         ))  # fmt: skip
-    return table(header, rows)
+    return table(_FLOOR_COLUMNS, rows)
 
 
 def main() -> int:

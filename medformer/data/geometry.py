@@ -135,11 +135,11 @@ def _group_by_depth(
 def _fit_step(unique: np.ndarray, normal: np.ndarray, what: str) -> tuple[np.ndarray, np.ndarray, float]:
     depth = unique @ normal
     gaps = np.diff(depth)
-    typical = float(np.median(gaps))
-    ratio = gaps / typical
-    whole = np.round(ratio)
-    off_grid = np.abs(ratio - whole) > 0.1
-    if (whole >= 2).any() and not off_grid.any():
+    # With few slices left the median may fall between one gap and two: then the smallest is one step.
+    for typical in (float(np.median(gaps)), float(gaps.min())):
+        whole = np.round(gaps / typical)
+        if not ((whole >= 2).any() and (np.abs(gaps / typical - whole) <= 0.1).all()):
+            continue
         lost = [depth[i] + typical * j for i in np.flatnonzero(whole >= 2) for j in range(1, int(min(whole[i], 50)))]
         count = int((whole - 1).sum())
         named = ", ".join(f"{_place(unique, normal, depth, x)}" for x in lost[:3]) + (", ..." if count > 3 else "")

@@ -1,7 +1,8 @@
 """DINO: a student learns to match the sharpened, centred output of its own moving average.
 
 Source: Caron et al. 2021, "Emerging Properties in Self-Supervised Vision Transformers", algorithm 1 and appendix;
-facebookresearch/dino for what the paper leaves open. Differs: sizes and momentum default to small batches.
+facebookresearch/dino for what the paper leaves open. Differs: sizes and momentum default to small batches, and the
+centre starts at the mean of the first step's logits, not at 0, so that the loss starts near ln K and not below it.
 Axes: V views, T teacher (global) views, B scans, K prototypes.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -98,7 +100,9 @@ class DinoHead(nn.Module):
 class Student(nn.Module):
     """Backbone and head over views of several sizes: one backbone pass a size, one head pass for all."""
 
-    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+    head: DinoHead
+
+    def __init__(self, backbone: nn.Module, head: DinoHead) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
@@ -153,20 +157,25 @@ class DinoLoss(nn.Module):
                 "kl": loss.detach() - entropy,
                 "marginal": -(marginal * marginal.clamp_min(1e-30).log()).sum(),
             }
-            logits = teacher.flatten(0, 1)
-            pending = torch.cat([logits.sum(0), logits.new_tensor([float(len(logits))])])
-            self._pending = pending if self._pending is None else self._pending + pending
+            self.observe(teacher)
         return loss, stats
 
     @torch.no_grad()
-    def update_centre(self) -> None:
+    def observe(self, teacher: Float[Tensor, "T B K"]) -> None:
+        """Count these logits in the next move of the centre."""
+        logits = teacher.detach().float().flatten(0, 1)
+        pending = torch.cat([logits.sum(0), logits.new_tensor([float(len(logits))])])
+        self._pending = pending if self._pending is None else self._pending + pending
+
+    @torch.no_grad()
+    def update_centre(self, momentum: float | None = None) -> None:
         """Move the centre by everything seen since the last call, on all ranks."""
         if self._pending is None:
-            raise RuntimeError("DinoLoss.update_centre: no loss was computed since the last update")
+            raise RuntimeError("DinoLoss.update_centre: no logits were seen since the last update")
         pending, self._pending = self._pending, None
         if dist.is_initialized():
             dist.all_reduce(pending)
-        self.centre.lerp_(pending[:-1] / pending[-1], 1 - self.centre_momentum)
+        self.centre.lerp_(pending[:-1] / pending[-1], 1 - (self.centre_momentum if momentum is None else momentum))
 
     def discard(self) -> None:
         """Forget the logits of a step that was skipped."""
@@ -179,9 +188,11 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
 
     Buffers (Performer's random features) are copied, not averaged: the mean of two random bases is no basis.
     """
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
-    for old, new in zip(teacher.buffers(), student.buffers(), strict=True):
-        old.copy_(new)
+    old: list[Tensor] = list(teacher.parameters())
+    new: list[Tensor] = list(student.parameters())
+    torch._foreach_lerp_(old, new, 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
+    for kept, fresh in zip(teacher.buffers(), student.buffers(), strict=True):
+        kept.copy_(fresh)
 
 
 class Dino(nn.Module):
@@ -209,6 +220,17 @@ class Dino(nn.Module):
     def momentum(self, step: int) -> float:
         return cosine(step, self.steps, self.config.momentum, 1.0)
 
+    @torch.no_grad()
+    def start(self, batches: Iterable[list[Float[Tensor, "N 1 Z Y X"]]]) -> None:
+        """Put the centre where the teacher is: `batches` holds the views of the first optimiser step.
+
+        From 0 the centre would need 1 / (1 - centre_momentum) steps to arrive, during which the loss measures
+        nothing but that.
+        """
+        for views in batches:
+            self.criterion.observe(self.teacher(views[0]).unflatten(0, (2, -1)))
+        self.criterion.update_centre(momentum=0.0)
+
     def loss(
         self, student: nn.Module, views: list[Float[Tensor, "N 1 Z Y X"]], step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -227,7 +249,8 @@ class Dino(nn.Module):
     def before_step(self, step: int) -> None:
         """After backward, before clipping and the optimiser: hold the prototypes still at the start."""
         if step < self.config.freeze_last:
-            self.student.head.prototypes.grad = None  # not zero: AdamW would still apply weight decay
+            # None, not zero: AdamW would still apply weight decay to a zero gradient.
+            self.student.head.prototypes.grad = None
 
     def after_step(self, step: int) -> None:
         """After the optimiser: move the centre and the teacher."""

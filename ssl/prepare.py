@@ -154,12 +154,13 @@ def _store(scan: Any, cache: Path) -> Stored:
     base = cache / _key(scan)
     sidecar = base.with_suffix(".json")
     if sidecar.exists():
-        values = json.loads(sidecar.read_text())
-        if Path(values["path"]).exists() and Path(values["path"]).parent == cache:
-            return Stored(
-                **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()} | {"name": scan.name}
-            )
-    volume = scan.read().canonical()
+        values: dict[str, Any] = json.loads(sidecar.read_text())
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        # The cache may have been moved, and a scan's name depends on the root it was found under.
+        values |= {"name": scan.name, "path": str(base.with_suffix(".npy"))}
+        if Path(values["path"]).exists():
+            return Stored(**values)
+    volume = scan.read()
     voxels = normalise(volume)
     if not np.isfinite(voxels).all():
         raise ScanError(f"{scan.name}: {int((~np.isfinite(voxels)).sum())} voxels are NaN or Inf; repair the file")
@@ -191,7 +192,6 @@ def _key(scan: Any) -> str:
     for file in scan.files:
         stat = os.stat(file)
         digest.update(f"|{Path(file).resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode())
-    digest.update(scan.name.encode())
     return digest.hexdigest()[:24]
 
 

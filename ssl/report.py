@@ -168,44 +168,57 @@ def attention_picture(
     weights = F.interpolate(weights[None, None], size=x.shape[2:], mode="trilinear", align_corners=False)[0, 0]
     attention = weights[tuple(slice(0, n) for n in voxels.shape)].cpu().numpy()
 
-    planes = [(0, "axial", "RLAP", True), (1, "coronal", "RLSI", True), (2, "sagittal", "APSI", True)]
     dark, bright = np.percentile(voxels, (1, 99.5))
-    top = max(float(np.percentile(attention, 99.5)), 1.01)
-    sizes_mm = np.array(voxels.shape) * np.array(scan.spacing_mm)
-    widths = [sizes_mm[2], sizes_mm[2], sizes_mm[1]]
-    heights = [sizes_mm[1], sizes_mm[0], sizes_mm[0]]
-    figure = Figure(figsize=(11, 7.6), facecolor="black")
+    top = max(float(np.percentile(attention, 99.8)), 1.2)
+    z_mm, y_mm, x_mm = (float(n * mm) for n, mm in zip(voxels.shape, scan.spacing_mm, strict=True))
+    planes = [
+        (0, "axial", "RLAP", x_mm, y_mm),
+        (1, "coronal", "RLSI", x_mm, z_mm),
+        (2, "sagittal", "APSI", y_mm, z_mm),
+    ]
+    # Laid out in millimetres, so that all planes have one scale: left edges, bottoms of the two rows, margins.
+    gap = 0.09 * max(x_mm, y_mm, z_mm)
+    row_mm = max(y_mm, z_mm)
+    width = 2 * x_mm + y_mm + 6.9 * gap
+    height = 2 * row_mm + 5.6 * gap
+    inches = 11.5 / max(width, height)
+    figure = Figure(figsize=(width * inches, height * inches), facecolor="black")
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(
-        2, 4, width_ratios=[*widths, 0.035 * sum(widths)], wspace=0.06, hspace=0.04,
-        left=0.03, right=0.93, top=0.86, bottom=0.05,
-    )  # fmt: skip
-    image = None
-    for column, (axis, title, letters, _) in enumerate(planes):
-        picture = np.take(voxels, at[axis], axis)[:, ::-1]  # x to the right becomes right on the left
+    shown = None
+    left = gap
+    for axis, title, letters, across, up in planes:
+        picture = np.take(voxels, at[axis], axis)[:, ::-1]  # x and y run to the right and the front: shown reversed
         heat = np.take(attention, at[axis], axis)[:, ::-1]
-        extent = (0.0, float(widths[column]), 0.0, float(heights[column]))
-        for row in range(2):
-            axes = figure.add_subplot(grid[row, column])
-            axes.imshow(picture, cmap="gray", vmin=dark, vmax=bright, origin="lower", extent=extent)
-            if row:
-                alpha = 0.65 * np.clip((heat - 1) / (top - 1), 0, 1)
-                image = axes.imshow(heat, cmap="inferno", vmin=0, vmax=top, alpha=alpha, origin="lower", extent=extent)
-            else:
-                axes.set_title(title, color="white", fontsize=11)
+        for row, bottom in enumerate((2 * gap + row_mm, gap)):
+            bottom += (row_mm - up) / 2
+            axes = figure.add_axes((left / width, bottom / height, across / width, up / height))
             axes.set_axis_off()
-            places = ((0.02, 0.5), (0.98, 0.5), (0.5, 0.98), (0.5, 0.02))
-            aligned = (("left", "center"), ("right", "center"), ("center", "top"), ("center", "bottom"))
-            for letter, (u, v), (ha, va) in zip(letters, places, aligned, strict=True):
-                axes.text(u, v, letter, transform=axes.transAxes, ha=ha, va=va, color="#9fd3ff", fontsize=10)
-    assert image is not None
-    bar = figure.colorbar(image, cax=figure.add_subplot(grid[1, 3]))
-    bar.set_label("attention, times the mean", color="white")
+            layout: dict[str, Any] = {"origin": "lower", "extent": (0.0, across, 0.0, up), "aspect": "auto"}
+            axes.imshow(picture, cmap="gray", vmin=dark, vmax=bright, interpolation="bicubic", **layout)
+            if row:
+                alpha = 0.7 * np.clip((heat - 1) / (top - 1), 0, 1) ** 0.7
+                shown = axes.imshow(heat, cmap="inferno", vmin=1, vmax=top, alpha=alpha, **layout)
+            sides = ((-0.25 * gap, up / 2), (across + 0.25 * gap, up / 2), (across / 2, up), (across / 2, 0.0))
+            for letter, (u, v), va in zip(letters, sides, ("center", "center", "bottom", "top"), strict=True):
+                axes.text(u, v, letter, ha="center", va=va, color="#8ecbff", fontsize=9)
+        middle_mm = (left + across / 2) / width
+        figure.text(middle_mm, (2.7 * gap + 2 * row_mm) / height, title, color="white", ha="center", fontsize=11)
+        left += across + 1.1 * gap
+    assert shown is not None
+    bar_mm = 10.0 * max(1, round(0.2 * x_mm / 10))
+    rule = figure.add_axes((gap / width, 0.45 * gap / height, bar_mm / width, 0.08 * gap / height), facecolor="white")
+    rule.set_xticks([])
+    rule.set_yticks([])
+    figure.text((1.3 * gap + bar_mm) / width, 0.33 * gap / height, f"{bar_mm / 10:.0f} cm", color="white", fontsize=9)
+    bar = figure.colorbar(shown, cax=figure.add_axes((left / width, gap / height, 0.35 * gap / width, row_mm / height)))
+    bar.set_label("attention, times its mean (clear at 1)", color="white")
     bar.ax.tick_params(colors="white")
     shape, spacing = "x".join(map(str, whole.shape)), " x ".join(f"{mm:.3g}" for mm in scan.spacing_mm)
-    figure.suptitle(f"{caption}: {scan.name}", color="white", fontsize=13, y=0.965)
+    cropped = "" if voxels.shape == whole.shape else f", middle {'x'.join(map(str, voxels.shape))} shown"
+    modality = "" if scan.modality == "unknown" else f"{scan.modality}, "
+    figure.text(0.5, 1 - 0.75 * gap / height, f"{caption}: {scan.name}", color="white", ha="center", fontsize=13)
     figure.text(
-        0.5, 0.905, f"{scan.modality}, {shape} voxels of {spacing} mm (zyx); class token's attention in the last "
-        "block, mean over heads", color="#bbbbbb", ha="center", fontsize=9,
+        0.5, 1 - 1.4 * gap / height, f"{modality}{shape} voxels of {spacing} mm (zyx){cropped}; below: attention of "
+        "the class token, last block, mean of heads", color="#bbbbbb", ha="center", fontsize=9,
     )  # fmt: skip
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110, facecolor="black"))

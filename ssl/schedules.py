@@ -65,10 +65,10 @@ def cosine(step: int, steps: int, start: float, end: float, *, warmup: int = 0) 
 
 
 def parameter_groups(module: nn.Module) -> list[dict]:
-    """Two AdamW groups: decayed, and not decayed (biases, norms, layer scales: every tensor of one dimension).
+    """Two AdamW groups: decayed, and not decayed (every bias and every tensor of one dimension: norms, layer scales).
 
-    Class token, registers and position tables have two dimensions or more and are decayed, as in DINO v1.
-    Source: facebookresearch/dino `get_params_groups`; DINOv3 excludes by name instead.
+    The rule is DINO v1's (facebookresearch/dino `get_params_groups`; DINOv3 excludes by name). With this backbone it
+    decays the register tokens and the table of positions, and leaves the class token alone, which is a vector here.
     """
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     plain = [p for name, p in named if p.ndim <= 1 or name.endswith(".bias")]
@@ -86,7 +86,8 @@ def clip_per_tensor(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
         return torch.zeros(())
-    norms = torch.stack(torch._foreach_norm(grads))
+    norms = torch.stack(torch._foreach_norm(grads))  # pyright: ignore[reportPrivateImportUsage]
     if limit > 0:
-        torch._foreach_mul_(grads, list((limit / (norms + 1e-6)).clamp(max=1.0).unbind()))
+        scales = (limit / (norms + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(grads, list(scales.unbind()))  # pyright: ignore[reportPrivateImportUsage]
     return norms.norm()

@@ -17,8 +17,9 @@ import sys
 import time
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -45,15 +46,17 @@ _PATIENCE = timedelta(days=2)
 class Stop:
     """Ctrl-C and SIGTERM ask for a checkpoint and an end; a second Ctrl-C ends at once."""
 
-    signal: int = 0
-
     def __init__(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._asked)
+        self.signal = 0
+        self._before = {n: signal.signal(n, self._asked) for n in (signal.SIGINT, signal.SIGTERM)}
 
     def _asked(self, number: int, _frame: object) -> None:
         self.signal = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -95,7 +98,10 @@ def _run(argv: list[str], rank: int, ranks: int) -> int:
     if rank == 0 and run is None:
         run = runs.new_run(config.out)
     stop = Stop()
-    code = train(config, prepared, run, state, device, rank, ranks, stop, say)
+    try:
+        code = train(config, prepared, run, state, device, rank, ranks, stop, say)
+    finally:
+        stop.restore()
     say(f"{report.duration(time.monotonic() - began)} in all")
     return code
 
@@ -142,7 +148,8 @@ def _prepare(config: TrainConfig, cache: Path, rank: int, ranks: int) -> Prepare
         except UserError as error:
             result = [error]
     if ranks > 1:
-        dist.broadcast_object_list(result, src=0, group=dist.new_group(timeout=_PATIENCE, backend="gloo"))
+        patient = dist.new_group(timeout=_PATIENCE, backend="gloo")
+        dist.broadcast_object_list(result, src=0, group=cast(dist.ProcessGroup, patient))
     if isinstance(result[0], UserError):
         raise result[0]
     return result[0]
@@ -199,12 +206,15 @@ def train(
         say = meter.say
     watch = CollapseWatch(config.dino.prototypes)
     workers = config.workers if config.workers is not None else 4 if device.type == "cuda" else 0
-    batches = iter(
-        loader(
-            crops, first=first, steps=config.steps, accumulate=config.accumulate, batch=config.batch_size,
-            rank=rank, ranks=ranks, workers=workers, pin=device.type == "cuda",
-        )
+    feed = partial(
+        loader, crops, accumulate=config.accumulate, batch=config.batch_size, rank=rank, ranks=ranks,
+        pin=device.type == "cuda",
     )  # fmt: skip
+    autocast = partial(torch.autocast, device.type, _DTYPES[config.precision], enabled=config.precision != "fp32")
+    if state is None:
+        with autocast():
+            method.start(render(plans, config.views, device) for plans in feed(first=0, steps=1))
+    batches = iter(feed(first=first, steps=config.steps, workers=workers))
     saved = first
     clock = time.monotonic()
 
@@ -235,7 +245,7 @@ def train(
             views = render(next(batches), config.views, device)
             last = micro == config.accumulate - 1
             with student.no_sync() if ranks > 1 and not last else nullcontext():  # type: ignore[operator]
-                with torch.autocast(device.type, _DTYPES[config.precision], enabled=config.precision != "fp32"):
+                with autocast():
                     loss, parts = method.loss(student, views, step)
                 scaler.scale(loss / config.accumulate).backward()
             values = [loss.detach(), parts["entropy"], parts["kl"], parts["marginal"]]

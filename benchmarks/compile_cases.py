@@ -65,7 +65,7 @@ def performer_cases(*, widths: tuple[int, ...] = WIDTHS, tokens: int = 262_144) 
             fused.read_backward(x, omega, values, lse, *extra, x, row, x)
 
         return Case(
-            name=f"D={width} M={num_features} {str(dtype)[6:]}{' mask eps' if full else ''}",
+            name=f"D={width} M={num_features} {str(dtype)[6:]} {'mask eps' if full else 'plain'}",
             width=width,
             dtype=dtype,
             launches={

@@ -79,17 +79,6 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def floor_table(floors: list[Floor]) -> str:
-    header = (
-        "family, shape",
-        "pass",
-        "GFLOP",
-        "G exp",
-        "GB planned",
-        "GB least",
-        "planned/least",
-        "floor ms",
-        "bound by",
-    )
     rows = []
     for floor in floors:
         times = {"FLOP": floor.flop / 790e12, "bytes": floor.least_bytes / 4.3e12, "exp": floor.exponentials / 3.9e12}
@@ -107,6 +96,7 @@ def main() -> int:
     parser.add_argument("--family", choices=sorted(FAMILIES), action="append", help="default: all")
     parser.add_argument("--arch", choices=sorted(TARGETS), action="append", help="default: all")
     parser.add_argument("--width", type=int, choices=WIDTHS, action="append", help="head width; default: all")
+    parser.add_argument("--case", default="", help="only cases whose name contains this")
     parser.add_argument("--markdown", type=Path, help="also write the tables to this file")
     arguments = parser.parse_args()
     families = {name: FAMILIES[name] for name in arguments.family or FAMILIES}
@@ -114,6 +104,7 @@ def main() -> int:
         (name, case, arch)
         for name, family in families.items()
         for case in family.cases(widths=tuple(arguments.width or WIDTHS))
+        if arguments.case in case.name
         for arch in arguments.arch or TARGETS
     ]
     rows, problems = [], []

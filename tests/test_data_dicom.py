@@ -578,6 +578,18 @@ class TestWriting:
         assert again.voxels.dtype == np.uint16
         assert pydicom.dcmread(tmp_path / "s" / "0001.dcm").SOPClassUID == MRImageStorage
 
+    def test_interrupted_writing_leaves_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*args: object, **kwargs: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(FileDataset, "save_as", fail)
+        volume = Volume(
+            voxels=np.zeros((1, 2, 2), np.int16), affine=np.eye(4), modality="CT", units="HU", notes=(), source="x"
+        )
+        with pytest.raises(KeyboardInterrupt):
+            write_dicom_series(volume, tmp_path / "s")
+        assert list(tmp_path.iterdir()) == []
+
     def test_a_folder_with_files_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "a").write_text("")
         volume = Volume(

@@ -198,7 +198,7 @@ def _describe(ds: FileDataset, path: str, problem: str | None) -> SliceFile:
         raise NotAnImage(f"{name}: colour image ({colour}), a scan is grey-scale")
     if "ModalityLUTSequence" in ds:
         raise ScanError(f"{name}: Modality LUT Sequence is not read; convert it to RescaleSlope and RescaleIntercept")
-    frames = _frame_headers(ds, name)
+    frames = _frame_headers(ds, modality, name)
     spacing = {f.spacing for f in frames}
     orientations = np.array([f.orientation for f in frames])
     if len(spacing) > 1 or np.ptp(orientations, axis=0).max() > 5e-4:
@@ -231,7 +231,7 @@ def _describe(ds: FileDataset, path: str, problem: str | None) -> SliceFile:
         intercepts=tuple(f.intercept for f in frames),
         hounsfield=hounsfield,
         notes=notes + ((f"{colour} kept as stored",) if colour == "MONOCHROME1" else ()),
-        split={tag: str(ds.get(tag)) for tag in SPLIT_TAGS if ds.get(tag) not in (None, "")},
+        split={tag: str(value) for tag in SPLIT_TAGS if (value := ds.get(tag)) not in (None, "")},
         problem=problem,
     )
 
@@ -248,7 +248,7 @@ class _FrameHeader:
     thickness: float | None
 
 
-def _frame_headers(ds: Dataset, name: str) -> list[_FrameHeader]:
+def _frame_headers(ds: Dataset, modality: str, name: str) -> list[_FrameHeader]:
     """Geometry and rescale of every frame; enhanced images keep them in functional groups (PS3.3 C.7.6.16)."""
     count = int(ds.get("NumberOfFrames") or 1)
     shared = _first(ds.get("SharedFunctionalGroupsSequence"))
@@ -258,12 +258,12 @@ def _frame_headers(ds: Dataset, name: str) -> list[_FrameHeader]:
             raise ScanError(
                 f"{name}: {count} frames without functional groups have no known places; convert it to one file a slice"
             )
-        return [_frame_header(name, [ds])]
+        return [_frame_header(name, modality, [ds])]
     groups = list(per_frame or [])
     if len(groups) != count:
         raise ScanError(f"{name}: {count} frames but {len(groups)} per-frame functional groups; the header is damaged")
     shared_parts = _parts(shared)
-    return [_frame_header(name, [*_parts(group), *shared_parts]) for group in groups]
+    return [_frame_header(name, modality, [*_parts(group), *shared_parts]) for group in groups]
 
 
 def _parts(group: Dataset | None) -> list[Dataset]:
@@ -282,7 +282,7 @@ def _first(sequence: Any) -> Dataset | None:
     return sequence[0] if sequence else None
 
 
-def _frame_header(name: str, parts: list[Dataset]) -> _FrameHeader:
+def _frame_header(name: str, modality: str, parts: list[Dataset]) -> _FrameHeader:
     def find(tag: str) -> Any:
         return next((part.get(tag) for part in parts if part.get(tag) not in (None, "")), None)
 
@@ -294,7 +294,8 @@ def _frame_header(name: str, parts: list[Dataset]) -> _FrameHeader:
         ("PixelSpacing", spacing, 2),
     ):
         if len(value) != length:
-            raise NotAnImage(
+            kind = ScanError if modality in {"CT", "MR", "PT"} else NotAnImage
+            raise kind(
                 f"{name}: {tag} is {'absent' if not value else 'malformed'}: a 2D image, or a scan without its geometry"
             )
     slope, intercept = find("RescaleSlope"), find("RescaleIntercept")
@@ -391,7 +392,7 @@ def _pixel_problem(ds: FileDataset, file: BinaryIO, end: int, size: int, name: s
         return f"{name}: compressed frame of {ds.Rows} x {ds.Columns}, at most {_MAX_FRAME_VOXELS:,} voxels are decoded"
     if not _decodable(syntax):
         return f"{name}: no decoder for {UID(syntax).name} ({syntax}); install them with: pip install -e '.[codecs]'"
-    if not _fragments_whole(file, start, size):
+    if not _fragments_whole(file, start, size, frames):
         return f"{name}: compressed pixel data is cut off; copy the file again"
     return None
 
@@ -414,14 +415,14 @@ def _decodable(syntax: str) -> bool:
         return False
 
 
-def _fragments_whole(file: BinaryIO, start: int, size: int) -> bool:
-    """Whether the chain of fragments (PS3.5 A.4) ends with its delimiter inside the file."""
+def _fragments_whole(file: BinaryIO, start: int, size: int, frames: int) -> bool:
+    """Whether the chain of fragments (PS3.5 A.4) ends with its delimiter in the file, with one a frame at least."""
     at, items = start, 0
     while at + 8 <= size:
         file.seek(at)
         group, element, length = struct.unpack("<HHL", file.read(8))
         if (group, element) == (0xFFFE, 0xE0DD):
-            return items >= 2
+            return items > frames
         if (group, element) != (0xFFFE, 0xE000) or length == 0xFFFFFFFF:
             return False
         at, items = at + 8 + length, items + 1

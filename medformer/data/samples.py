@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
+import uuid
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -56,7 +56,7 @@ def _phantoms(cache: Path) -> Path:
     if target.is_dir():
         return target
     cache.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=cache, prefix=".draft-"))
+    draft = cache / f".draft-{uuid.uuid4().hex}"
     try:
         for seed in _PHANTOM_SEEDS:
             write_dicom_series(make_phantom(seed), draft / f"phantom-{seed}")

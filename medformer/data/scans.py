@@ -137,7 +137,7 @@ def _only_frame(frame: int, name: str) -> None:
 
 def _read_folder(path: str, frame: int, modality: str | None) -> Volume:
     name = os.path.basename(os.path.abspath(path))
-    scans, skipped, seen = _index(path, 0, False)
+    scans, skipped, seen, series = _index(path, 0, False)
     broken = [s for s in skipped if s.refused]
     if len(scans) > 1 or (scans and broken):
         names = ", ".join(repr(s.name) for s in scans[:4]) + (", ..." if len(scans) > 4 else "")
@@ -149,7 +149,12 @@ def _read_folder(path: str, frame: int, modality: str | None) -> Volume:
         raise ScanError(broken[0].reason)
     if not scans:
         raise ScanError(f"{name}: no NIfTI or DICOM scan in this folder ({seen} files looked at){_why(skipped)}")
-    volume = scans[0].read(frame=frame, canonical=False, modality=modality)
+    if scans[0].kind == "dicom":
+        # Not Scan.read: every header was checked a moment ago.
+        _only_frame(frame, name)
+        volume = _read_series(series[0], name, path)
+    else:
+        volume = scans[0].read(frame=frame, canonical=False, modality=modality)
     dropped = [s for s in skipped if s.reason != _JUNK]
     notes = (*volume.notes, *(f"left out: {s.reason}" for s in dropped))
     return replace(volume, notes=notes, source=path)
@@ -160,12 +165,12 @@ def find_scans(root: str | os.PathLike[str], *, workers: int | None = None, prog
 
     workers: processes that read headers; None uses them from 4000 files on, 0 never. progress: show a bar.
     The order of scans and skipped is that of their names, the same on every run. Raises ScanError where
-    nothing readable is found. Links to folders are not followed.
+    nothing readable is found. Links to folders are not followed and hidden folders not searched.
     """
     root = os.fspath(root)
     if not os.path.exists(root):
         raise ScanError(f"find_scans: no folder {root!r}; point --data.root at the folder that holds the scans")
-    scans, skipped, seen = _index(root, workers, progress)
+    scans, skipped, seen, _ = _index(root, workers, progress)
     if not scans:
         raise ScanError(
             f"find_scans: no NIfTI or DICOM under {root!r} ({seen} files looked at{_why(skipped)}); point "
@@ -183,7 +188,7 @@ _JUNK = "not a scan"
 _Found = NiftiHeader | SliceFile | Skipped
 
 
-def _index(root: str, workers: int | None, progress: bool) -> tuple[list[Scan], list[Skipped], int]:
+def _index(root: str, workers: int | None, progress: bool) -> tuple[list[Scan], list[Skipped], int, list[_Series]]:
     paths = [root] if os.path.isfile(root) else _walk(root)
     base = os.path.dirname(root) if os.path.isfile(root) else root
     found = _probe_all(paths, workers, progress)
@@ -205,7 +210,8 @@ def _index(root: str, workers: int | None, progress: bool) -> tuple[list[Scan], 
         drafts.append((name, _scan(name, "dicom", files, part.files[0].modality, part.shape, spacing)))
     # Stable: scans of one folder stay in the order of their first file, repeats in that of their tag.
     drafts.sort(key=lambda d: d[0])
-    return _unique(drafts), sorted(skipped + refused, key=lambda s: (s.path, s.reason)), len(paths)
+    skipped = sorted(skipped + refused, key=lambda s: (s.path, s.reason))
+    return _unique(drafts), skipped, len(paths), series
 
 
 def _scan(
@@ -247,7 +253,7 @@ def _unique(drafts: list[tuple[str, Scan]]) -> list[Scan]:
 def _walk(root: str) -> list[str]:
     paths = []
     for folder, folders, files in os.walk(root):
-        folders.sort()
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
         paths += [os.path.join(folder, f) for f in sorted(files)]
     return paths
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -102,13 +102,12 @@ class Volume:
         # A qform cannot hold a shear: no qform is better than one that disagrees.
         image.set_qform(self.affine if rigid else None, code=1 if rigid else 0)
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(dir=target.parent, prefix=".tmp-", suffix=suffix)
-        os.close(handle)
+        draft = target.with_name(f".draft-{uuid.uuid4().hex}{suffix}")
         try:
             nib.save(image, draft)
             os.replace(draft, target)
         except BaseException:
-            Path(draft).unlink(missing_ok=True)
+            draft.unlink(missing_ok=True)
             raise
         return target
 

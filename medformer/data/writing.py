@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,9 @@ _STORAGE: dict[str, UID] = {"CT": CTImageStorage, "MR": MRImageStorage}
 
 
 def write_dicom_series(volume: Volume, folder: str | os.PathLike[str], *, patient_id: str = "PHANTOM") -> list[Path]:
-    """Write an integer CT or MR volume into an empty folder; `read_volume` of it gives the same voxels back.
+    """Write an integer CT or MR volume into a new or empty folder, whole or not at all.
+
+    `read_volume` of the folder gives the same voxels back.
 
     Slices run along the axis closest to the feet-head direction, rows to the patient's left and columns to the
     back where the volume is not oblique, as scanners write them. UIDs derive from the content and patient_id,
@@ -51,14 +55,11 @@ def write_dicom_series(volume: Volume, folder: str | os.PathLike[str], *, patien
     def uid(*parts: object) -> UID:
         return generate_uid(entropy_srcs=[digest, *(str(p) for p in parts)])
 
-    target.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for i, plane in enumerate(stored):
+    def write_slice(path: Path, i: int, plane: np.ndarray) -> None:
         meta = FileMetaDataset()
         meta.MediaStorageSOPClassUID = _STORAGE[volume.modality]
         meta.MediaStorageSOPInstanceUID = uid("slice", i)
         meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        path = target / f"{i + 1:04d}.dcm"
         ds = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
         ds.SOPClassUID, ds.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
         ds.ImageType = ["DERIVED", "SECONDARY", "AXIAL"]
@@ -85,8 +86,18 @@ def write_dicom_series(volume: Volume, folder: str | os.PathLike[str], *, patien
             ds.add_new((0x0028, 0x0120), "SS" if signed else "US", padding)
         ds.PixelData = np.ascontiguousarray(plane).tobytes()
         ds.save_as(path, enforce_file_format=True)
-        paths.append(path)
-    return paths
+
+    # Written beside and renamed: a killed run must not leave half a series that looks whole.
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f".draft-{uuid.uuid4().hex}")
+    draft.mkdir()
+    try:
+        for i, plane in enumerate(stored):
+            write_slice(draft / f"{i + 1:04d}.dcm", i, plane)
+        os.replace(draft, target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return [target / f"{i + 1:04d}.dcm" for i in range(len(stored))]
 
 
 def _encoding(voxels: np.ndarray, modality: str) -> tuple[bool, int, int]:

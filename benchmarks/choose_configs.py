@@ -11,17 +11,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import sys
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 
-from medformer_kernels import _dispatch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from ahead_of_time import TARGETS, record
 from compile_cases import FAMILIES, WIDTHS
+from medformer_kernels import _dispatch
 
 # (block_m, block_n, num_warps, num_stages), best guess first
 CANDIDATES = [

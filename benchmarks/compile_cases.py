@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from ahead_of_time import TARGETS
 
+from ahead_of_time import TARGETS
 from medformer_kernels.performer import default_num_features, fused
 
 __all__ = ["FAMILIES", "WIDTHS", "Case", "Family", "Floor"]

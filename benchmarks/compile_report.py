@@ -20,7 +20,6 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton does by de
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent))
 from ahead_of_time import TARGETS, Compiled, record
 from compile_cases import FAMILIES, WIDTHS, Case, Floor
 

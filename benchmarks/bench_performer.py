@@ -1,0 +1,179 @@
+"""FAVOR+ attention against performer-pytorch, exact attention, and on a GPU the other linear-attention kernels.
+
+Every implementation gets the same q, k, v and omega, and its output is checked before it is timed. Exact attention
+computes another function (what FAVOR+ estimates) and stands here for scale. What cannot run here is skipped.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from measuring import DEVICE, cpu_peak_memory_mib, peak_memory_mib
+from medformer_kernels import orthogonal_features, performer_attention, performer_attention_reference
+
+ON_GPU = DEVICE.type == "cuda"
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+HEADS, WIDTH, FEATURES = 8, 64, 256
+LENGTHS = (4096, 32_768, 262_144) if ON_GPU else (1024, 4096, 16_384)
+# Exact attention takes 340 ms at 262,144 tokens on an H200 and seconds at 16,384 on two cores.
+EXACT_LIMIT = 262_144 if ON_GPU else 4096
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def medformer(omega: Tensor) -> Attention:
+    return lambda q, k, v: performer_attention(q, k, v, omega)
+
+
+def performer_pytorch(omega: Tensor) -> Attention:
+    peer = pytest.importorskip("performer_pytorch", reason="pip install performer-pytorch")
+    attention = peer.FastAttention(WIDTH, nb_features=FEATURES, causal=False).to(DEVICE)
+    attention.projection_matrix = omega.to(DTYPE)
+    return attention
+
+
+def performer_pytorch_compiled(omega: Tensor) -> Attention:
+    if not ON_GPU:
+        pytest.skip("torch.compile of the peer is compared on a GPU")
+    return torch.compile(performer_pytorch(omega))
+
+
+def flash_bla_compiled_features(omega: Tensor) -> Attention:
+    """flash-bidirectional-linear-attention with the FAVOR+ feature map compiled in front of it."""
+    if not ON_GPU or importlib.util.find_spec("fbi_la") is None:
+        pytest.skip("flash-bidirectional-linear-attention (fbi_la) needs a GPU and its package")
+    from fbi_la.ops.linear_attn import attention as linear_attention  # pyright: ignore[reportMissingImports]
+
+    @torch.compile
+    def features(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+        x = x * WIDTH**-0.25
+        u = (x @ omega.to(x.dtype).T).float()
+        diagonal = x.float().square().sum(-1, keepdim=True) / 2
+        return ((u - diagonal - u.amax(dims, keepdim=True)).exp() + 1e-4).to(x.dtype)
+
+    return lambda q, k, v: linear_attention(features(q, (-1,)), features(k, (-1, -2)), v, scale=1.0)
+
+
+def sdpa_exact(omega: Tensor) -> Attention:
+    return F.scaled_dot_product_attention
+
+
+def xformers_exact(omega: Tensor) -> Attention:
+    if not ON_GPU or importlib.util.find_spec("xformers") is None:
+        pytest.skip("xformers needs a GPU and its package")
+    from xformers.ops import memory_efficient_attention  # pyright: ignore[reportMissingImports]
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+    return attention
+
+
+LINEAR = (medformer, performer_pytorch, performer_pytorch_compiled, flash_bla_compiled_features)
+EXACT = (sdpa_exact, xformers_exact)
+implementations = pytest.mark.parametrize("implementation", LINEAR + EXACT, ids=lambda f: f.__name__)
+lengths = pytest.mark.parametrize("tokens", LENGTHS, ids=lambda n: f"N{n}")
+
+
+def prepare(implementation: Callable[[Tensor], Attention], tokens: int) -> tuple[Attention, list[Tensor]]:
+    """The implementation, checked on 512 tokens against float64, and inputs of the full length."""
+    if implementation in EXACT and tokens > EXACT_LIMIT:
+        pytest.skip(f"exact attention over {tokens} tokens takes too long here")
+    torch.manual_seed(0)
+    omega = orthogonal_features(FEATURES, WIDTH, device=DEVICE)
+    attention = implementation(omega)
+    q, k, v = (torch.randn(1, HEADS, 512, WIDTH, device=DEVICE, dtype=DTYPE) for _ in range(3))
+    exact = [x.double() for x in (q, k, v)]
+    if implementation in EXACT:
+        expected = torch.softmax(exact[0] @ exact[1].transpose(-1, -2) * WIDTH**-0.5, -1) @ exact[2]
+    else:
+        expected = performer_attention_reference(
+            *exact, omega.double(), eps=0.0 if implementation is medformer else 1e-4
+        )
+    tolerance = 0.06 if torch.bfloat16 == DTYPE else 1e-4
+    with torch.no_grad():
+        torch.testing.assert_close(attention(q, k, v).double(), expected, rtol=tolerance, atol=tolerance)
+    inputs = [torch.randn(1, HEADS, tokens, WIDTH, device=DEVICE, dtype=DTYPE) for _ in range(3)]
+    return attention, inputs
+
+
+def floor_ms(tokens: int, products: int, exponentials: int, tensors: int) -> float | None:
+    """The floor of one H200 (790 TFLOP/s, 3.9 T exp/s, 4.3 TB/s), ms; none elsewhere."""
+    if not ON_GPU or "H200" not in torch.cuda.get_device_name():
+        return None
+    rows = HEADS * tokens
+    flop, moved = products * 2 * rows * FEATURES * WIDTH, tensors * rows * WIDTH * DTYPE.itemsize
+    return 1e3 * max(flop / 790e12, exponentials * rows * FEATURES / 3.9e12, moved / 4.3e12)
+
+
+def shape(tokens: int) -> str:
+    return f"B1 H{HEADS} N{tokens} D{WIDTH} M{FEATURES} {str(DTYPE)[6:]}"
+
+
+@lengths
+@implementations
+def bench_performer_forward(timed, implementation, tokens):
+    attention, inputs = prepare(implementation, tokens)
+
+    def forward() -> None:
+        with torch.no_grad():
+            attention(*inputs)
+
+    timed(forward, floor_ms=floor_ms(tokens, 4, 2, 4), shape=shape(tokens))
+
+
+@lengths
+@implementations
+def bench_performer_step(timed, implementation, tokens):
+    """Forward and backward."""
+    attention, inputs = prepare(implementation, tokens)
+    inputs = [x.requires_grad_() for x in inputs]
+    dout = torch.randn_like(inputs[2])
+
+    def step() -> None:
+        for x in inputs:
+            x.grad = None
+        attention(*inputs).backward(dout)
+
+    timed(step, floor_ms=floor_ms(tokens, 12, 4, 12), shape=shape(tokens))
+
+
+_MEMORY_SCRIPT = """
+import sys
+sys.path.insert(0, {benchmarks!r})
+import bench_performer as b, torch
+attention, inputs = b.prepare(b.{name}, {tokens})
+inputs = [x.requires_grad_() for x in inputs]
+dout = torch.randn_like(inputs[2])
+# measure
+attention(*inputs).backward(dout)
+"""
+
+
+@lengths
+@pytest.mark.parametrize("implementation", [medformer, performer_pytorch], ids=lambda f: f.__name__)
+def bench_performer_memory(timed, implementation, tokens):
+    """Peak memory of a forward and backward pass beyond the inputs, and that beyond outputs and gradients too."""
+    attention, inputs = prepare(implementation, tokens)
+    inputs = [x.requires_grad_() for x in inputs]
+    dout = torch.randn_like(inputs[2])
+
+    def step() -> None:
+        attention(*inputs).backward(dout)
+
+    if ON_GPU:
+        peak = peak_memory_mib(step)
+    else:
+        from pathlib import Path
+
+        script = _MEMORY_SCRIPT.format(
+            benchmarks=str(Path(__file__).parent), name=implementation.__name__, tokens=tokens
+        )
+        peak = cpu_peak_memory_mib(script)
+    kept = 4 * inputs[0].numel() * DTYPE.itemsize / 2**20  # out, dq, dk, dv
+    timed(step, shape=shape(tokens), peak_mib=round(peak, 1), beyond_outputs_mib=round(peak - kept, 1))

@@ -1,5 +1,11 @@
 """Fused Triton kernels for long sequences of tokens, each with a plain PyTorch reference beside it."""
 
+from medformer_kernels.nystrom import (
+    nystrom_attention,
+    nystrom_attention_reference,
+    nystrom_pinv,
+    nystrom_residual,
+)
 from medformer_kernels.performer import (
     default_num_features,
     orthogonal_features,
@@ -10,6 +16,10 @@ from medformer_kernels.performer import (
 
 __all__ = [
     "default_num_features",
+    "nystrom_attention",
+    "nystrom_attention_reference",
+    "nystrom_pinv",
+    "nystrom_residual",
     "orthogonal_features",
     "performer_attention",
     "performer_attention_reference",

@@ -1,0 +1,103 @@
+"""Nystrom attention on any device in plain PyTorch: two scaled-dot-product attentions around the small inverse.
+
+Differentiable by autograd. Nothing of size N x L exists where PyTorch's attention is fused (CPU, CUDA flash).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from medformer_kernels.nystrom.inverse import inverse_times
+from medformer_kernels.nystrom.landmarks import Cells, pool
+from medformer_kernels.nystrom.reference import depthwise_convolution, masked_softmax
+
+__all__ = ["attend", "composed", "landmarks"]
+
+
+def composed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cells: Cells,
+    q_landmarks: Tensor | None,
+    k_landmarks: Tensor | None,
+    conv_weight: Tensor | None,
+    key_padding_mask: Tensor | None,
+    pinv_iterations: int,
+    pinv_tolerance: float | None,
+) -> Tensor:
+    """See `nystrom_attention`."""
+    if q.dtype == torch.float16:
+        # The inverse of a nearly singular matrix and what it hands to the gradient leave the range of float16.
+        q_landmarks = None if q_landmarks is None else q_landmarks.float()
+        k_landmarks = None if k_landmarks is None else k_landmarks.float()
+        small = (cells, q_landmarks, k_landmarks, conv_weight, key_padding_mask, pinv_iterations, pinv_tolerance)
+        return composed(q.float(), k.float(), v.float(), *small).half()
+    key_valid = None
+    if key_padding_mask is not None:
+        padding = ~key_padding_mask[:, None, :, None]
+        # Not only weight 0: a masked key may hold anything, and 0 * nan is nan.
+        k, v = k.masked_fill(padding, 0), v.masked_fill(padding, 0)
+        key_valid = key_padding_mask[:, None, None]
+    q_landmarks, k_landmarks, valid = landmarks(q, k, cells, q_landmarks, k_landmarks, key_padding_mask)
+    if valid is not None:
+        valid = valid[:, None, None]
+    exact = torch.promote_types(q.dtype, torch.float32)
+    values = attend(q_landmarks, k, v, key_valid)
+    scores = (q_landmarks.to(exact) * q.shape[-1] ** -0.5) @ k_landmarks.to(exact).mT
+    a = masked_softmax(scores, None if valid is None else valid & valid.mT)
+    solved = inverse_times(a, values.to(exact), pinv_iterations, pinv_tolerance)
+    out = attend(q[:, :, cells.prefix :], k_landmarks, solved.to(q.dtype), valid)
+    if conv_weight is not None:
+        out = out + _convolution(v[:, :, cells.prefix :], conv_weight.to(v.dtype), cells.conv_grid or cells.grid)
+    return out if cells.prefix == 0 else torch.cat((values[:, :, : cells.prefix], out), 2)
+
+
+def landmarks(
+    q: Tensor,
+    k: Tensor,
+    cells: Cells,
+    q_landmarks: Tensor | None,
+    k_landmarks: Tensor | None,
+    key_padding_mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(q_landmarks, k_landmarks, which are landmarks (B, L) or None for all), those of the prefix first."""
+    if q_landmarks is None or k_landmarks is None:
+        q_landmarks, valid = pool(q, cells, key_padding_mask)
+        return q_landmarks, pool(k, cells, key_padding_mask)[0], valid
+    if cells.prefix == 0:
+        return q_landmarks, k_landmarks, None
+    q_landmarks = torch.cat((q[:, :, : cells.prefix], q_landmarks), 2)
+    k_landmarks = torch.cat((k[:, :, : cells.prefix], k_landmarks), 2)
+    if key_padding_mask is None:
+        return q_landmarks, k_landmarks, None
+    own = key_padding_mask[:, : cells.prefix]
+    return q_landmarks, k_landmarks, F.pad(own, (0, k_landmarks.shape[2] - cells.prefix), value=True)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v over the valid keys (broadcast to B, H, 1, S); 0 without any."""
+    width, width_v = q.shape[-1], v.shape[-1]
+    widest = max(width, width_v)
+    if width != width_v:  # fused only for equal widths; zeros change nothing
+        q, k, v = (F.pad(x, (0, widest - x.shape[-1])) for x in (q, k, v))
+    mask = empty = None
+    if key_valid is not None:
+        empty = ~key_valid.any(-1, keepdim=True)
+        mask = (key_valid | empty).expand(-1, -1, q.shape[2], -1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=width**-0.5)
+    if empty is not None:
+        out = out.masked_fill(empty, 0)
+    return out[..., :width_v]
+
+
+def _convolution(v: Tensor, weight: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """As `depthwise_convolution`, without moving the heads to the end where the kernel is that of a sequence."""
+    if grid[:2] == (1, 1):
+        return F.conv2d(
+            v, weight[:, weight.shape[1] // 2, weight.shape[2] // 2].unsqueeze(1).unsqueeze(-1),
+            padding=(weight.shape[3] // 2, 0), groups=weight.shape[0],
+        )  # fmt: skip
+    return depthwise_convolution(v, weight, grid)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import math
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,18 +39,20 @@ class DinoConfig:
     """Width of the L2-normalised layer before the prototypes [256]."""
     student_temp: float = 0.1
     """Temperature of the student's softmax [0.1]. Above 0."""
-    teacher_temp: float = 0.05
+    teacher_temp: float = 0.04
     """Temperature of the teacher's softmax after the warm-up [0.07; unstable above]. Above 0."""
     teacher_temp_start: float = 0.04
     """Temperature of the teacher's softmax at the first step [0.04]. Above 0."""
     teacher_temp_warmup: float = 0.3
     """Share of --steps over which the teacher's temperature moves linearly to teacher_temp [0.3]. 0 to 1."""
-    momentum: float = 0.98
+    momentum: float = 0.99
     """Share of itself that the teacher keeps at the first step; rises to 1 as a half cosine [0.996]. A teacher
-    remembers about 1 / (1 - momentum) steps: that must stay well below --steps, so short runs need a smaller value
-    and runs of 10,000 steps or more 0.99 to 0.9995 (the smaller the batch, the larger)."""
-    centre_momentum: float = 0.9
-    """Share of itself that the centre keeps each step [0.9]. 0 to 1."""
+    remembers about 1 / (1 - momentum) steps: that must stay well below --steps. Short runs on small batches need
+    about 0.99 (0.95 collapsed in tests), runs of 10,000 steps or more 0.996 to 0.9995 (the smaller the batch, the
+    larger)."""
+    centre_momentum: float = 0.8
+    """Share of itself that the centre keeps each step [0.9]. The faster the teacher, the faster its centre has to
+    be. 0 to 1."""
     freeze_last: int = 10
     """Steps at the start during which the prototypes do not move [one epoch]. 0 or more."""
 
@@ -221,14 +222,16 @@ class Dino(nn.Module):
         return cosine(step, self.steps, self.config.momentum, 1.0)
 
     @torch.no_grad()
-    def start(self, batches: Iterable[list[Float[Tensor, "N 1 Z Y X"]]]) -> None:
-        """Put the centre where the teacher is: `batches` holds the views of the first optimiser step.
+    def look(self, views: list[Float[Tensor, "N 1 Z Y X"]]) -> None:
+        """Show the teacher a micro-batch of the first optimiser step, before that step; then call `start`."""
+        self.criterion.observe(self.teacher(views[0]).unflatten(0, (2, -1)))
+
+    def start(self) -> None:
+        """Put the centre where the teacher is.
 
         From 0 the centre would need 1 / (1 - centre_momentum) steps to arrive, during which the loss measures
         nothing but that.
         """
-        for views in batches:
-            self.criterion.observe(self.teacher(views[0]).unflatten(0, (2, -1)))
         self.criterion.update_centre(momentum=0.0)
 
     def loss(

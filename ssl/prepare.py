@@ -23,10 +23,11 @@ from medformer.data import ScanError, find_scans, normalise, sample_scans
 from runs import UserError, write_whole
 from views import Plan, ViewsConfig, draw
 
-__all__ = ["Crops", "DataConfig", "Prepared", "Stored", "load", "loader", "prepare", "sample_scan", "step_samples"]
+__all__ = ["Crops", "DataConfig", "Prepared", "Stored", "load", "loader", "prepare", "sample_scan"]
 
 # Part of every cache key: raise it when what is stored changes.
 _VERSION = 1
+_JUNK = "not a scan"  # what find_scans says of a file that is none
 _POINTS = 2048  # places in the tissue kept for each scan
 
 
@@ -77,6 +78,8 @@ class Prepared:
     held_out: list[Stored]
     skipped: list[tuple[str, str]] = field(default_factory=list)
     """Name and reason of each scan left out."""
+    ignored: int = 0
+    """Files that are no scans at all."""
 
     def fingerprint(self) -> list[str]:
         """Names the training scans and their content, in order; a resumed run compares it."""
@@ -107,8 +110,13 @@ def prepare(
         index = sample_scans(cache / "samples") if config.root is None else find_scans(config.root)
     except ScanError as error:
         raise UserError(str(error)) from error
+    except OSError as error:  # the built-in scans write a few synthetic ones
+        raise UserError(
+            f"cannot write {error.filename or cache}: {error.strerror}; choose another --data.cache"
+        ) from error
     where = "the built-in scans" if config.root is None else f"--data.root {config.root}"
-    skipped = [(str(s.path), s.reason) for s in index.skipped]
+    skipped = [(s.path, s.reason) for s in index.skipped if s.reason != _JUNK]
+    ignored = len(index.skipped) - len(skipped)
     pad = config.small == "pad" or (config.small == "auto" and config.root is None)
     good: list[Stored] = []
     for scan in progress(index.scans):
@@ -125,7 +133,7 @@ def prepare(
     if not good:
         raise UserError(_nothing_left(where, skipped))
     held = _held_out(good, views, min(config.held_out, len(good) - 1), seed)
-    return Prepared(train=[s for s in good if s not in held], held_out=held, skipped=skipped)
+    return Prepared(train=[s for s in good if s not in held], held_out=held, skipped=skipped, ignored=ignored)
 
 
 def _nothing_left(where: str, skipped: list[tuple[str, str]]) -> str:
@@ -224,12 +232,6 @@ def _permutation(seed: int, epoch: int, scans: int) -> np.ndarray:
     return np.random.default_rng((seed, 2, epoch)).permutation(scans)
 
 
-def step_samples(step: int, accumulate: int, batch: int, ranks: int) -> range:
-    """Numbers of all samples of an optimiser step, over micro-batches and processes."""
-    size = accumulate * batch * ranks
-    return range(step * size, (step + 1) * size)
-
-
 @lru_cache(maxsize=64)
 def load(path: str) -> np.ndarray:
     """Memory map of a stored array; at most 64 stay open in a process."""
@@ -259,28 +261,24 @@ class Crops(Dataset[Plan]):
 
 
 class _Batches:
-    """Sample numbers of each micro-batch of one process, from a given step on."""
+    """Sample numbers of each micro-batch of one process: those of a step are consecutive over all of them."""
 
-    def __init__(self, first: int, steps: int, accumulate: int, batch: int, rank: int, ranks: int) -> None:
-        self.first, self.steps, self.accumulate, self.batch = first, steps, accumulate, batch
-        self.rank, self.ranks = rank, ranks
+    def __init__(self, steps: int, origin: int, accumulate: int, batch: int, rank: int, ranks: int) -> None:
+        self.starts = range(origin + rank * batch, origin + steps * accumulate * ranks * batch, ranks * batch)
+        self.batch = batch
 
     def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.first, self.steps):
-            samples = step_samples(step, self.accumulate, self.batch, self.ranks)
-            for micro in range(self.accumulate):
-                start = samples.start + (micro * self.ranks + self.rank) * self.batch
-                yield list(range(start, start + self.batch))
+        return (list(range(start, start + self.batch)) for start in self.starts)
 
     def __len__(self) -> int:
-        return (self.steps - self.first) * self.accumulate
+        return len(self.starts)
 
 
 def loader(
     crops: Crops,
     *,
-    first: int,
     steps: int,
+    origin: int = 0,
     accumulate: int,
     batch: int,
     rank: int = 0,
@@ -288,10 +286,10 @@ def loader(
     workers: int = 0,
     pin: bool = False,
 ) -> DataLoader[Plan]:
-    """Micro-batches of steps `first` to `steps`, in order, with any number of workers."""
+    """Micro-batches of `steps` optimiser steps from sample `origin` on, in order, with any number of workers."""
     return DataLoader(
         crops,
-        batch_sampler=_Batches(first, steps, accumulate, batch, rank, ranks),  # type: ignore[arg-type]
+        batch_sampler=_Batches(steps, origin, accumulate, batch, rank, ranks),  # type: ignore[arg-type]
         num_workers=workers,
         pin_memory=pin,
         worker_init_fn=_quiet_worker,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -28,9 +29,8 @@ class Meter:
 
     def __init__(self, total: int, done: int, scans_per_step: int, tty: bool | None = None) -> None:
         self.total, self.done, self.scans = total, done, scans_per_step
-        self.first = done
-        self.began = self.spoke = time.monotonic()
-        self.loss: float | None = None
+        self.before = self.spoke = time.monotonic()
+        self.loss = self.entropy = self.step_s = math.nan
         tty = sys.stdout.isatty() if tty is None else tty
         layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {postfix} [{elapsed}, {remaining} left]"
         self.bar = (
@@ -42,16 +42,17 @@ class Meter:
     def __call__(self, loss: float, entropy: float) -> None:
         """One step is done."""
         self.done += 1
-        self.loss = loss if self.loss is None else 0.9 * self.loss + 0.1 * loss
         now = time.monotonic()
-        pace = (self.done - self.first) / max(now - self.began, 1e-9)
-        figures = f"loss {self.loss:.3f}, teacher entropy {entropy:.2f}, {pace * self.scans:.1f} scans/s"
+        self.loss, self.entropy = _smooth(self.loss, loss, 0.1), _smooth(self.entropy, entropy, 0.1)
+        self.step_s = _smooth(self.step_s, max(now - self.before, 1e-9), 0.05)
+        self.before = now
+        figures = f"loss {self.loss:.3f}, teacher entropy {self.entropy:.2f}, {self.scans / self.step_s:.1f} scans/s"
         if self.bar is not None:
             self.bar.set_postfix_str(figures, refresh=False)
             self.bar.update()
         elif now - self.spoke >= _EVERY_S or self.done == self.total:
             self.spoke = now
-            left = duration((self.total - self.done) / pace)
+            left = duration((self.total - self.done) * self.step_s)
             print(f"step {self.done}/{self.total}: {figures}, {left} left", flush=True)
 
     def say(self, line: str) -> None:
@@ -64,6 +65,10 @@ class Meter:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def _smooth(old: float, new: float, share: float) -> float:
+    return new if math.isnan(old) else old + share * (new - old)
 
 
 def reading(scans: list[Any]) -> Iterable[Any]:
@@ -106,7 +111,9 @@ def describe(prepared: Prepared, builtin: bool, say: Callable[[str], None]) -> N
     if len(prepared.train) > _LISTED:
         say(f"  and {len(prepared.train) - _LISTED} more to train on")
     if prepared.skipped:
-        say(f"{len(prepared.skipped)} skipped (listed at the end)")
+        say(f"{len(prepared.skipped)} skipped, listed at the end")
+    if prepared.ignored:
+        say(f"{prepared.ignored} other files ignored")
 
 
 def list_skipped(skipped: list[tuple[str, str]], run: Path, say: Callable[[str], None]) -> None:
@@ -121,12 +128,12 @@ def list_skipped(skipped: list[tuple[str, str]], run: Path, say: Callable[[str],
         say(f"  and {len(skipped) - _LISTED} more, in {run / 'skipped.txt'}")
 
 
-def closing(run: Path, steps: int, say: Callable[[str], None]) -> None:
+def closing(run: Path, steps: int, picture: bool, say: Callable[[str], None]) -> None:
     """What the run left, and what to do with it."""
+    look = "\n  attention.png         where its class token looks in a scan" if picture else ""
     say(f"""\
 {run}/
-  backbone.safetensors  weights of the teacher's backbone
-  attention.png         where its class token looks in a scan
+  backbone.safetensors  weights of the teacher's backbone{look}
   config.yaml           every setting, ready for --config
   metrics.jsonl         one line a step; tensorboard/ has the same
   checkpoints/          the last two, to go on from

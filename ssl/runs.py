@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -132,7 +133,10 @@ def _naming(path: Path):
 
 
 def _cannot_write(path: Path, error: OSError) -> str:
-    way_out = "make room or point --out elsewhere" if error.errno in _FULL else "check the path and its permissions"
+    full = error.errno in _FULL
+    way_out = (
+        "make room there, or choose another --out or --data.cache" if full else "check the path and its permissions"
+    )
     return f"cannot write {path}: {error.strerror or error}; {way_out}"
 
 
@@ -210,7 +214,9 @@ class Metrics:
     def write(self, step: int, values: dict[str, float]) -> None:
         """`step` is the number of the step, from 0."""
         with _naming(self.path):
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            # JSON has no NaN: a skipped step's loss is null there.
+            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            self._file.write(json.dumps({"step": step, **finite}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 

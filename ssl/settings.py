@@ -21,7 +21,7 @@ from runs import UserError
 from schedules import OptimConfig
 from views import ViewsConfig
 
-__all__ = ["MAY_CHANGE", "TrainConfig", "as_dict", "changes", "parse", "to_yaml"]
+__all__ = ["MAY_CHANGE", "TrainConfig", "as_dict", "changes", "flat", "parse", "to_yaml"]
 
 # docstring_parse_attribute_docstrings: the text under each field becomes its flag's help.
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -35,13 +35,15 @@ class TrainConfig:
     """Self-supervised pretraining of a 3D backbone."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    model: BackboneConfig = field(default_factory=lambda: BackboneConfig(width=96, depth=4, heads=3))
+    model: BackboneConfig = field(
+        default_factory=lambda: BackboneConfig(width=96, depth=4, heads=3, patch_stride=6, patch_padding=1)
+    )
     views: ViewsConfig = field(default_factory=ViewsConfig)
     dino: DinoConfig = field(default_factory=DinoConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    steps: int = 200
+    steps: int = 300
     """Optimiser steps of the whole run; all schedules stretch over it. 1 or more."""
-    batch_size: int = 4
+    batch_size: int = 8
     """Scans in one forward pass of one process; each gives 2 global and --views.local_views local views."""
     accumulate: int = 1
     """Forward passes per optimiser step. Scans per step: batch_size x accumulate x processes."""
@@ -103,6 +105,7 @@ def _one_line(message: str, parser: argparse.ArgumentParser) -> str:
 def _parser() -> _Parser:
     parser = _Parser(
         prog="python ssl/train.py",
+        usage="python ssl/train.py [dino] [--config FILE] [--data.root DIR] [--resume RUN] [--steps N] ...",
         description="Pretrain a 3D backbone on unlabelled scans. Without arguments: a run of about two minutes on "
         "the scans that come with the dependencies. On your own: --data.root DIR.",
         epilog="Lists are written 24x32x32, 24,32,32 or [24, 32, 32]. "
@@ -122,7 +125,7 @@ def parse(argv: list[str], saved: dict[str, Any] | None = None) -> TrainConfig:
     """
     parser = _parser()
     if saved is not None:
-        parser.set_defaults(_flat(saved))
+        parser.set_defaults(flat(saved))
     argv = _readable(argv)
     try:
         values = parser.parse_args(argv).as_dict()
@@ -181,19 +184,19 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    result = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
+            result |= flat(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = value
-    return flat
+            result[prefix + name] = value
+    return result
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Settings that differ: dotted name to (old, new), without those a resumed run may change."""
-    a, b = _flat(old), _flat(new)
+    a, b = flat(old), flat(new)
     names = sorted(a.keys() | b.keys())
     return {n: (a.get(n), b.get(n)) for n in names if a.get(n) != b.get(n) and n not in MAY_CHANGE}
 

@@ -15,11 +15,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ import report
 import runs
 import settings
 from dino import CollapseWatch, Dino
-from prepare import Crops, Prepared, loader, prepare, sample_scan, step_samples
+from prepare import Crops, Prepared, loader, prepare, sample_scan
 from runs import UserError
 from schedules import clip_per_tensor, cosine, parameter_groups
 from settings import TrainConfig
@@ -41,6 +42,14 @@ from views import render
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Scans may take hours to read the first time; the other processes wait for the first one that long.
 _PATIENCE = timedelta(days=2)
+
+
+class Place(NamedTuple):
+    """Where this process runs, and among how many."""
+
+    device: torch.device
+    rank: int
+    ranks: int
 
 
 class Stop:
@@ -68,6 +77,10 @@ def main(argv: list[str] | None = None) -> int:
         if rank == 0:
             runs.complain(str(error))
         return error.code
+    except KeyboardInterrupt:  # before training began, or twice
+        if rank == 0:
+            runs.complain("stopped by Ctrl-C")
+        return 128 + signal.SIGINT
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -98,10 +111,9 @@ def _run(argv: list[str], rank: int, ranks: int) -> int:
     if rank == 0 and run is None:
         run = runs.new_run(config.out)
     stop = Stop()
-    try:
-        code = train(config, prepared, run, state, device, rank, ranks, stop, say)
-    finally:
-        stop.restore()
+    with ExitStack() as at_end:
+        at_end.callback(stop.restore)
+        code = train(config, prepared, run, state, Place(device, rank, ranks), stop, at_end)
     say(f"{report.duration(time.monotonic() - began)} in all")
     return code
 
@@ -116,6 +128,8 @@ def _merge(argv: list[str], state: dict[str, Any], say: Any) -> TrainConfig:
         raise UserError(f"--resume {config.resume} is of another model: {'; '.join(other)}; drop these or start anew")
     for name, (old, new) in changed.items():
         say(f"note: --{name} was {old} in this run and is {new} from here on")
+    if config.steps < state["step"]:
+        raise UserError(f"--steps {config.steps} is below the {state['step']} steps this run already has", 2)
     return config
 
 
@@ -160,13 +174,17 @@ def train(
     prepared: Prepared,
     run: Path | None,
     state: dict[str, Any] | None,
-    device: torch.device,
-    rank: int,
-    ranks: int,
+    place: Place,
     stop: Stop,
-    say: Any,
+    at_end: ExitStack,
 ) -> int:
-    """All of training. `run` is None in all but the first process; `state` is a checkpoint to go on from."""
+    """All of training; returns the exit code.
+
+    `run` is None in all but the first process; `state` is a checkpoint to go on from; `at_end` closes what is open
+    however this ends.
+    """
+    device, rank, ranks = place
+    say: Callable[[str], None] = _silent if run is None else print
     torch.manual_seed(config.seed)
     backbone = medformer.Backbone(config.model)
     method = Dino(backbone, config.model.width, config.dino, config.steps).to(device)
@@ -176,12 +194,12 @@ def train(
     )
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     crops = Crops(prepared.train, config.views, config.seed)
-    first, bad, bad_in_a_row = 0, 0, 0
+    first, sample, bad, bad_in_a_row = 0, 0, 0, 0
     if state is not None:
         method.load_state_dict(state["method"])
         optimiser.load_state_dict(state["optimiser"])
         scaler.load_state_dict(state["scaler"])
-        first, bad, bad_in_a_row = state["step"], state["bad"], state["bad_in_a_row"]
+        first, sample, bad, bad_in_a_row = (state[n] for n in ("step", "sample", "bad", "bad_in_a_row"))
         _compare_scans(state["scans"], prepared.fingerprint(), say)
     student: nn.Module = method.student
     if ranks > 1:
@@ -203,6 +221,8 @@ def train(
         runs.write_whole(run / "config.yaml", lambda file: file.write(settings.to_yaml(config).encode()))
         metrics = runs.Metrics(run, first)
         meter = report.Meter(config.steps, first, scans_per_step)
+        at_end.callback(metrics.close)
+        at_end.callback(meter.close)
         say = meter.say
     watch = CollapseWatch(config.dino.prototypes)
     workers = config.workers if config.workers is not None else 4 if device.type == "cuda" else 0
@@ -212,9 +232,12 @@ def train(
     )  # fmt: skip
     autocast = partial(torch.autocast, device.type, _DTYPES[config.precision], enabled=config.precision != "fp32")
     if state is None:
-        with autocast():
-            method.start(render(plans, config.views, device) for plans in feed(first=0, steps=1))
-    batches = iter(feed(first=first, steps=config.steps, workers=workers))
+        for plans in feed(steps=1):
+            views = render(plans, config.views, device)
+            with autocast():
+                method.look(views)
+        method.start()
+    batches = iter(feed(steps=config.steps - first, origin=sample, workers=workers))
     saved = first
     clock = time.monotonic()
 
@@ -226,7 +249,7 @@ def train(
         runs.save_checkpoint(run, step, {
             "format": "medformer-run-1", "step": step, "config": settings.as_dict(config),
             "method": method.state_dict(), "optimiser": optimiser.state_dict(), "scaler": scaler.state_dict(),
-            "scans": prepared.fingerprint(), "bad": bad, "bad_in_a_row": bad_in_a_row,
+            "scans": prepared.fingerprint(), "sample": sample, "bad": bad, "bad_in_a_row": bad_in_a_row,
         })  # fmt: skip
         saved = step
 
@@ -270,9 +293,10 @@ def train(
         optimiser.zero_grad(set_to_none=True)
 
         bad_in_a_row = 0 if usable else bad_in_a_row + 1
+        sample += scans_per_step
         if not usable:
             bad += 1
-            names = _names(prepared, config, step, ranks)
+            names = _names(prepared, config.seed, range(sample - scans_per_step, sample))
             say(f"WARNING: step {step} skipped, loss {mean_loss}, gradient norm {norm.item()}; scans: {names}")
             if bad_in_a_row >= config.max_bad_steps:
                 raise UserError(
@@ -302,14 +326,13 @@ def train(
 
     if meter is None or metrics is None or run is None:
         return 0 if step + 1 == config.steps else 128 + (stop.signal or signal.SIGTERM)
-    meter.close()
-    metrics.close()
+    at_end.pop_all().close()  # the bar, before anything is printed below it
     if step + 1 < config.steps:
         print(f"stopped after step {step + 1} of {config.steps}, saved; go on with: python ssl/train.py --resume {run}")
         return 128 + (stop.signal or signal.SIGTERM)
     if bad:
         print(f"{bad} steps were skipped because their loss or gradient was not finite (WARNING lines above)")
-    _finish(config, prepared, run, method, meter.loss)
+    _finish(config, prepared, run, method, None if math.isnan(meter.loss) else meter.loss)
     return 0
 
 
@@ -331,18 +354,16 @@ def _finish(config: TrainConfig, prepared: Prepared, run: Path, method: Dino, lo
     report.list_skipped(prepared.skipped, run, print)
     if loss is not None:
         print(f"loss {math.log(config.dino.prototypes):.3f} (ln K) -> {loss:.3f}")
-    report.closing(run, config.steps, print)
+    report.closing(run, config.steps, config.model.class_token, print)
 
 
 def _seed(*numbers: int) -> int:
     return int(np.random.SeedSequence((*numbers, 4)).generate_state(1, np.uint32)[0])
 
 
-def _names(prepared: Prepared, config: TrainConfig, step: int, ranks: int) -> str:
-    """The scans of a step, over all processes."""
-    count = len(prepared.train)
-    samples = step_samples(step, config.accumulate, config.batch_size, ranks)
-    names = sorted({prepared.train[sample_scan(config.seed, s, count)].name for s in samples})
+def _names(prepared: Prepared, seed: int, samples: range) -> str:
+    """The scans of some samples."""
+    names = sorted({prepared.train[sample_scan(seed, s, len(prepared.train))].name for s in samples})
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 

@@ -35,8 +35,8 @@ class ViewsConfig:
     """Voxels of each of the two global views: z,y,x, for instance 24x32x32. Scans below it are skipped or padded."""
     local_size: tuple[int, int, int] = (16, 16, 16)
     """Voxels of each local view: z,y,x."""
-    local_views: int = 4
-    """Local views of each scan (the two global ones come on top). 0 or more."""
+    local_views: int = 2
+    """Local views of each scan (the two global ones come on top) [8 in the paper, 2D]. 0 or more."""
     global_scale: tuple[float, float] = (0.75, 1.5)
     """In-plane zoom of the global views: voxels of the scan per voxel of the view, lowest and highest. Above 0."""
     local_scale: tuple[float, float] = (0.6, 1.2)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import dataclass
+from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 
@@ -19,3 +24,40 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """`ssl/train.py` on four tiny scans with a model of 0.03 M parameters: about a second a run."""
+
+    scans: Path
+    flags = (
+        "--model.width=24", "--model.depth=1", "--model.heads=2", "--model.patch_stride=8", "--model.patch_padding=0",
+        "--views.global_size=16x16x16", "--views.local_size=8x8x8", "--views.local_views=1", "--dino.prototypes=32",
+        "--dino.hidden=16", "--dino.bottleneck=8", "--batch_size=2", "--save_every=2", "--device=cpu",
+    )  # fmt: skip
+    script = Path(__file__).parents[1] / "ssl" / "train.py"
+
+    def arguments(self, out: Path, *flags: str) -> list[str]:
+        return [*self.flags, f"--data.root={self.scans}", f"--out={out}", *flags]
+
+    def __call__(self, out: Path, *flags: str) -> int:
+        import train  # not before TRITON_INTERPRET is set
+
+        return train.main(self.arguments(out, *flags))
+
+    def lines(self, run: Path) -> list[dict[str, float]]:
+        return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+    def losses(self, run: Path) -> list[float]:
+        return [line["loss"] for line in self.lines(run)]
+
+
+@pytest.fixture(scope="session")
+def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    root = tmp_path_factory.mktemp("trainer") / "scans"
+    root.mkdir()
+    for i in range(4):
+        voxels = np.random.default_rng(i).normal(100, 30, (20, 18, 22)).astype(np.float32)
+        nib.save(nib.Nifti1Image(voxels, np.diag([1.0, 1.5, 2.0, 1.0])), root / f"scan{i}.nii")
+    return Trainer(root)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +69,6 @@ def test_norm_of_a_gradient_with_nan_is_not_finite() -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("lr", 0.0), ("clip", -1.0), ("warmup", 1.5), ("weight_decay", -0.1)])
-def test_impossible_settings_name_their_flag(name: str, value: float) -> None:
+def test_impossible_settings_name_their_flag(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"--optim.{name} {value}"):
         OptimConfig(**{name: value})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,8 @@ from torch.utils.data import default_collate
 from views import Plan, ViewsConfig, draw, region_size, render, through_plane_axis
 
 CPU = torch.device("cpu")
-EVEN = {"global_scale": (1.0, 1.0), "local_scale": (1.0, 1.0), "through_plane_scale": (1.0, 1.0)}
-PLAIN = {"contrast": 0.0, "gamma": 0.0, "noise": 0.0, "blur": 0.0, "flip": (0.0, 0.0, 0.0)}
+EVEN: dict[str, Any] = {"global_scale": (1.0, 1.0), "local_scale": (1.0, 1.0), "through_plane_scale": (1.0, 1.0)}
+PLAIN: dict[str, Any] = {"contrast": 0.0, "gamma": 0.0, "noise": 0.0, "blur": 0.0, "flip": (0.0, 0.0, 0.0)}
 SMALL = ViewsConfig(global_size=(8, 10, 12), local_size=(5, 6, 4), local_views=3)
 
 
@@ -45,9 +47,7 @@ def test_a_sample_is_the_same_in_any_batch() -> None:
 
 
 def test_drawing_depends_on_the_seed_alone() -> None:
-    np.random.seed(1)
     first = plan(scan(), SMALL, 7)
-    np.random.seed(2)
     again, other = plan(scan(), SMALL, 7), plan(scan(), SMALL, 8)
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert not np.array_equal(first.boxes, other.boxes)
@@ -106,9 +106,7 @@ def test_through_plane_scale_follows_the_thickest_voxels() -> None:
     assert through_plane_axis((5.0, 0.7, 0.7)) == 0
     assert through_plane_axis((0.7, 0.7, 5.0)) == 2
     assert through_plane_axis((1.0, 1.05, 1.0)) == 0
-    config = ViewsConfig(
-        global_size=(8, 8, 8), local_views=0, global_scale=(2.0, 2.0), through_plane_scale=(1.0, 1.0)
-    )
+    config = ViewsConfig(global_size=(8, 8, 8), local_views=0, global_scale=(2.0, 2.0), through_plane_scale=(1.0, 1.0))
     p = plan(scan((40, 40, 40)), config, spacing=(0.7, 0.7, 5.0))
     assert p.boxes[0, 3:] == pytest.approx([16.0, 16.0, 8.0])
 
@@ -116,7 +114,7 @@ def test_through_plane_scale_follows_the_thickest_voxels() -> None:
 def test_crops_avoid_air() -> None:
     voxels = np.zeros((40, 40, 40), np.float16)
     voxels[28:36, 4:12, 28:36] = 1.0
-    sizes = {"global_size": (10, 10, 10), "local_size": (4, 4, 4), "local_views": 4}
+    sizes: dict[str, Any] = {"global_size": (10, 10, 10), "local_size": (4, 4, 4), "local_views": 4}
     shares = []
     for least in (0.5, 0.0):
         config = ViewsConfig(**sizes, **EVEN, **PLAIN, min_foreground=least)

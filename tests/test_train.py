@@ -1,0 +1,223 @@
+"""The trainer from its command line: what it leaves, what it refuses, and that gradient accumulation is exact."""
+
+from __future__ import annotations
+
+import math
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import dino
+import medformer
+import runs
+import settings
+import train
+from runs import UserError
+from settings import TrainConfig
+
+
+def test_a_run_leaves_everything_it_promises(trainer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    (trainer.scans / "broken.nii").write_bytes(b"broken" * 100)
+    try:
+        assert trainer(run, "--steps=3") == 0
+    finally:
+        (trainer.scans / "broken.nii").unlink()
+    said = capsys.readouterr().out
+    backbone = medformer.load(run / "backbone.safetensors")
+    assert backbone(torch.zeros(1, 1, 16, 16, 16)).shape == (1, 24)
+    assert (run / "attention.png").read_bytes().startswith(b"\x89PNG")
+    assert list((run / "tensorboard").iterdir())
+    assert [line["step"] for line in trainer.lines(run)] == [0, 1, 2]
+    assert {"loss", "teacher_entropy", "kl", "lr", "momentum", "teacher_temp"} <= trainer.lines(run)[0].keys()
+    assert [path.name for path in runs.checkpoints(run)] == ["step-00000002.pt", "step-00000003.pt"]
+    for words in ("held out", "1 skipped", "broken.nii", "ln K", f"--resume {run}", "medformer.load", "tensorboard"):
+        assert words in said
+    assert "broken.nii" in (run / "skipped.txt").read_text()
+    state = torch.load(runs.checkpoints(run)[-1], weights_only=True)
+    weights = {k.removeprefix("teacher.backbone."): v for k, v in state["method"].items() if "teacher.backbone" in k}
+    assert all(torch.equal(weights[name], value) for name, value in backbone.state_dict().items())
+
+
+def test_saved_config_is_a_config_file_for_the_same_run(trainer: Any, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert trainer(run, "--steps=1", "--optim.lr=0.002") == 0
+    config = settings.parse([f"--config={run / 'config.yaml'}"])
+    assert config.optim.lr == 0.002
+    assert config.views.global_size == (16, 16, 16)
+    assert settings.parse([*trainer.flags, f"--data.root={trainer.scans}", "--steps=1", "--optim.lr=0.002"]) == config
+    assert settings.parse([f"--config={run / 'config.yaml'}", "--steps=9"]).steps == 9
+
+
+def test_help_explains_every_flag_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    flat = settings.flat(settings.as_dict(TrainConfig()))
+    for name in flat:
+        entry = " ".join(text.split(f"  --{name} ", 1)[1].split("\n  --", 1)[0].split())
+        assert "default: " in entry, name
+        assert len(entry.split("(type")[0].split()) > 4, name
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (["--optm.lr=1"], 2, "unknown flag --optm.lr: did you mean --optim.lr?"),
+        (["--steps=many"], 2, "--steps"),
+        (["--steps=0"], 2, "--steps 0 must be at least 1"),
+        (["--views.global_size=16x16"], 2, "--views.global_size"),
+        (["--model.heads=5"], 2, "heads=5 must divide width=24"),
+        (["--model.dims=2"], 2, "takes 3D scans"),
+        (["--precision=fp16"], 2, "--precision fp16 needs a GPU"),
+        (["--device=gpu"], 2, "--device gpu"),
+        (["--config=nowhere.yaml"], 2, "nowhere.yaml"),
+        (["--resume=nowhere"], 2, "--resume nowhere: no such run"),
+        (["simclr"], 2, "simclr"),
+        (["--data.root=nowhere"], 1, "--data.root nowhere: no such folder"),
+        (["--views.global_size=99x16x16"], 1, "99x16x16"),
+    ],
+)
+def test_a_mistake_is_one_line_with_its_exit_code(
+    trainer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], code: int, words: str
+) -> None:
+    assert trainer(tmp_path / "run", *flags) == code
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert words in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_key_in_a_config_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"optim": {"learning_rate": 1.0}}))
+    assert train.main([f"--config={tmp_path / 'c.yaml'}"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "learning_rate" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(
+    trainer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert trainer(tmp_path / "run", "--steps=1") == 0
+    assert trainer(tmp_path / "run", "--steps=1") == 2
+    assert f"--resume {tmp_path / 'run'}" in capsys.readouterr().err
+
+
+def test_accumulated_micro_batches_train_like_one_batch(trainer: Any, tmp_path: Path) -> None:
+    assert trainer(tmp_path / "whole", "--steps=4", "--batch_size=4") == 0
+    assert trainer(tmp_path / "halves", "--steps=4", "--batch_size=2", "--accumulate=2") == 0
+    assert trainer.losses(tmp_path / "halves") == pytest.approx(trainer.losses(tmp_path / "whole"), rel=1e-5)
+    a, b = (medformer.load(tmp_path / name / "backbone.safetensors") for name in ("whole", "halves"))
+    for x, y in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("flags", [["--precision=bf16"], ["--checkpoint_activations"], ["--model.attention=softmax"]])
+def test_variants_train(trainer: Any, tmp_path: Path, flags: list[str]) -> None:
+    assert trainer(tmp_path / "run", "--steps=2", *flags) == 0
+    assert all(math.isfinite(loss) for loss in trainer.losses(tmp_path / "run"))
+
+
+def test_activation_checkpointing_changes_no_loss(trainer: Any, tmp_path: Path) -> None:
+    assert trainer(tmp_path / "plain", "--steps=2", "--model.drop_path=0.3", "--model.depth=2") == 0
+    flags = ("--steps=2", "--model.drop_path=0.3", "--model.depth=2", "--checkpoint_activations")
+    assert trainer(tmp_path / "again", *flags) == 0
+    assert trainer.losses(tmp_path / "plain") == trainer.losses(tmp_path / "again")
+
+
+def poisoned(monkeypatch: pytest.MonkeyPatch, steps: range) -> None:
+    real = dino.Dino.loss
+
+    def loss(self: dino.Dino, student: torch.nn.Module, views: list, step: int) -> tuple:
+        value, parts = real(self, student, views, step)
+        return (value * float("nan") if step in steps else value), parts
+
+    monkeypatch.setattr(dino.Dino, "loss", loss)
+
+
+def test_a_step_with_nan_touches_no_weight_and_is_counted(
+    trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poisoned(monkeypatch, range(1, 3))
+    assert trainer(tmp_path / "run", "--steps=4", "--save_every=1") == 0
+    said = capsys.readouterr().out
+    assert "step 1 skipped" in said
+    assert "scan" in said.split("step 1 skipped")[1].splitlines()[0]
+    assert "2 steps were skipped" in said
+    assert [line["loss"] is None for line in trainer.lines(tmp_path / "run")] == [False, True, True, False]
+    assert trainer.lines(tmp_path / "run")[-1]["skipped_steps"] == 2
+    backbone = medformer.load(tmp_path / "run" / "backbone.safetensors")
+    assert all(p.isfinite().all() for p in backbone.parameters())
+
+
+def test_too_many_bad_steps_end_the_run_naming_the_scans(
+    trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poisoned(monkeypatch, range(1, 99))
+    assert trainer(tmp_path / "run", "--steps=20", "--max_bad_steps=3", "--save_every=1") == 1
+    error = capsys.readouterr().err.strip()
+    assert "3 steps in a row" in error
+    assert "scan" in error.split("the last on ")[1]
+    assert len(error.splitlines()) == 1
+    assert runs.load_checkpoint(tmp_path / "run", print)[1]["step"] == 3  # the last one written before giving up
+
+
+def test_disk_full_while_saving_names_the_file_and_keeps_the_last_good_one(
+    trainer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert trainer(run, "--steps=2") == 0
+    good = (run / "checkpoints" / "step-00000002.pt").read_bytes()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(good) // 2, before[1]))
+    try:
+        code = train.main([f"--resume={run}", "--steps=4"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    error = capsys.readouterr().err.strip()
+    assert code == 1
+    assert len(error.splitlines()) == 1
+    assert f"cannot write {run / 'checkpoints' / 'step-00000004.pt'}" in error
+    assert "make room" in error
+    assert "step-00000002.pt is safe" in error
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000002.pt"]
+    assert (run / "checkpoints" / "step-00000002.pt").read_bytes() == good
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail(file: object) -> None:
+        file.write(b"new")  # type: ignore[attr-defined]
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="No space left on device; make room"):
+        runs.write_whole(path, fail)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_processes_train_like_one(trainer: Any, tmp_path: Path) -> None:
+    assert trainer(tmp_path / "one", "--steps=4", "--batch_size=4") == 0
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d",
+        "--rdzv-endpoint=localhost:0", str(trainer.script), *trainer.flags, f"--data.root={trainer.scans}",
+        f"--out={tmp_path / 'two'}", "--steps=4", "--batch_size=2",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("ln K") == 2  # said by the first process only, at the start and at the end
+    assert trainer.losses(tmp_path / "two") == pytest.approx(trainer.losses(tmp_path / "one"), rel=1e-5)
+    a, b = (medformer.load(tmp_path / name / "backbone.safetensors") for name in ("one", "two"))
+    for x, y in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)

@@ -135,13 +135,6 @@ def performer_merge_kernel(
     tl.store(LSE + bh * M + m0 + offs_m, (top + tl.log2(total)) / _LOG2E, mask=m_ok)
 
 
-@triton.jit
-def _extra_exponent(q, u_top, extra_lse, scale):
-    """Exponent of the feature that holds the published epsilon, per query: |q'|^2 / 2 + max_m u + extra_lse."""
-    q32 = q.to(tl.float32)
-    return tl.sum(q32 * q32, 1) * (scale * scale * 0.5 * _LOG2E) + u_top + extra_lse * _LOG2E
-
-
 @triton.jit(do_not_specialize=_RUNTIME)
 def performer_read_fwd_kernel(
     Q, OMEGA, VALUES, LSE, EXTRA_VALUES, EXTRA_LSE, OUT, OUT_LSE,
@@ -163,6 +156,10 @@ def performer_read_fwd_kernel(
     n_ok = n0 + offs_n < N
     q = _rows(Q + b * q_stride_b + h * q_stride_h, n0, q_stride_n, offs_n, offs_d, q_stride_d, n_ok, offs_d < D)
     exponent_scale = scale * _LOG2E
+    extra = tl.zeros([BLOCK_N], tl.float32)
+    if HAS_EXTRA:  # |q'|^2 / 2 + extra_lse; max_m u is added once it is known
+        q32 = q.to(tl.float32)
+        extra = tl.sum(q32 * q32, 1) * (scale * scale * 0.5 * _LOG2E) + tl.load(EXTRA_LSE + bh) * _LOG2E
     OMEGA += h * omega_stride_h
     VALUES += bh * M * DV
     LSE += bh * M
@@ -188,7 +185,7 @@ def performer_read_fwd_kernel(
         acc = tl.dot(p.to(q.dtype), values, acc * decay[:, None], input_precision=PRECISION)
         top = new_top
     if HAS_EXTRA:
-        extra = _extra_exponent(q, u_top, tl.load(EXTRA_LSE + bh), scale)
+        extra += u_top
         extra_values = tl.load(EXTRA_VALUES + bh * DV + offs_dv, mask=offs_dv < DV, other=0.0)
         new_top = tl.maximum(top, extra)
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -225,7 +222,8 @@ def performer_read_dq_kernel(
     n_ok = n0 + offs_n < N
     d_ok = offs_d < D
     dv_ok = offs_dv < DV
-    q = _rows(Q + b * q_stride_b + h * q_stride_h, n0, q_stride_n, offs_n, offs_d, q_stride_d, n_ok, d_ok)
+    Q += b * q_stride_b + h * q_stride_h
+    q = _rows(Q, n0, q_stride_n, offs_n, offs_d, q_stride_d, n_ok, d_ok)
     DOUT += b * dout_stride_b + h * dout_stride_h
     dout = _rows(DOUT, n0, dout_stride_n, offs_n, offs_dv, dout_stride_d, n_ok, dv_ok)
     out = _rows(OUT + bh * N * DV, n0, DV, offs_n, offs_dv, 1, n_ok, dv_ok)
@@ -234,6 +232,13 @@ def performer_read_dq_kernel(
     out_lse = tl.load(OUT_LSE + bh * N + n0 + offs_n, mask=n_ok, other=0.0) * _LOG2E
     base = tl.where(out_lse == float("-inf"), 0.0, out_lse)
     exponent_scale = scale * _LOG2E
+    extra = tl.zeros([BLOCK_N], tl.float32)
+    dextra = tl.zeros([BLOCK_N], tl.float32)
+    if HAS_EXTRA:
+        q32 = q.to(tl.float32)
+        extra = tl.sum(q32 * q32, 1) * (scale * scale * 0.5 * _LOG2E) + tl.load(EXTRA_LSE + bh) * _LOG2E - base
+        extra_values = tl.load(EXTRA_VALUES + bh * DV + offs_dv, mask=dv_ok, other=0.0)
+        dextra = tl.sum(dout.to(tl.float32) * extra_values[None, :], 1) - delta
     OMEGA += h * omega_stride_h
     VALUES += bh * M * DV
     LSE += bh * M
@@ -254,11 +259,11 @@ def performer_read_dq_kernel(
         acc = tl.dot(ds.to(q.dtype), omega, acc, input_precision=PRECISION)
     acc *= scale
     if HAS_EXTRA:
-        extra_values = tl.load(EXTRA_VALUES + bh * DV + offs_dv, mask=dv_ok, other=0.0)
-        weight = tl.exp2(_extra_exponent(q, u_top, tl.load(EXTRA_LSE + bh), scale) - base)
+        weight = tl.exp2(extra + u_top)
         tl.store(EXTRA_WEIGHT + bh * N + n0 + offs_n, weight, mask=n_ok)
-        ds_extra = weight * (tl.sum(dout.to(tl.float32) * extra_values[None, :], 1) - delta)
-        acc += (scale * scale) * ds_extra[:, None] * q.to(tl.float32)
+        # read again rather than held in registers through the loop
+        q32 = _rows(Q, n0, q_stride_n, offs_n, offs_d, q_stride_d, n_ok, d_ok).to(tl.float32)
+        acc += (scale * scale * weight * dextra)[:, None] * q32
     DQ += b * dq_stride_b + h * dq_stride_h
     _store_rows(DQ, n0, dq_stride_n, offs_n, offs_d, dq_stride_d, n_ok, d_ok, acc)
 

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+
+# As in ssl/train.py: on a shared CPU threads that spin while they wait make everything several times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import nibabel as nib
 import numpy as np
@@ -41,10 +47,11 @@ class Trainer:
     def arguments(self, out: Path, *flags: str) -> list[str]:
         return [*self.flags, f"--data.root={self.scans}", f"--out={out}", *flags]
 
-    def __call__(self, out: Path, *flags: str) -> int:
+    def __call__(self, out: Path, *flags: str, picture: bool = False) -> int:
         import train  # not before TRITON_INTERPRET is set
 
-        return train.main(self.arguments(out, *flags))
+        with nullcontext() if picture else mock.patch("report.attention_picture"):  # half a second each
+            return train.main(self.arguments(out, *flags))
 
     def lines(self, run: Path) -> list[dict[str, float]]:
         return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -26,7 +26,7 @@ def test_a_run_leaves_everything_it_promises(trainer: Any, tmp_path: Path, capsy
     run = tmp_path / "run"
     (trainer.scans / "broken.nii").write_bytes(b"broken" * 100)
     try:
-        assert trainer(run, "--steps=3") == 0
+        assert trainer(run, "--steps=3", picture=True) == 0
     finally:
         (trainer.scans / "broken.nii").unlink()
     said = capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -32,12 +33,8 @@ class Meter:
         self.before = self.spoke = time.monotonic()
         self.loss = self.entropy = self.step_s = math.nan
         tty = sys.stdout.isatty() if tty is None else tty
-        layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {postfix} [{elapsed}, {remaining} left]"
-        self.bar = (
-            tqdm(total=total, initial=done, desc="step", bar_format=layout, file=sys.stdout, dynamic_ncols=True)
-            if tty
-            else None
-        )
+        layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix} [{elapsed}, {remaining} left]"
+        self.bar = tqdm(total=total, initial=done, desc="step", bar_format=layout, **_terminal()) if tty else None
 
     def __call__(self, loss: float, entropy: float) -> None:
         """One step is done."""
@@ -67,6 +64,12 @@ class Meter:
             self.bar.close()
 
 
+def _terminal() -> dict[str, Any]:
+    # Measured here and not by tqdm, which shows nothing in a terminal that claims to have no rows (containers).
+    columns, rows = shutil.get_terminal_size()
+    return {"file": sys.stdout, "ncols": min(columns, 140), "nrows": rows}
+
+
 def _smooth(old: float, new: float, share: float) -> float:
     return new if math.isnan(old) else old + share * (new - old)
 
@@ -74,7 +77,7 @@ def _smooth(old: float, new: float, share: float) -> float:
 def reading(scans: list[Any]) -> Iterable[Any]:
     """Progress over scans being read."""
     if sys.stdout.isatty():
-        return tqdm(scans, desc="reading", unit="scan", file=sys.stdout, dynamic_ncols=True, leave=False)
+        return tqdm(scans, desc="reading", unit="scan", leave=False, **_terminal())
     return _spoken(scans)
 
 
@@ -123,7 +126,7 @@ def list_skipped(skipped: list[tuple[str, str]], run: Path, say: Callable[[str],
     write_whole(run / "skipped.txt", lambda file: file.write("".join(f"{n}: {r}\n" for n, r in skipped).encode()))
     say(f"Skipped {len(skipped)}:")
     for name, reason in skipped[:_LISTED]:
-        say(f"  {reason if name in reason else f'{name}: {reason}'}")
+        say(f"  {name}: {reason.removeprefix(f'{Path(name).name}: ')}")
     if len(skipped) > _LISTED:
         say(f"  and {len(skipped) - _LISTED} more, in {run / 'skipped.txt'}")
 
@@ -156,6 +159,7 @@ def attention_picture(
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     whole, points = load(scan.path), load(scan.points_path)
     middle = np.median(points, axis=0) if len(points) else np.array(whole.shape) / 2
@@ -186,7 +190,7 @@ def attention_picture(
     # Laid out in millimetres, so that all planes have one scale: left edges, bottoms of the two rows, margins.
     gap = 0.09 * max(x_mm, y_mm, z_mm)
     row_mm = max(y_mm, z_mm)
-    width = 2 * x_mm + y_mm + 6.9 * gap
+    width = 2 * x_mm + y_mm + 7.4 * gap
     height = 2 * row_mm + 5.6 * gap
     inches = 11.5 / max(width, height)
     figure = Figure(figsize=(width * inches, height * inches), facecolor="black")
@@ -220,6 +224,8 @@ def attention_picture(
     bar = figure.colorbar(shown, cax=figure.add_axes((left / width, gap / height, 0.35 * gap / width, row_mm / height)))
     bar.set_label("attention, times its mean (clear at 1)", color="white")
     bar.ax.tick_params(colors="white")
+    bar.ax.yaxis.set_major_locator(MaxNLocator(4))
+    bar.ax.yaxis.set_major_formatter("{x:.2f}")
     shape, spacing = "x".join(map(str, whole.shape)), " x ".join(f"{mm:.3g}" for mm in scan.spacing_mm)
     cropped = "" if voxels.shape == whole.shape else f", middle {'x'.join(map(str, voxels.shape))} shown"
     modality = "" if scan.modality == "unknown" else f"{scan.modality}, "

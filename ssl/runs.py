@@ -189,8 +189,8 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except Exception as error:
         # Whatever the unpickler or the zip reader makes of a damaged file.
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return None, f"is damaged or no checkpoint ({first[:120]})"
+        first = next(iter(str(error).strip().splitlines()), "")
+        return None, "is damaged or no checkpoint" + (f" ({first[:120]})" if " " in first else "")
     if not isinstance(state, dict) or state.get("format") != "medformer-run-1":
         return None, "is not a checkpoint of this trainer (checkpoints/step-*.pt of a run folder are)"
     return state, ""

@@ -41,7 +41,7 @@ class TrainConfig:
     views: ViewsConfig = field(default_factory=ViewsConfig)
     dino: DinoConfig = field(default_factory=DinoConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    steps: int = 300
+    steps: int = 240
     """Optimiser steps of the whole run; all schedules stretch over it. 1 or more."""
     batch_size: int = 8
     """Scans in one forward pass of one process; each gives 2 global and --views.local_views local views."""
@@ -83,23 +83,26 @@ class TrainConfig:
 
 
 class _Parser(jsonargparse.ArgumentParser):
-    """Errors of one line; unknown flags come with the nearest known one."""
+    """Errors of one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UserError(_one_line(message, self), 2)
+        raise UserError(_one_line(message), 2)
 
 
-def _one_line(message: str, parser: argparse.ArgumentParser) -> str:
-    unknown = re.match(r"unrecognized arguments: (\S+)", message)
-    if unknown:
-        flag = unknown[1].split("=")[0]
-        known = [option for action in parser._actions for option in action.option_strings]
-        near = difflib.get_close_matches(flag, known, 1)
-        hint = f"did you mean {near[0]}?" if near else "python ssl/train.py --help lists all flags"
-        return f"unknown flag {flag}: {hint}"
+def _one_line(message: str) -> str:
     message = re.sub(r'Parser key "([^"]+)":\s*', r"--\1: ", message)
     message = re.sub(r"<class '(\w+)'>", r"\1", message)
-    return " ".join(message.split())
+    return " ".join(message.replace("BackboneConfig: ", "--model.").split())
+
+
+def _known_flags(argv: list[str], parser: argparse.ArgumentParser) -> None:
+    # Before argparse: it would take the value of an unknown flag for the method and complain about that.
+    known = [option for action in parser._actions for option in action.option_strings]
+    for flag in (word.split("=")[0] for word in argv if word.startswith("--")):
+        if flag not in known:
+            near = difflib.get_close_matches(flag.replace("-", "_").replace("__", "--", 1), known, 1)
+            hint = f"did you mean {near[0]}?" if near else "python ssl/train.py --help lists all flags"
+            raise UserError(f"unknown flag {flag}: {hint}", 2)
 
 
 def _parser() -> _Parser:
@@ -127,16 +130,17 @@ def parse(argv: list[str], saved: dict[str, Any] | None = None) -> TrainConfig:
     if saved is not None:
         parser.set_defaults(flat(saved))
     argv = _readable(argv)
+    _known_flags(argv, parser)
     try:
         values = parser.parse_args(argv).as_dict()
     except UserError:
         raise
     except (ValueError, TypeError, argparse.ArgumentError) as error:
-        raise UserError(_one_line(str(error), parser), 2) from error
+        raise UserError(_one_line(str(error)), 2) from error
     try:
         return _build(TrainConfig, values)
     except (ValueError, TypeError) as error:
-        raise UserError(_one_line(str(error), parser), 2) from error
+        raise UserError(_one_line(str(error)), 2) from error
 
 
 def _readable(argv: list[str]) -> list[str]:

@@ -71,10 +71,11 @@ def test_help_explains_every_flag_with_its_default(capsys: pytest.CaptureFixture
     ("flags", "code", "words"),
     [
         (["--optm.lr=1"], 2, "unknown flag --optm.lr: did you mean --optim.lr?"),
+        (["--batch-size", "3"], 2, "unknown flag --batch-size: did you mean --batch_size?"),
         (["--steps=many"], 2, "--steps"),
         (["--steps=0"], 2, "--steps 0 must be at least 1"),
         (["--views.global_size=16x16"], 2, "--views.global_size"),
-        (["--model.heads=5"], 2, "heads=5 must divide width=24"),
+        (["--model.heads=5"], 2, "--model.heads=5 must divide width=24"),
         (["--model.dims=2"], 2, "takes 3D scans"),
         (["--precision=fp16"], 2, "--precision fp16 needs a GPU"),
         (["--device=gpu"], 2, "--device gpu"),

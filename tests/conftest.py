@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -21,6 +20,25 @@ import torch
 if not torch.cuda.is_available():
     # Triton decides at decoration time whether a kernel is interpreted.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def _mend_old_interpreter() -> None:
+    """Triton 3.6's interpreter cannot use a tensor as the bound of a loop with NumPy 2.4 and later; 3.7's can."""
+    import triton
+    from triton.runtime import interpreter
+
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7):
+        return
+    patch = interpreter._patch_lang_tensor
+
+    def mended(tensor, scope) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = mended
+
+
+_mend_old_interpreter()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -62,6 +80,8 @@ class Trainer:
 
 @pytest.fixture(scope="session")
 def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    import nibabel as nib  # a borrowed GPU machine has none, and needs this file
+
     root = tmp_path_factory.mktemp("trainer") / "scans"
     root.mkdir()
     for i in range(4):

@@ -154,12 +154,9 @@ def performer_read_fwd_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     n_ok = n0 + offs_n < N
-    q = _rows(Q + b * q_stride_b + h * q_stride_h, n0, q_stride_n, offs_n, offs_d, q_stride_d, n_ok, offs_d < D)
+    Q += b * q_stride_b + h * q_stride_h
+    q = _rows(Q, n0, q_stride_n, offs_n, offs_d, q_stride_d, n_ok, offs_d < D)
     exponent_scale = scale * _LOG2E
-    extra = tl.zeros([BLOCK_N], tl.float32)
-    if HAS_EXTRA:  # |q'|^2 / 2 + extra_lse; max_m u is added once it is known
-        q32 = q.to(tl.float32)
-        extra = tl.sum(q32 * q32, 1) * (scale * scale * 0.5 * _LOG2E) + tl.load(EXTRA_LSE + bh) * _LOG2E
     OMEGA += h * omega_stride_h
     VALUES += bh * M * DV
     LSE += bh * M
@@ -185,7 +182,9 @@ def performer_read_fwd_kernel(
         acc = tl.dot(p.to(q.dtype), values, acc * decay[:, None], input_precision=PRECISION)
         top = new_top
     if HAS_EXTRA:
-        extra += u_top
+        # |q'|^2 / 2 + max_m u + extra_lse; q is read again rather than held in registers through the loop
+        q32 = _rows(Q, n0, q_stride_n, offs_n, offs_d, q_stride_d, n_ok, offs_d < D).to(tl.float32)
+        extra = tl.sum(q32 * q32, 1) * (scale * scale * 0.5 * _LOG2E) + u_top + tl.load(EXTRA_LSE + bh) * _LOG2E
         extra_values = tl.load(EXTRA_VALUES + bh * DV + offs_dv, mask=offs_dv < DV, other=0.0)
         new_top = tl.maximum(top, extra)
         base = tl.where(new_top == float("-inf"), 0.0, new_top)

@@ -41,7 +41,7 @@ class TrainConfig:
     views: ViewsConfig = field(default_factory=ViewsConfig)
     dino: DinoConfig = field(default_factory=DinoConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    steps: int = 240
+    steps: int = 200
     """Optimiser steps of the whole run; all schedules stretch over it. 1 or more."""
     batch_size: int = 8
     """Scans in one forward pass of one process; each gives 2 global and --views.local_views local views."""

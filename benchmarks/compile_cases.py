@@ -9,6 +9,9 @@ from typing import Any
 import torch
 
 from ahead_of_time import TARGETS
+from medformer_kernels._dispatch import chip_of
+from medformer_kernels.nystrom import Cells
+from medformer_kernels.nystrom import fused as nystrom_fused
 from medformer_kernels.performer import default_num_features, fused
 
 __all__ = ["FAMILIES", "WIDTHS", "Case", "Family", "Floor"]
@@ -59,17 +62,18 @@ def performer_cases(*, widths: tuple[int, ...] = WIDTHS, tokens: int = 262_144) 
         lse = torch.empty(1, 8, num_features, device="meta")
         row = torch.empty(1, 8, tokens, device="meta")
         mask = torch.empty(1, tokens, dtype=torch.bool, device="meta") if full else None
-        extra = (values[:, :, 0], lse[:, :, 0]) if full else (None, None)
+        eps = full and width <= 128
+        extra = (values[:, :, 0], lse[:, :, 0]) if eps else (None, None)
 
         def backward() -> None:
             fused.read_backward(x, omega, values, lse, *extra, x, row, x)
 
         return Case(
-            name=f"D={width} M={num_features} {str(dtype)[6:]} {'mask eps' if full else 'plain'}",
+            name=f"D={width} M={num_features} {str(dtype)[6:]} {('mask eps' if eps else 'mask') if full else 'plain'}",
             width=width,
             dtype=dtype,
             launches={
-                "state_fwd": lambda: fused.state(x, x, omega, mask, full),
+                "state_fwd": lambda: fused.state(x, x, omega, mask, eps),
                 "read_fwd": lambda: fused.read(x, omega, values, lse, *extra),
                 "read_dq": backward,
                 "read_dstate": backward,
@@ -106,4 +110,75 @@ def performer_floors() -> Iterator[Floor]:
         )
 
 
-FAMILIES = {"performer": Family(cases=performer_cases, floors=performer_floors)}
+def nystrom_cases(*, widths: tuple[int, ...] = WIDTHS, landmarks: int = 256) -> Iterator[Case]:
+    """B=1 H=8 N=64^3: a plain sequence, and a masked volume with its convolution, where every epilogue is on."""
+
+    def case(width: int, dtype: torch.dtype, full: bool) -> Case:
+        x = torch.empty(1, 8, 64**3, width, dtype=dtype, device="meta")
+        mask = torch.empty(1, 64**3, dtype=torch.bool, device="meta") if full else None
+        weight = torch.empty(8, 3, 3, 3, device="meta") if full else None
+        cells = Cells(grid=(1, 1, 64**3), landmark_grid=(1, 1, landmarks))
+        if full:
+            cells = Cells(grid=(64, 64, 64), landmark_grid=(4, 8, landmarks // 32))
+
+        def forward() -> nystrom_fused.Forward:
+            return nystrom_fused.forward(x, x, x, cells, None, None, weight, mask, 6, None)
+
+        def backward() -> None:
+            made = torch.empty(1, 8, landmarks, width, dtype=dtype, device="meta")
+            values, lse = made.float(), made[..., 0].float()
+            nystrom_fused.backward(
+                x, x, x, x, cells, True, weight, mask,
+                nystrom_fused.Forward(
+                    out=x, q_landmarks=made, k_landmarks=made, total=lse, values=values, lse=lse, solved=values,
+                    valid=torch.empty((1, landmarks) if full else 0, dtype=torch.uint8, device="meta"),
+                    out_lse=x[..., 0].float(),
+                ), 6, None,
+            )  # fmt: skip
+
+        def core() -> None:
+            small = x[:, :, : nystrom_fused.core_landmarks(chip_of(x))]
+            one = Cells(grid=(1, 1, small.shape[2]), landmark_grid=(1, 1, small.shape[2]))
+            nystrom_fused.forward(small, small, small, one, None, None, None, None, 6, None)
+
+        return Case(
+            name=f"D={width} M={landmarks} {str(dtype)[6:]} {'volume mask conv' if full else 'plain'}",
+            width=width,
+            dtype=dtype,
+            launches={
+                "values_fwd": forward, "read_fwd": forward, "landmark_bwd": backward, "token_bwd": backward,
+                "core": core if dtype == torch.float32 else forward,
+            },
+        )  # fmt: skip
+
+    for width in widths:
+        for dtype in (torch.bfloat16, torch.float32):
+            for full in (False, True):
+                yield case(width, dtype, full)
+
+
+def nystrom_floors() -> Iterator[Floor]:
+    """B=1 H=8 N=262,144 (64^3 tokens) D=64, 256 landmarks, bf16, no convolution, on an H200."""
+    tokens, heads, width, landmarks = 262_144, 8, 64, 256
+    by_kernel = nystrom_fused.costs(
+        chip=TARGETS["sm_90"].chip, batch_heads=heads, tokens=tokens, landmarks=landmarks, width=width, itemsize=2
+    )
+    passes = {
+        "forward": (("pool", "values_fwd", "core", "read_fwd"), 4),  # q k v, out
+        "backward": (("delta", "landmark_bwd", "token_bwd"), 8),  # q k v out dout, dq dk dv
+    }
+    for direction, (kernels, tensors) in passes.items():
+        yield Floor(
+            shape="nystrom B1 H8 N=262,144 D64 L256 bf16",
+            direction=direction,
+            flop=sum(by_kernel[kernel].flop for kernel in kernels),
+            exponentials=sum(by_kernel[kernel].exponentials for kernel in kernels),
+            planned_bytes=sum(by_kernel[kernel].bytes for kernel in kernels),
+            least_bytes=tensors * heads * tokens * width * 2,
+        )
+
+
+FAMILIES = {
+    "performer": Family(cases=performer_cases, floors=performer_floors),
+    "nystrom": Family(cases=nystrom_cases, floors=nystrom_floors),
+}

@@ -8,6 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from medformer_kernels import (
     default_num_features,
     orthogonal_features,
@@ -16,8 +19,6 @@ from medformer_kernels import (
     performer_features,
 )
 from medformer_kernels.performer import chunked, ops
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("torch", "triton")
@@ -239,9 +240,7 @@ def test_equal_inputs_give_equal_bits(backend):
 def test_features_never_reach_memory(backend, monkeypatch):
     """No tensor of N x M values appears, forward or backward, on either backend."""
     monkeypatch.setattr(chunked, "_TILE_VALUES", 64 * 16)
-    q, k, v = inputs(
-        batch=1, heads=1, queries=512, keys=512, width=16, width_v=16, dtype=torch.float32, device=DEVICE
-    )
+    q, k, v = inputs(batch=1, heads=1, queries=512, keys=512, width=16, width_v=16, dtype=torch.float32, device=DEVICE)
     omega = orthogonal_features(64, 16, device=DEVICE)
     with Largest() as largest:
         outputs_and_gradients(performer_attention, q, k, v, omega, backend=backend)
@@ -393,3 +392,12 @@ def test_float64_has_no_kernel_and_says_so():
     q, k, v = inputs()
     with pytest.raises(ValueError, match=r"backend='triton' does not take torch.float64"):
         performer_attention(q, k, v, orthogonal_features(8, 16, dtype=torch.float64), backend="triton")
+
+
+@pytest.mark.parametrize(("width", "eps"), [(257, 0.0), (129, 1e-3)])
+def test_heads_too_wide_for_the_kernels_are_refused_there_and_run_elsewhere(width, eps):
+    q, k, v = inputs(queries=3, keys=4, width=width, width_v=width, dtype=torch.float32)
+    omega = orthogonal_features(32, width)
+    with pytest.raises(ValueError, match=rf"backend='triton' does not take .* \(here {width}\); use backend='torch'"):
+        performer_attention(q, k, v, omega, eps=eps, backend="triton")
+    assert performer_attention(q, k, v, omega, eps=eps).shape == q.shape

@@ -31,8 +31,10 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
-def resolve_backend(function: str, backend: str, x: Tensor) -> str:
+def resolve_backend(function: str, backend: str, x: Tensor, unsupported: str | None = None) -> str:
     """'auto' to 'triton' on a GPU and 'torch' elsewhere; an explicit choice is kept or refused, never changed.
+
+    `unsupported` names what the kernels do not take in this call, if anything.
 
     Raises:
         ValueError: `backend` is unknown, or cannot run on the device or dtype of `x`.
@@ -42,7 +44,9 @@ def resolve_backend(function: str, backend: str, x: Tensor) -> str:
     if backend == "torch":
         return "torch"
     if backend == "auto":
-        return "triton" if x.is_cuda and has_triton() and x.dtype in _TRITON_DTYPES else "torch"
+        return "triton" if x.is_cuda and has_triton() and x.dtype in _TRITON_DTYPES and not unsupported else "torch"
+    if unsupported:
+        raise ValueError(f"{function}: backend='triton' does not take {unsupported}; use backend='torch'")
     if not has_triton():
         raise ValueError(f"{function}: backend='triton' needs the triton package; pip install triton, or use 'torch'")
     if x.dtype not in _TRITON_DTYPES:

@@ -44,12 +44,19 @@ def performer_attention(
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    backend = resolve_backend("performer_attention", backend, q)
+    backend = resolve_backend("performer_attention", backend, q, _unsupported(max(q.shape[3], v.shape[3]), eps))
     values, lse, exponent_max = performer_state(k, v, omega, key_padding_mask, eps > 0, backend)
     if eps == 0:
         return performer_read(q, omega, values, lse, None, None, backend)[0]
     values, lse, extra_values, extra_lse = _add_epsilon(v, values, lse, exponent_max, key_padding_mask, eps)
     return performer_read(q, omega, values, lse, extra_values, extra_lse, backend)[0]
+
+
+def _unsupported(width: int, eps: float) -> str | None:
+    """What the Triton kernels do not take: tiles of these do not fit in the registers."""
+    if width > 256:
+        return f"heads wider than 256 (here {width})"
+    return f"eps > 0 with heads wider than 128 (here {width})" if eps > 0 and width > 128 else None
 
 
 def _add_epsilon(

@@ -19,6 +19,7 @@ from medformer_kernels._dispatch import resolve_backend
 from medformer_kernels.nystrom.composed import composed, landmarks
 from medformer_kernels.nystrom.inverse import nystrom_pinv
 from medformer_kernels.nystrom.landmarks import Cells, landmark_weights
+from medformer_kernels.nystrom.ops import nystrom_forward
 from medformer_kernels.nystrom.reference import masked_softmax, nystrom_matrices, reference
 
 if TYPE_CHECKING:
@@ -76,15 +77,22 @@ def nystrom_attention(
         backend: 'auto', 'triton' or 'torch'.
 
     Differs from published code: the start value of the iteration belongs to each sample and head, not to the batch;
-    padding shifts no landmark; the product is taken from the right (F A^-1 first costs 2 N L^2 more operations).
+    padding shifts no landmark; a padded query counts as 0 (its output means nothing); the product is taken from the
+    right (F A^-1 first costs 2 N L^2 more operations).
     """
     arguments = _prepare(
         "nystrom_attention", q, k, v, num_landmarks, grid, landmark_grid, q_landmarks, k_landmarks, prefix_tokens,
         pinv_iterations, pinv_tolerance, conv_weight, key_padding_mask,
     )  # fmt: skip
     backend = resolve_backend("nystrom_attention", backend, q)
+    q, k, v, cells, q_landmarks, k_landmarks, conv_weight, mask, iterations, tolerance = arguments
     with torch.autocast(q.device.type, enabled=False):
-        return composed(*arguments)
+        if backend == "torch":
+            return composed(*arguments)
+        return nystrom_forward(
+            q, k, v, q_landmarks, k_landmarks, conv_weight, mask, cells.grid, cells.landmark_grid,
+            cells.conv_grid or cells.grid, cells.prefix, iterations, tolerance,
+        )[0]  # fmt: skip
 
 
 def nystrom_attention_reference(

@@ -40,6 +40,8 @@ def composed(
         padding = ~key_padding_mask[:, None, :, None]
         # Not only weight 0: a masked key may hold anything, and 0 * nan is nan.
         k, v = k.masked_fill(padding, 0), v.masked_fill(padding, 0)
+        if q_landmarks is None:
+            q = q.masked_fill(padding, 0)
         key_valid = key_padding_mask[:, None, None]
     q_landmarks, k_landmarks, valid = landmarks(q, k, cells, q_landmarks, k_landmarks, key_padding_mask)
     if valid is not None:

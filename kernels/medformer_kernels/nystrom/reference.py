@@ -41,8 +41,9 @@ def nystrom_matrices(
         k = k.masked_fill(~key_valid.transpose(-1, -2), 0)
     if q_landmarks is None or k_landmarks is None:
         weights = landmark_weights(cells, key_padding_mask=key_padding_mask, device=q.device).unsqueeze(1).to(q.dtype)
-        real_q = q if key_padding_mask is None else q.masked_fill(~key_padding_mask[:, None, :, None], 0)
-        q_landmarks, k_landmarks = weights @ real_q, weights @ k
+        if key_padding_mask is not None:
+            q = q.masked_fill(~key_padding_mask[:, None, :, None], 0)
+        q_landmarks, k_landmarks = weights @ q, weights @ k
         if key_padding_mask is not None:
             valid = (weights > 0).any(-1).unsqueeze(-2)
     elif cells.prefix:

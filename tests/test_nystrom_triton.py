@@ -1,0 +1,191 @@
+"""The Triton kernels of Nystrom attention, in the interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from medformer_kernels import _dispatch
+from medformer_kernels.nystrom import fused, nystrom_attention, nystrom_attention_reference
+from medformer_kernels.nystrom.ops import nystrom_forward
+
+L = 8
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+CASES: dict[str, dict[str, Any]] = {
+    "sequence": {"tokens": 30, "num_landmarks": L},
+    "masked sequence, convolution": {"tokens": 30, "real": (23, 5), "num_landmarks": L, "conv": (7,)},
+    "prefix": {"tokens": 33, "real": (28, 33), "num_landmarks": L, "prefix_tokens": 3, "conv": (33,)},
+    "grid": {"tokens": 60, "grid": (3, 4, 5), "landmark_grid": (2, 3, 2)},
+    "masked grid, convolution": {
+        "tokens": 31, "real": (17, 31), "grid": (2, 3, 5), "landmark_grid": (2, 2, 2), "prefix_tokens": 1,
+        "conv": (3, 1, 3),
+    },
+    "given landmarks": {"tokens": 30, "real": (17, 30), "given": 5, "prefix_tokens": 1, "pinv_tolerance": 0.05},
+}  # fmt: skip
+
+
+def tensors(name: str, *, heads: int = 1, width: int = 8, width_v: int = 8) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(differentiable inputs by name, the other arguments) in float64."""
+    options = dict(CASES[name])
+    tokens, conv, given = options.pop("tokens"), options.pop("conv", None), options.pop("given", None)
+    real = options.pop("real", None)
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator).to(DEVICE)
+
+    inputs = {"q": normal(2, heads, tokens, width), "k": normal(2, heads, tokens, width)}
+    inputs["v"] = normal(2, heads, tokens, width_v)
+    if conv is not None:
+        inputs["conv_weight"] = normal(heads, *conv)
+    if given is not None:
+        inputs |= {key: normal(2, heads, given, width) for key in ("q_landmarks", "k_landmarks")}
+    if real is not None:
+        options["key_padding_mask"] = (torch.arange(tokens) < torch.tensor(real).unsqueeze(1)).to(DEVICE)
+    return inputs, options
+
+
+def run(function, inputs: dict[str, Tensor], options: dict[str, Any], dtype: torch.dtype) -> list[Tensor]:
+    """Output, then the gradient of every input."""
+    leaves = {key: x.detach().to(dtype).requires_grad_() for key, x in inputs.items()}
+    out = function(**leaves, **options)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return [out.detach(), *torch.autograd.grad(out, list(leaves.values()), dout.to(DEVICE, dtype))]
+
+
+def triton(**arguments: Any) -> Tensor:
+    return nystrom_attention(**arguments, backend="triton")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_output_and_gradients_match_reference(name: str) -> None:
+    inputs, options = tensors(name)
+    results = run(triton, inputs, options, torch.float32)
+    exact = run(nystrom_attention_reference, inputs, options, torch.float64)
+    plain = run(nystrom_attention_reference, inputs, options, torch.float32)
+    for result, right, usual in zip(results, exact, plain, strict=True):
+        # Where plain PyTorch happens to be nearly exact, a few units in the last place count as nothing.
+        floor = 4 * torch.finfo(torch.float32).eps * right.norm()
+        assert (result - right).norm() <= 2 * (usual - right).norm() + floor
+
+
+@pytest.mark.parametrize("name", ["masked sequence, convolution"])
+def test_float16_error_is_at_most_twice_that_of_plain_pytorch(name: str) -> None:
+    inputs, options = tensors(name, width=16, width_v=16)
+    inputs = {key: x.half() for key, x in inputs.items()}
+    results = run(triton, inputs, options, torch.float16)
+    exact = run(nystrom_attention_reference, inputs, options, torch.float64)
+    plain = run(nystrom_attention_reference, inputs, options, torch.float16)
+    for result, right, usual in zip(results, exact, plain, strict=True):
+        assert (result - right).norm() <= 2 * (usual - right).norm()
+
+
+@pytest.mark.parametrize("tokens", [1, L - 1, L, L + 1, 130])
+def test_takes_any_length(tokens: int) -> None:
+    q, k, v = torch.randn(3, 1, 1, tokens, 8, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    expected = nystrom_attention_reference(q.double(), k.double(), v.double(), num_landmarks=L)
+    out = nystrom_attention(q, k, v, num_landmarks=L, backend="triton")
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_slices_of_a_long_sequence_merge() -> None:
+    q = torch.empty(1, device=DEVICE)
+    plan = functools.partial(
+        fused.launch_plan, "values_fwd", chip=_dispatch.chip_of(q), landmarks=4, width=8, itemsize=4, batch_heads=1
+    )
+    tokens = 2 * 8 * plan(tokens=1).block_n + 1
+    assert plan(tokens=tokens).slices > 1
+    q, k, v = torch.randn(3, 1, 1, tokens, 8, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    inputs = {"q": q.double(), "k": k.double(), "v": v.double()}
+    results = run(triton, inputs, {"num_landmarks": 4}, torch.float32)
+    exact = run(nystrom_attention_reference, inputs, {"num_landmarks": 4}, torch.float64)
+    for result, right in zip(results, exact, strict=True):
+        torch.testing.assert_close(result.double(), right, rtol=1e-4, atol=1e-5)
+
+
+def test_strides_are_honoured() -> None:
+    generator = torch.Generator().manual_seed(3)
+    qkv = torch.randn(1, 20, 3, 2, 8, generator=generator).to(DEVICE)
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+    out = nystrom_attention(q, k, v, num_landmarks=4, backend="triton")
+    packed = nystrom_attention(q.contiguous(), k.contiguous(), v.contiguous(), num_landmarks=4, backend="triton")
+    torch.testing.assert_close(out, packed, rtol=0, atol=0)
+
+
+def test_equal_inputs_give_equal_bits() -> None:
+    inputs, options = tensors("sequence")
+    first, second = (run(triton, inputs, options, torch.float32) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_what_masked_tokens_hold_is_never_read() -> None:
+    inputs, options = tensors("masked sequence, convolution")
+    padding = ~options["key_padding_mask"][:, None, :, None]
+    dirty = {key: x.masked_fill(padding, torch.nan) if x.ndim == 4 else x for key, x in inputs.items()}
+    clean = run(triton, inputs, options, torch.float32)
+    for a, b in zip(clean, run(triton, dirty, options, torch.float32), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_a_sample_without_a_key_gives_zeros_and_finite_gradients() -> None:
+    inputs, options = tensors("sequence")
+    options["key_padding_mask"] = torch.tensor([[True], [False]], device=DEVICE).expand(2, 30)
+    out, *gradients = run(triton, inputs, options, torch.float32)
+    torch.testing.assert_close(out[1], torch.zeros_like(out[1]))
+    assert all(x.isfinite().all() for x in gradients)
+
+
+def test_more_landmarks_than_one_program_holds_take_the_blocked_inverse() -> None:
+    q, k, v = torch.randn(3, 1, 1, 90, 8, generator=torch.Generator().manual_seed(4)).to(DEVICE)
+    number = fused.core_landmarks(_dispatch.chip_of(q)) + 6
+    exact = nystrom_attention_reference(q.double(), k.double(), v.double(), num_landmarks=number)
+    plain = nystrom_attention_reference(q, k, v, num_landmarks=number)
+    out = nystrom_attention(q, k, v, num_landmarks=number, backend="triton")
+    assert (out - exact).norm() <= 2 * (plain - exact).norm()
+
+
+@pytest.mark.parametrize("name", ["masked sequence, convolution", "given landmarks"])
+def test_operator_passes_opcheck(name: str) -> None:
+    inputs, options = tensors(name)
+    inputs = {key: x[:1, :, :9] if key in "qkv" else x[:1] for key, x in inputs.items()}
+    options["key_padding_mask"] = options["key_padding_mask"][:1, :9]
+    x = {key: value.float().requires_grad_() for key, value in inputs.items()}
+    weight = x.get("conv_weight")
+    given = "q_landmarks" in x
+    prefix = options.get("prefix_tokens", 0)
+    inner = x["q"].shape[2] - prefix
+    arguments = (
+        x["q"], x["k"], x["v"], x.get("q_landmarks"), x.get("k_landmarks"),
+        None if weight is None else weight[:, None, None].detach().requires_grad_(), options["key_padding_mask"],
+        [1, 1, inner], [1, 1, 1 if given else 4], [1, 1, inner], prefix, 1, None,
+    )  # fmt: skip
+    torch.library.opcheck(nystrom_forward, arguments)
+
+
+def test_compiles_as_one_graph() -> None:
+    q, k, v = torch.randn(3, 1, 1, 20, 8, generator=torch.Generator().manual_seed(5)).to(DEVICE).requires_grad_()
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return nystrom_attention(q, k, v, num_landmarks=4, backend="triton").square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(q, k, v), q), torch.autograd.grad(loss(q, k, v), q))
+
+
+def test_double_backward_is_refused() -> None:
+    q, k, v = torch.randn(3, 1, 1, 8, 8).to(DEVICE).requires_grad_()
+    out = nystrom_attention(q, k, v, num_landmarks=2, backend="triton")
+    (dq,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not implemented"):
+        dq.sum().backward()
+
+
+def test_heads_wider_than_any_tile_are_refused() -> None:
+    q, k, v = torch.randn(3, 1, 1, 8, 300).to(DEVICE)
+    with pytest.raises(ValueError, match="head width 300 is above 256"):
+        nystrom_attention(q, k, v, num_landmarks=2, backend="triton")

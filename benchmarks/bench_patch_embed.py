@@ -1,0 +1,353 @@
+"""Patch embedding + LayerNorm against the library's convolution in both layouts, and unfold + matrix product.
+
+Every implementation gets the same voxels and weights, and its output is checked before it is timed. What cannot run
+here is skipped.
+
+    python benchmarks/bench_patch_embed.py --write     # measure the CPU paths again: configs/patch_embed.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import medformer_kernels
+from measuring import DEVICE, cpu_peak_memory_mib, environment, peak_memory_mib
+from medformer_kernels import hu_window, patch_embed, patch_embed_choice
+
+ON_GPU = DEVICE.type == "cuda"
+DTYPES = (torch.bfloat16,) if ON_GPU else (torch.float32, torch.bfloat16)
+
+
+class Shape(NamedTuple):
+    channels: int
+    width: int
+    kernel: int
+    stride: int
+    size: tuple[int, ...]
+    batch: int = 1
+
+    @property
+    def padding(self) -> int:
+        return 0 if self.kernel == self.stride else self.kernel // 2
+
+    @property
+    def grid(self) -> list[int]:
+        return [(n + 2 * self.padding - self.kernel) // self.stride + 1 for n in self.size]
+
+    def __str__(self) -> str:
+        size = "x".join(map(str, self.size))
+        return f"{self.channels}to{self.width}-k{self.kernel}s{self.stride}-{size}"
+
+
+SHAPES = (
+    [
+        Shape(1, 64, 7, 4, (256,) * 3),
+        Shape(64, 128, 3, 2, (64,) * 3),
+        Shape(1, 96, 3, 2, (192,) * 3),
+        Shape(1, 768, 16, 16, (256,) * 3),
+        Shape(1, 768, 16, 8, (256,) * 3),
+        Shape(4, 96, 7, 4, (160,) * 3),
+        Shape(2, 32, 3, 1, (128,) * 3),
+        Shape(96, 192, 3, 2, (48,) * 3),
+        Shape(1, 384, 8, 4, (192,) * 3),
+        Shape(3, 96, 7, 4, (1024, 1024)),
+        Shape(3, 768, 16, 16, (1024, 1024)),
+        Shape(128, 256, 3, 2, (256, 256)),
+    ]
+    if ON_GPU
+    else [
+        Shape(1, 96, 3, 2, (96,) * 3),
+        Shape(64, 128, 3, 2, (24,) * 3),
+        Shape(1, 64, 7, 4, (96,) * 3),
+        Shape(4, 96, 7, 4, (64,) * 3),
+        Shape(2, 32, 3, 1, (48,) * 3),
+        Shape(1, 384, 8, 4, (64,) * 3),
+        Shape(1, 384, 16, 8, (64,) * 3),
+        Shape(1, 384, 16, 16, (128,) * 3),
+        Shape(16, 64, 3, 2, (40,) * 3),
+        Shape(3, 96, 7, 4, (256, 256)),
+        Shape(3, 384, 16, 16, (384, 384)),
+        Shape(64, 128, 3, 2, (96, 96)),
+    ]
+)
+Embed = Callable[[Tensor], Tensor]
+
+
+class Weights(NamedTuple):
+    weight: Tensor
+    bias: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+
+
+def make(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Weights]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator).to(DEVICE, dtype)
+
+    dims = len(shape.size)
+    weight = draw(shape.width, shape.channels, *(shape.kernel,) * dims) * (shape.channels * shape.kernel**dims) ** -0.5
+    rows = Weights(weight, draw(shape.width), draw(shape.width), draw(shape.width))
+    return draw(shape.batch, shape.channels, *shape.size), rows
+
+
+def medformer(shape: Shape, w: Weights) -> Embed:
+    return lambda x: patch_embed(
+        x, w.weight, w.bias, stride=shape.stride, padding=shape.padding, norm="layer", norm_weight=w.norm_weight,
+        norm_bias=w.norm_bias,
+    )  # fmt: skip
+
+
+def conv_ln(shape: Shape, w: Weights) -> Embed:
+    conv = F.conv3d if len(shape.size) == 3 else F.conv2d
+    torch.backends.cudnn.benchmark = True
+
+    def embed(x: Tensor) -> Tensor:
+        y = conv(x, w.weight, w.bias, shape.stride, shape.padding).flatten(2).transpose(1, 2)
+        return F.layer_norm(y, (shape.width,), w.norm_weight, w.norm_bias, 1e-6)
+
+    return embed
+
+
+def conv_ln_channels_last(shape: Shape, w: Weights) -> Embed:
+    """Both weight and volume are in the layout before the clock starts."""
+    layout = torch.channels_last_3d if len(shape.size) == 3 else torch.channels_last
+    return conv_ln(shape, w._replace(weight=w.weight.contiguous(memory_format=layout)))
+
+
+def conv_ln_compiled(shape: Shape, w: Weights) -> Embed:
+    if not ON_GPU:
+        pytest.skip("torch.compile of the peer is compared on a GPU")
+    return torch.compile(conv_ln(shape, w))
+
+
+def unfold_matmul(shape: Shape, w: Weights) -> Embed:
+    columns, reach, step = w.weight.flatten(1).t(), shape.kernel, shape.stride
+
+    def embed(x: Tensor) -> Tensor:
+        x = F.pad(x, [shape.padding] * (2 * len(shape.size)))
+        for axis in range(len(shape.size)):
+            x = x.unfold(2 + axis, reach, step)
+        dims = len(shape.size)
+        order = (0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims))
+        patches = x.permute(order).reshape(x.shape[0], math.prod(shape.grid), -1)
+        y = torch.matmul(patches, columns) + w.bias
+        return F.layer_norm(y, (shape.width,), w.norm_weight, w.norm_bias, 1e-6)
+
+    return embed
+
+
+IMPLEMENTATIONS = (medformer, conv_ln, conv_ln_channels_last, conv_ln_compiled, unfold_matmul)
+implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda f: f.__name__)
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+
+
+def prepare(implementation: Callable[[Shape, Weights], Embed], shape: Shape, dtype: torch.dtype):
+    """The implementation, checked, and its input."""
+    x, weights = make(shape, dtype)
+    embed = implementation(shape, weights)
+    if implementation is conv_ln_channels_last:
+        x = x.contiguous(memory_format=torch.channels_last_3d if x.ndim == 5 else torch.channels_last)
+    tolerance = 0.08 if dtype == torch.bfloat16 else 1e-3
+    with torch.no_grad():
+        torch.testing.assert_close(embed(x), conv_ln(shape, weights)(x), rtol=tolerance, atol=tolerance)
+    return embed, x, weights
+
+
+def floor_ms(shape: Shape, dtype: torch.dtype) -> float | None:
+    """The floor of one H200 (790 TFLOP/s in 16 bit, 4.3 TB/s), ms; none elsewhere."""
+    if not ON_GPU or "H200" not in torch.cuda.get_device_name():
+        return None
+    tokens, patch = shape.batch * math.prod(shape.grid), shape.channels * shape.kernel ** len(shape.size)
+    moved = (shape.batch * shape.channels * math.prod(shape.size) + tokens * shape.width) * dtype.itemsize
+    return 1e3 * max(2 * tokens * patch * shape.width / 790e12, moved / 4.3e12)
+
+
+@shapes
+@dtypes
+@implementations
+def bench_patch_embed_forward(timed, implementation, shape, dtype):
+    embed, x, weights = prepare(implementation, shape, dtype)
+    chosen = {}
+    if implementation is medformer:
+        chosen = {"path": patch_embed_choice(x, weights.weight, stride=shape.stride, padding=shape.padding).path}
+
+    def forward() -> None:
+        with torch.no_grad():
+            embed(x)
+
+    timed(forward, floor_ms=floor_ms(shape, dtype), shape=f"{shape} {str(dtype)[6:]}", **chosen)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+@dtypes
+@implementations
+def bench_patch_embed_step(timed, implementation, shape, dtype):
+    """Forward and backward, without a gradient of the volume."""
+    x, weights = make(shape, dtype)
+    weights = Weights(*(w.requires_grad_() for w in weights))
+    if implementation is conv_ln_channels_last:
+        x = x.contiguous(memory_format=torch.channels_last_3d if x.ndim == 5 else torch.channels_last)
+    embed = implementation(shape, weights)
+    with torch.no_grad():
+        expected = conv_ln(shape, weights)(x)
+        torch.testing.assert_close(embed(x), expected, rtol=0.08, atol=0.08)
+    dtokens = torch.randn_like(expected)
+    timed(
+        lambda: torch.autograd.grad(embed(x), list(weights), dtokens),
+        shape=f"{shape} {str(dtype)[6:]}",
+    )
+
+
+RAW = Shape(1, 96, 3, 2, (256,) * 3 if ON_GPU else (128,) * 3)
+LOW, HIGH, INTERCEPT = -160.0, 240.0, -1024.0
+
+
+def raw_medformer(scan: Tensor, w: Weights) -> Tensor:
+    return patch_embed(
+        scan, w.weight, w.bias, stride=RAW.stride, padding=RAW.padding, norm="layer", norm_weight=w.norm_weight,
+        norm_bias=w.norm_bias, windows=[hu_window(LOW, HIGH)], intercept=INTERCEPT,
+    )  # fmt: skip
+
+
+def raw_cast_window_conv(scan: Tensor, w: Weights) -> Tensor:
+    """What everyone writes: cast, rescale, clamp, convolve, normalise."""
+    x = ((scan.float() + INTERCEPT - LOW) / (HIGH - LOW)).clamp(0, 1).to(w.weight.dtype)
+    return conv_ln(RAW, w)(x)
+
+
+def raw_inputs(dtype: torch.dtype) -> tuple[Tensor, Weights]:
+    scan = torch.randint(0, 2500, (1, 1, *RAW.size), dtype=torch.int16, generator=torch.Generator().manual_seed(1))
+    return scan.to(DEVICE), make(RAW._replace(size=(8,) * 3), dtype)[1]
+
+
+raw_implementations = pytest.mark.parametrize(
+    "implementation", [raw_medformer, raw_cast_window_conv], ids=lambda f: f.__name__
+)
+
+
+@dtypes
+@raw_implementations
+def bench_patch_embed_raw(timed, implementation, dtype):
+    """An int16 scan through one HU window."""
+    scan, weights = raw_inputs(dtype)
+    tolerance = 0.08 if dtype == torch.bfloat16 else 1e-3
+    with torch.no_grad():
+        expected = raw_cast_window_conv(scan, weights)
+        torch.testing.assert_close(implementation(scan, weights), expected, rtol=tolerance, atol=tolerance)
+
+    def forward() -> None:
+        with torch.no_grad():
+            implementation(scan, weights)
+
+    timed(forward, shape=f"int16 {RAW} {str(dtype)[6:]}")
+
+
+_MEMORY_SCRIPT = """
+import sys
+sys.path.insert(0, {benchmarks!r})
+import bench_patch_embed as b, torch
+torch.set_grad_enabled(False)
+scan, weights = b.raw_inputs(torch.{dtype})
+b.{name}(scan[:, :, :8, :8, :8], weights)
+# measure
+tokens = b.{name}(scan, weights)
+"""
+
+
+@dtypes
+@raw_implementations
+def bench_patch_embed_raw_memory(timed, implementation, dtype):
+    """Peak memory of the raw path beyond the scan, and beyond the tokens too."""
+    scan, weights = raw_inputs(dtype)
+    if ON_GPU:
+        with torch.no_grad():
+            peak = peak_memory_mib(lambda: implementation(scan, weights))
+    else:
+        name = str(dtype)[6:]
+        script = _MEMORY_SCRIPT.format(benchmarks=str(Path(__file__).parent), name=implementation.__name__, dtype=name)
+        peak = cpu_peak_memory_mib(script)
+    tokens = math.prod(RAW.grid) * RAW.width * dtype.itemsize / 2**20
+    timed(lambda: None, shape=f"int16 {RAW}", peak_mib=round(peak, 1), beyond_tokens_mib=round(peak - tokens, 1))
+
+
+# What the CPU paths are measured on for `choice`: channels and taps decide, width and tokens follow.
+LATTICE = [
+    Shape(channels, width, kernel, stride, (size,) * dims)
+    for dims, channels, kernel, stride, width, size in [
+        (3, 1, 3, 2, 32, 64), (3, 1, 3, 2, 96, 96), (3, 1, 3, 2, 384, 48), (3, 1, 3, 1, 32, 40), (3, 1, 5, 2, 96, 48),
+        (3, 1, 7, 4, 64, 96), (3, 1, 8, 4, 192, 64), (3, 1, 16, 8, 384, 64), (3, 2, 3, 2, 96, 64), (3, 2, 7, 4, 96, 64),
+        (3, 4, 3, 2, 96, 48), (3, 4, 7, 4, 96, 64), (3, 8, 3, 2, 96, 40), (3, 16, 3, 2, 64, 40), (3, 32, 3, 2, 64, 32),
+        (3, 64, 3, 2, 128, 24), (3, 128, 3, 2, 256, 16), (2, 1, 3, 2, 64, 256), (2, 3, 7, 4, 96, 256),
+        (2, 3, 16, 8, 384, 224), (2, 16, 3, 2, 64, 128), (2, 64, 3, 2, 128, 64),
+    ]
+]  # fmt: skip
+
+
+def measure_paths(seconds: float = 1.0) -> dict[str, list[dict]]:
+    """Milliseconds of processor time of each path on one thread, the least of interleaved rounds, norm included."""
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    table: dict[str, list[dict]] = {"float32": [], "bfloat16": []}
+    for shape, dtype in itertools.product(LATTICE, (torch.float32, torch.bfloat16)):
+        x, w = make(shape, dtype)
+        best = dict.fromkeys(("conv", "conv_channels_last", "im2col"), math.inf)
+        began = time.perf_counter()
+        for rounds in itertools.count():
+            for path in best:
+                start = time.thread_time()
+                patch_embed(
+                    x, w.weight, w.bias, stride=shape.stride, padding=shape.padding, norm="layer",
+                    norm_weight=w.norm_weight, norm_bias=w.norm_bias, path=path,
+                )  # fmt: skip
+                best[path] = min(best[path], time.thread_time() - start)
+            if rounds >= 3 and time.perf_counter() - began > seconds:
+                break
+        table[str(dtype)[6:]].append({
+            "channels": shape.channels, "taps": shape.kernel ** len(shape.size), "width": shape.width,
+            "tokens": math.prod(shape.grid), "ms": {path: round(s * 1e3, 2) for path, s in best.items()},
+        })  # fmt: skip
+        print(shape, dtype, table[str(dtype)[6:]][-1]["ms"], flush=True)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="put the table into configs/patch_embed.json")
+    arguments = parser.parse_args()
+    print(environment())
+    measured = measure_paths()
+    path = Path(medformer_kernels.__file__).parent / "configs" / "patch_embed.json"
+    if arguments.write:
+        tables = json.loads(path.read_text()) | {"cpu_paths": measured}
+        path.write_text(dump(tables))
+
+
+def dump(tables: dict) -> str:
+    """JSON with an entry a line."""
+    parts = []
+    for kernel, by_arch in tables.items():
+        rows = [
+            f'    "{arch}": [\n' + ",\n".join(f"      {json.dumps(entry)}" for entry in entries) + "\n    ]"
+            for arch, entries in by_arch.items()
+        ]
+        parts.append(f'  "{kernel}": {{\n' + ",\n".join(rows) + "\n  }")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+if __name__ == "__main__":
+    main()

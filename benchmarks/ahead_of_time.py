@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import triton.backends.nvidia
@@ -130,7 +130,7 @@ def record(arch: str, launch: Callable[[], Any]) -> list[Compiled]:
     run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        kernel: Any = run(self, *args, grid=grid, warmup=True, **kwargs)
         names = {param.name for param in self.params}
         programs = 1
         for size in grid:
@@ -149,7 +149,7 @@ def record(arch: str, launch: Callable[[], Any]) -> list[Compiled]:
         )
 
     JITFunction.run = compile_only
-    driver.set_active(_Driver(target))
+    driver.set_active(cast(Any, _Driver(target)))
     try:
         with assume_chip(target.chip):
             launch()

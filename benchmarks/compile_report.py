@@ -37,6 +37,17 @@ _COLUMNS = (
     "matrix",
     "programs/unit",
 )
+_FLOOR_COLUMNS = (
+    "family and shape",
+    "pass",
+    "GFLOP",
+    "G exp",
+    "GB planned",
+    "GB least",
+    "planned/least",
+    "floor ms",
+    "bound by",
+)
 
 
 def compile_case(arch: str, case: Case) -> list[Compiled]:

@@ -27,9 +27,9 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(dtype, width, features, ma
     q, k, v = (draw(2, 3, n, width, dtype=dtype) for n in (257, 1000, 1000))
     omega = orthogonal_features(features, width, device="cuda")
     mask = torch.rand(2, 1000, device="cuda") > 0.3 if masked else None
-    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    q64, k64, v64 = (x.detach().double().requires_grad_() for x in (q, k, v))
     kwargs = {"key_padding_mask": mask, "eps": eps}
-    expected = results(performer_attention_reference, *exact, omega.double(), **kwargs)
+    expected = results(performer_attention_reference, q64, k64, v64, omega.double(), **kwargs)
     plain = results(performer_attention_reference, q, k, v, omega.to(dtype), **kwargs)
     actual = results(performer_attention, q, k, v, omega, backend="triton", **kwargs)
     for name, a, b, c in zip(("out", "dq", "dk", "dv"), actual, plain, expected, strict=True):
@@ -58,7 +58,8 @@ def test_more_than_65535_heads_run():
     q, k, v = (draw(8193, 8, 33, 16) for _ in range(3))
     omega = orthogonal_features(32, 16, device="cuda")
     out, *gradients = results(performer_attention, q, k, v, omega)
-    last, *last_gradients = results(performer_attention, *(x[-1:].detach().requires_grad_() for x in (q, k, v)), omega)
+    q, k, v = (x[-1:].detach().requires_grad_() for x in (q, k, v))
+    last, *last_gradients = results(performer_attention, q, k, v, omega)
     torch.testing.assert_close(out[-1:], last)
     assert all(x.isfinite().all() for x in gradients + last_gradients)
 

@@ -104,7 +104,7 @@ def _chip(device: torch.device) -> Chip:
 @functools.cache
 def load_configs(family: str) -> dict[str, Any]:
     """The tuned tile sizes of a family, `configs/<family>.json`."""
-    return json.loads(importlib.resources.files(__package__).joinpath("configs", f"{family}.json").read_text())
+    return json.loads(importlib.resources.files("medformer_kernels").joinpath("configs", f"{family}.json").read_text())
 
 
 def nearest_arch(arch: str, known: tuple[str, ...]) -> str:

@@ -1,4 +1,13 @@
-"""FAVOR+ (Performer) attention: softmax attention estimated in linear time and constant memory."""
+"""FAVOR+ (Performer) attention: softmax attention estimated in linear time and constant memory.
+
+reference      the definition, in plain PyTorch
+arguments      checks, and the forms that reduce to the plain one (grouped heads, documents, two-sided features)
+chunked        bidirectional, PyTorch          causal         causal, PyTorch
+fused          bidirectional, Triton launches  kernels        the Triton kernels
+ops            `torch.library` operators over these, with their gradients
+elementwise    ReLU and other features that are no exponentials
+decode         causal, one token at a time     accuracy       FAVOR+ measured against exact attention
+"""
 
 from __future__ import annotations
 
@@ -9,7 +18,12 @@ import torch
 from torch import Tensor
 
 from medformer_kernels._dispatch import resolve_backend
-from medformer_kernels.performer.ops import performer_read, performer_state
+from medformer_kernels.performer import elementwise
+from medformer_kernels.performer.accuracy import approximation_error
+from medformer_kernels.performer.arguments import Feature, check, documents, shared_heads, two_sided
+from medformer_kernels.performer.arguments import elementwise as is_elementwise
+from medformer_kernels.performer.decode import PerformerState, performer_prefill, performer_step
+from medformer_kernels.performer.ops import performer_causal, performer_read, performer_state
 from medformer_kernels.performer.reference import (
     default_num_features,
     orthogonal_features,
@@ -18,45 +32,117 @@ from medformer_kernels.performer.reference import (
 )
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
+    from jaxtyping import Bool, Float, Int
 
 __all__ = [
+    "PerformerState",
+    "approximation_error",
     "default_num_features",
     "orthogonal_features",
     "performer_attention",
     "performer_attention_reference",
     "performer_features",
+    "performer_prefill",
+    "performer_step",
 ]
 
 
 def performer_attention(
     q: Float[Tensor, "B H N D"],
-    k: Float[Tensor, "B H S D"],
-    v: Float[Tensor, "B H S Dv"],
+    k: Float[Tensor, "B Hkv S D"],
+    v: Float[Tensor, "B Hkv S Dv"],
     omega: Float[Tensor, "*H M D"],
     *,
+    causal: bool = False,
     key_padding_mask: Bool[Tensor, "B S"] | None = None,
+    cu_seqlens: Int[Tensor, " docs+1"] | None = None,
+    feature: Feature = "softmax",
     eps: float = 0.0,
     backend: str = "auto",
 ) -> Float[Tensor, "B H N Dv"]:
-    """Bidirectional FAVOR+ attention; features never reach memory, forward or backward."""
-    _check(q, k, v, omega, key_padding_mask, eps)
+    """FAVOR+ attention; features never reach memory, forward or backward.
+
+    Args:
+        q: queries; each of the Hkv heads of `k` and `v` serves H / Hkv consecutive heads of `q`.
+        k: keys.
+        v: values, whose width may differ.
+        omega: random features (`orthogonal_features`), shared by all heads or for each head: of `q`, or of `k` and
+            `v`. With one for each head of `q` and fewer key heads, the bidirectional form repeats k and v in memory.
+            It may require a gradient.
+        causal: query i reads keys 0 to i only; needs N = S and, for exponential features, eps = 0.
+        key_padding_mask: any pattern, True = a real key. A query without one gives 0.
+        cu_seqlens: boundaries of documents laid end to end along the tokens, 0 first and N last: none reads another.
+            The documents run one after the other, and their lengths are read on the host.
+        feature: 'softmax' (positive features); 'hyperbolic' (those of omega and of -omega: lower variance, twice
+            the cost); 'relu', or a function of each value of omega x', both plus `eps`.
+        eps: added to every feature.
+        backend: 'triton', 'torch', or 'auto': Triton on a GPU, where it has a kernel. It has none for `causal`, for
+            'relu' and functions, and for the gradient of `omega`: those run in PyTorch on every device.
+
+    Raises:
+        ValueError: an argument does not fit the others, or `backend` cannot run.
+    """
+    check(
+        q, k, v, omega, causal=causal, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens, feature=feature,
+        eps=eps,
+    )  # fmt: skip
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    backend = resolve_backend("performer_attention", backend, q, _unsupported(max(q.shape[3], v.shape[3]), eps))
+    backend = _resolve_backend(backend, q, omega, causal, feature)
+    omega = two_sided(omega, feature)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if is_elementwise(feature):
+            function = feature if callable(feature) else torch.relu
+            k, v, omega_q, _ = shared_heads(q, k, v, omega, repeat_keys=True)
+            return elementwise.attention(
+                q, k, v, omega_q, function, causal=causal, key_padding_mask=mask, eps=eps
+            )  # fmt: skip
+        if causal:
+            return performer_causal(q, k, v, _omega_of_queries(q, omega), mask)[0]
+        return _bidirectional(q, k, v, omega, mask, eps, backend)
+
+    if cu_seqlens is None:
+        return attend(q, k, v, key_padding_mask)
+    parts = documents(cu_seqlens, q, k, v, key_padding_mask)
+    return torch.cat([attend(*part) for part in parts], 2) if parts else q.new_zeros((*q.shape[:3], v.shape[-1]))
+
+
+def _resolve_backend(backend: str, q: Tensor, omega: Tensor, causal: bool, feature: Feature) -> str:
+    resolved = resolve_backend("performer_attention", backend, q)
+    without_kernel = {
+        "causal=True": causal,
+        f"feature={feature!r}": is_elementwise(feature),
+        "the gradient of omega": omega.requires_grad and torch.is_grad_enabled(),
+    }
+    reasons = [name for name, present in without_kernel.items() if present]
+    if not reasons:
+        return resolved
+    if backend == "triton":
+        raise ValueError(f"performer_attention: backend='triton' has no kernel for {reasons[0]}; use 'auto' or 'torch'")
+    return "torch"
+
+
+def _omega_of_queries(q: Tensor, omega: Tensor) -> Tensor:
+    if omega.ndim == 2 or omega.shape[0] == q.shape[1]:
+        return omega
+    return omega.repeat_interleave(q.shape[1] // omega.shape[0], 0)
+
+
+def _bidirectional(
+    q: Tensor, k: Tensor, v: Tensor, omega: Tensor, key_padding_mask: Tensor | None, eps: float, backend: str
+) -> Tensor:
+    omega_q = _omega_of_queries(q, omega)
+    k, v, omega, groups = shared_heads(q, k, v, omega, repeat_keys=False)
     values, lse, exponent_max = performer_state(k, v, omega, key_padding_mask, eps > 0, backend)
-    if eps == 0:
-        return performer_read(q, omega, values, lse, None, None, backend)[0]
-    values, lse, extra_values, extra_lse = _add_epsilon(v, values, lse, exponent_max, key_padding_mask, eps)
-    return performer_read(q, omega, values, lse, extra_values, extra_lse, backend)[0]
-
-
-def _unsupported(width: int, eps: float) -> str | None:
-    """What the Triton kernels do not take: tiles of these do not fit in the registers."""
-    if width > 256:
-        return f"heads wider than 256 (here {width})"
-    return f"eps > 0 with heads wider than 128 (here {width})" if eps > 0 and width > 128 else None
+    state = (values, lse)
+    if eps > 0:
+        state = _add_epsilon(v, values, lse, exponent_max, key_padding_mask, eps)
+    if groups > 1:
+        state = tuple(x.repeat_interleave(groups, 1) for x in state)
+    values, lse, *extra = state
+    return performer_read(q, omega_q, values, lse, *(extra or (None, None)), backend)[0]
 
 
 def _add_epsilon(
@@ -82,39 +168,3 @@ def _add_epsilon(
     weights = torch.softmax(total, -1)
     extra_values = (weights.unsqueeze(-1) * values).sum(-2)
     return values, total, extra_values, extra_lse + math.log(eps)
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, omega: Tensor, key_padding_mask: Tensor | None, eps: float) -> None:
-    def fail(message: str) -> None:
-        raise ValueError(f"performer_attention: {message}")
-
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
-            fail(f"{name} has shape {tuple(x.shape)}; it must be (B, H, tokens, width)")
-        if not x.is_floating_point():
-            fail(f"{name} is {x.dtype}; it must be a floating-point tensor")
-        if x.dtype != q.dtype or x.device != q.device:
-            fail(f"{name} is {x.dtype} on {x.device} but q is {q.dtype} on {q.device}; they must agree")
-    if k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3]:
-        fail(f"k has shape {tuple(k.shape)}; with q {tuple(q.shape)} it must be (B, H, S, D) of the same B, H and D")
-    if v.shape[:3] != k.shape[:3]:
-        fail(f"v has shape {tuple(v.shape)}; with k {tuple(k.shape)} it must be (B, H, S, Dv) of the same B, H and S")
-    heads, width = q.shape[1], q.shape[3]
-    if omega.ndim not in (2, 3) or omega.shape[-1] != width or omega.shape[:-2] not in ((), (heads,)):
-        fail(f"omega has shape {tuple(omega.shape)}; it must be (M, {width}) or ({heads}, M, {width})")
-    if omega.shape[-2] == 0:
-        fail("omega has M=0 features; it must have at least 1")
-    if omega.device != q.device:
-        fail(f"omega is on {omega.device} but q is on {q.device}; move it there")
-    if omega.requires_grad:
-        fail("omega requires a gradient, which is not implemented; pass omega.detach()")
-    if key_padding_mask is not None:
-        if key_padding_mask.dtype != torch.bool:
-            fail(f"key_padding_mask is {key_padding_mask.dtype}; it must be bool, True = a real key")
-        shape = (k.shape[0], k.shape[2])
-        if key_padding_mask.shape != shape:
-            fail(f"key_padding_mask has shape {tuple(key_padding_mask.shape)}; it must be (B, S) = {shape}")
-        if key_padding_mask.device != q.device:
-            fail(f"key_padding_mask is on {key_padding_mask.device} but q is on {q.device}; move it there")
-    if not eps >= 0:
-        fail(f"eps={eps} must be at least 0")

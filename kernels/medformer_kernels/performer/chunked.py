@@ -20,30 +20,47 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["read", "read_backward", "state", "state_backward"]
+__all__ = [
+    "LOG2E",
+    "chunk_length",
+    "columns",
+    "compute_dtype",
+    "key_chunk",
+    "read",
+    "read_backward",
+    "scaled_omega",
+    "state",
+    "state_backward",
+    "value_chunk",
+]
 
 # Values in one tile of B x H x chunk x M: 512 tokens for 8 heads and 256 features.
 _TILE_VALUES = 1 << 20
-_LOG2E = math.log2(math.e)
+LOG2E = math.log2(math.e)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _scaled_omega(omega: Tensor, x: Tensor, factor: float) -> Tensor:
+def scaled_omega(omega: Tensor, x: Tensor, factor: float) -> Tensor:
     """omega * factor / D^(1/4) as (B, H, M, D) in the compute dtype."""
-    omega = omega.to(_compute_dtype(x)) * (factor * omega.shape[-1] ** -0.25)
+    omega = omega.to(compute_dtype(x)) * (factor * omega.shape[-1] ** -0.25)
     return omega.expand(*x.shape[:2], -1, -1).contiguous()
+
+
+def chunk_length(values_per_token: int) -> int:
+    """Tokens of a chunk whose tile holds `_TILE_VALUES` values."""
+    return max(16, _TILE_VALUES // max(1, values_per_token))
 
 
 def _chunks(x: Tensor, num_features: int) -> Iterator[slice]:
     batch, heads, tokens, _ = x.shape
-    step = max(16, _TILE_VALUES // max(1, batch * heads * num_features))
+    step = chunk_length(batch * heads * num_features)
     return (slice(start, min(start + step, tokens)) for start in range(0, tokens, step))
 
 
-def _columns(x: Tensor, *columns: Tensor | float) -> Tensor:
+def columns(x: Tensor, *columns: Tensor | float) -> Tensor:
     """x (..., n, d) with columns appended: each a number or a tensor (..., n) that broadcasts to it."""
     out = x.new_empty((*x.shape[:-1], x.shape[-1] + len(columns)))
     out[..., : x.shape[-1]] = x
@@ -52,9 +69,9 @@ def _columns(x: Tensor, *columns: Tensor | float) -> Tensor:
     return out
 
 
-def _key_chunk(k: Tensor, key_padding_mask: Tensor | None, chunk: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def key_chunk(k: Tensor, key_padding_mask: Tensor | None, chunk: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(keys, their |k'|^2 / 2 in base 2) of a chunk; a masked key is 0 and at distance infinity."""
-    factor = _LOG2E * k.shape[-1] ** -0.5 / 2
+    factor = LOG2E * k.shape[-1] ** -0.5 / 2
     k = k[:, :, chunk].to(dtype)
     if key_padding_mask is None:
         return k, k.square().sum(-1).mul_(factor)
@@ -63,7 +80,7 @@ def _key_chunk(k: Tensor, key_padding_mask: Tensor | None, chunk: slice, dtype: 
     return k, k.square().sum(-1).mul_(factor).masked_fill_(masked, math.inf)
 
 
-def _value_chunk(v: Tensor, key_padding_mask: Tensor | None, chunk: slice, dtype: torch.dtype) -> Tensor:
+def value_chunk(v: Tensor, key_padding_mask: Tensor | None, chunk: slice, dtype: torch.dtype) -> Tensor:
     v = v[:, :, chunk].to(dtype)
     return v if key_padding_mask is None else v.masked_fill(~key_padding_mask[:, None, chunk, None], 0)
 
@@ -72,14 +89,14 @@ def state(
     k: Tensor, v: Tensor, omega: Tensor, key_padding_mask: Tensor | None, with_max: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Key pass; see `ops.performer_state`."""
-    omega_1 = _columns(_scaled_omega(omega, k, _LOG2E), -1.0).transpose(-1, -2)
+    omega_1 = columns(scaled_omega(omega, k, LOG2E), -1.0).transpose(-1, -2)
     dtype, num_features = omega_1.dtype, omega.shape[-2]
     sums = k.new_zeros((*k.shape[:2], num_features, v.shape[-1] + 1), dtype=dtype)  # values and, last, weights
     top = k.new_full((*k.shape[:2], 1, num_features), -math.inf, dtype=dtype)
     exponent_max = k.new_full(k.shape[:2], -math.inf, dtype=dtype)
     for chunk in _chunks(k, num_features):
-        k_chunk, half = _key_chunk(k, key_padding_mask, chunk, dtype)
-        exponents = _columns(k_chunk, half) @ omega_1
+        k_chunk, half = key_chunk(k, key_padding_mask, chunk, dtype)
+        exponents = columns(k_chunk, half) @ omega_1
         if with_max:
             u = exponents + half.masked_fill(half == math.inf, 0).unsqueeze(-1)
             exponent_max = torch.maximum(exponent_max, u.amax((-1, -2)))
@@ -87,11 +104,11 @@ def state(
         base = new_top.masked_fill(new_top == -math.inf, 0)
         weights = exponents.sub_(base).exp2_()
         sums.mul_((top - base).exp2_().transpose(-1, -2))
-        sums += weights.transpose(-1, -2) @ _columns(_value_chunk(v, key_padding_mask, chunk, dtype), 1.0)
+        sums += weights.transpose(-1, -2) @ columns(value_chunk(v, key_padding_mask, chunk, dtype), 1.0)
         top = new_top
     values, total = sums[..., :-1], sums[..., -1]
     values = values / total.masked_fill(total == 0, 1).unsqueeze(-1)
-    return values, (top.squeeze(-2) + total.log2()) / _LOG2E, exponent_max / _LOG2E
+    return values, (top.squeeze(-2) + total.log2()) / LOG2E, exponent_max / LOG2E
 
 
 def state_backward(
@@ -103,43 +120,46 @@ def state_backward(
     lse: Tensor,
     dvalues: Tensor,
     dlse: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """(dk, dv); see `ops.performer_state_backward`."""
+    with_omega: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dk, dv, domega (B, H, M, D), 0 unless `with_omega`); see `ops.performer_state_backward`."""
     scale = k.shape[-1] ** -0.5
-    base = lse.masked_fill(lse == -math.inf, 0) * -_LOG2E
-    omega_lse = _columns(_scaled_omega(omega, k, _LOG2E), -1.0, base).transpose(-1, -2)
-    omega_1 = _columns(_scaled_omega(omega, k, 1.0), 1.0)
-    dvalues_shift = _columns(dvalues, dlse - (dvalues * values).sum(-1)).transpose(-1, -2)
-    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    base = lse.masked_fill(lse == -math.inf, 0) * -LOG2E
+    omega_lse = columns(scaled_omega(omega, k, LOG2E), -1.0, base).transpose(-1, -2)
+    omega_1 = columns(scaled_omega(omega, k, 1.0), 1.0)
+    dvalues_shift = columns(dvalues, dlse - (dvalues * values).sum(-1)).transpose(-1, -2)
+    dk, dv, domega = torch.empty_like(k), torch.empty_like(v), torch.zeros_like(omega_1[..., :-1])
     for chunk in _chunks(k, omega.shape[-2]):
-        k_chunk, half = _key_chunk(k, key_padding_mask, chunk, omega_1.dtype)
-        weights = (_columns(k_chunk, half, 1.0) @ omega_lse).exp2_()
+        k_chunk, half = key_chunk(k, key_padding_mask, chunk, omega_1.dtype)
+        weights = (columns(k_chunk, half, 1.0) @ omega_lse).exp2_()
         dv[:, :, chunk] = weights @ dvalues
-        v_chunk = _value_chunk(v, key_padding_mask, chunk, omega_1.dtype)
-        dexponents = (_columns(v_chunk, 1.0) @ dvalues_shift).mul_(weights)
+        v_chunk = value_chunk(v, key_padding_mask, chunk, omega_1.dtype)
+        dexponents = (columns(v_chunk, 1.0) @ dvalues_shift).mul_(weights)
+        if with_omega:
+            domega += dexponents.transpose(-1, -2) @ k_chunk
         dk_chunk = dexponents @ omega_1
         dk[:, :, chunk] = dk_chunk[..., :-1] - k_chunk * (scale * dk_chunk[..., -1:])
-    return dk, dv
+    return dk, dv, domega.mul_(scale**0.5)
 
 
 def _extra_exponent(q: Tensor, u: Tensor, extra_lse: Tensor) -> Tensor:
     """Exponent (base 2) of the constant feature `eps`, per query (B, H, c): see `ops.performer_read`."""
-    half = q.square().sum(-1) * (_LOG2E * q.shape[-1] ** -0.5 / 2)
-    return half + u.amax(-1) + extra_lse.unsqueeze(-1) * _LOG2E
+    half = q.square().sum(-1) * (LOG2E * q.shape[-1] ** -0.5 / 2)
+    return half + u.amax(-1) + extra_lse.unsqueeze(-1) * LOG2E
 
 
 def read(
     q: Tensor, omega: Tensor, values: Tensor, lse: Tensor, extra_values: Tensor | None, extra_lse: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Query pass; see `ops.performer_read`."""
-    lse = lse * _LOG2E
-    omega_lse = _columns(_scaled_omega(omega, q, _LOG2E), lse).transpose(-1, -2)
-    values_1 = _columns(values, 1.0)
+    lse = lse * LOG2E
+    omega_lse = columns(scaled_omega(omega, q, LOG2E), lse).transpose(-1, -2)
+    values_1 = columns(values, 1.0)
     out = q.new_empty((*q.shape[:3], values.shape[-1]))
     out_lse = q.new_empty(q.shape[:3], dtype=lse.dtype)
     for chunk in _chunks(q, omega.shape[-2]):
         q_chunk = q[:, :, chunk].to(lse.dtype)
-        exponents = _columns(q_chunk, 1.0) @ omega_lse
+        exponents = columns(q_chunk, 1.0) @ omega_lse
         top = exponents.amax(-1)
         extra = None
         if extra_values is not None and extra_lse is not None:
@@ -153,7 +173,7 @@ def read(
             total = total + weight
             out_chunk = out_chunk + weight.unsqueeze(-1) * extra_values.unsqueeze(-2)
         out[:, :, chunk] = out_chunk / total.masked_fill(total == 0, 1).unsqueeze(-1)
-        out_lse[:, :, chunk] = (top + total.log2()) / _LOG2E
+        out_lse[:, :, chunk] = (top + total.log2()) / LOG2E
     return out, out_lse
 
 
@@ -167,30 +187,34 @@ def read_backward(
     out: Tensor,
     out_lse: Tensor,
     dout: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dvalues, dlse, dextra_values, dextra_lse); see `ops.performer_read_backward`."""
+    with_omega: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dvalues, dlse, dextra_values, dextra_lse, domega (B, H, M, D), 0 unless `with_omega`); see
+    `ops.performer_read_backward`."""
     scale = q.shape[-1] ** -0.5
-    dtype, omega_1, lse = lse.dtype, _scaled_omega(omega, q, 1.0), lse * _LOG2E
-    omega_lse = _columns(_scaled_omega(omega, q, _LOG2E), lse, -1.0).transpose(-1, -2)
-    values_1 = _columns(values, -1.0).transpose(-1, -2)
-    dq = torch.empty_like(q)
+    dtype, omega_1, lse = lse.dtype, scaled_omega(omega, q, 1.0), lse * LOG2E
+    omega_lse = columns(scaled_omega(omega, q, LOG2E), lse, -1.0).transpose(-1, -2)
+    values_1 = columns(values, -1.0).transpose(-1, -2)
+    dq, domega = torch.empty_like(q), torch.zeros_like(omega_1)
     sums = values.new_zeros((*values.shape[:3], values.shape[3] + 1))  # p^T dout and, last, p^T delta
     dextra_values = torch.zeros_like(values[..., 0, :])
     dextra_lse = torch.zeros_like(lse[..., 0])
     for chunk in _chunks(q, omega.shape[-2]):
         q_chunk, dout_chunk = q[:, :, chunk].to(dtype), dout[:, :, chunk].to(dtype)
         delta = (dout_chunk * out[:, :, chunk].to(dtype)).sum(-1)
-        base = out_lse[:, :, chunk] * _LOG2E
+        base = out_lse[:, :, chunk] * LOG2E
         base = base.masked_fill(base == -math.inf, 0)
-        exponents = _columns(q_chunk, 1.0, base) @ omega_lse
+        exponents = columns(q_chunk, 1.0, base) @ omega_lse
         extra = None
         if extra_values is not None and extra_lse is not None:
             u = exponents - lse.unsqueeze(-2) + base.unsqueeze(-1)
             extra = (_extra_exponent(q_chunk, u, extra_lse) - base).exp2_().unsqueeze(-1)
         weights = exponents.exp2_()
-        dout_delta = _columns(dout_chunk, delta)
+        dout_delta = columns(dout_chunk, delta)
         sums += weights.transpose(-1, -2) @ dout_delta
         dexponents = (dout_delta @ values_1).mul_(weights)
+        if with_omega:
+            domega += dexponents.transpose(-1, -2) @ q_chunk
         dq_chunk = dexponents @ omega_1
         if extra is not None:
             dextra_values += (extra * dout_chunk).sum(-2)
@@ -199,4 +223,5 @@ def read_backward(
             dq_chunk += dextra * scale * q_chunk
         dq[:, :, chunk] = dq_chunk
     dvalues = sums[..., :-1].contiguous()
-    return dq, dvalues, (dvalues * values).sum(-1) - sums[..., -1], dextra_values, dextra_lse
+    dlse = (dvalues * values).sum(-1) - sums[..., -1]
+    return dq, dvalues, dlse, dextra_values, dextra_lse, domega.mul_(scale**0.5)

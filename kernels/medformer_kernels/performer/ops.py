@@ -1,13 +1,17 @@
-"""FAVOR+ as two `torch.library` operators and their gradients.
+"""FAVOR+ as `torch.library` operators and their gradients: two for the bidirectional form, one for the causal.
 
-FAVOR+ is two softmax attentions that share omega. With e_mn = omega_m k'_n - |k'_n|^2 / 2 (x' = x / D^(1/4)):
+Bidirectional FAVOR+ is two softmax attentions that share omega. With x' = x / D^(1/4) and
+e_mn = omega_m k'_n - |k'_n|^2 / 2:
 
     key pass    values_m = sum_n softmax_n(e_mn) v_n          lse_m = log sum_n exp(e_mn)
     query pass  out_i    = sum_m softmax_m(omega_m q'_i + lse_m) values_m
 
 which is phi(Q) (phi(K)^T V) / (phi(Q) phi(K)^T 1) exactly, since |q'|^2 / 2, the stabilisers and 1/sqrt(M) cancel.
 Every exponent is taken relative to a maximum of its own feature or query, so that nothing under- or overflows in
-any dtype, and (values, lse), of M x (Dv + 1) numbers a head, is all that passes between the two.
+any dtype, and (values, lse), of M x (Dv + 1) numbers a head, is all that passes between the two. The causal
+form, where query i reads keys 0 to i, is derived in `causal`.
+
+Only the PyTorch implementation derives omega's gradient (`with_omega`).
 """
 
 from __future__ import annotations
@@ -15,9 +19,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from medformer_kernels.performer import chunked
+from medformer_kernels.performer import causal, chunked
 
-__all__ = ["performer_read", "performer_read_backward", "performer_state", "performer_state_backward"]
+__all__ = [
+    "performer_causal",
+    "performer_causal_backward",
+    "performer_read",
+    "performer_read_backward",
+    "performer_state",
+    "performer_state_backward",
+]
 
 
 def _implementation(backend: str):
@@ -30,6 +41,15 @@ def _implementation(backend: str):
 
 def _state_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _omega_gradient(domega: Tensor, omega: Tensor) -> Tensor:
+    """(B, H, M, D) summed over what shares omega."""
+    return domega.sum((0, 1) if omega.ndim == 2 else 0).to(omega.dtype)
+
+
+def _omega_buffer(like: Tensor, x: Tensor, omega: Tensor, with_omega: bool) -> Tensor:
+    return like.new_empty((*x.shape[:2], *omega.shape[-2:]) if with_omega else (0,))
 
 
 @torch.library.custom_op("medformer::performer_state", mutates_args=())
@@ -63,16 +83,22 @@ def performer_state_backward(
     lse: Tensor,
     dvalues: Tensor,
     dlse: Tensor,
+    with_omega: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """(dk, dv). With p = softmax_n(e): dv_n = sum_m p_mn dvalues_m and
-    de_mn = p_mn (dvalues_m v_n - dvalues_m values_m + dlse_m); dk = (omega^T de - k' sum_m de) / D^(1/4)."""
-    return _implementation(backend).state_backward(k, v, omega, key_padding_mask, values, lse, dvalues, dlse)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dk, dv, domega (B, H, M, D) or empty). With p = softmax_n(e): dv_n = sum_m p_mn dvalues_m and
+    de_mn = p_mn (dvalues_m v_n - dvalues_m values_m + dlse_m); dk = (omega^T de - k' sum_m de) / D^(1/4);
+    domega_m = sum_n de_mn k'_n."""
+    arguments = (k, v, omega, key_padding_mask, values, lse, dvalues, dlse)
+    if with_omega:
+        return chunked.state_backward(*arguments, with_omega=True)
+    dk, dv, *_ = _implementation(backend).state_backward(*arguments)
+    return dk, dv, values.new_empty(0)
 
 
 @performer_state_backward.register_fake
-def _(k, v, omega, key_padding_mask, values, lse, dvalues, dlse, backend):
-    return torch.empty_like(k), torch.empty_like(v)
+def _(k, v, omega, key_padding_mask, values, lse, dvalues, dlse, with_omega, backend):
+    return torch.empty_like(k), torch.empty_like(v), _omega_buffer(values, k, omega, with_omega)
 
 
 def _setup_state(ctx, inputs, output):
@@ -84,8 +110,11 @@ def _setup_state(ctx, inputs, output):
 
 def _state_autograd(ctx, dvalues, dlse, _):
     k, v, omega, key_padding_mask, values, lse = ctx.saved_tensors
-    dk, dv = performer_state_backward(k, v, omega, key_padding_mask, values, lse, dvalues, dlse, ctx.backend)
-    return dk, dv, None, None, None, None
+    with_omega = ctx.needs_input_grad[2]
+    dk, dv, domega = performer_state_backward(
+        k, v, omega, key_padding_mask, values, lse, dvalues, dlse, with_omega, ctx.backend
+    )
+    return dk, dv, _omega_gradient(domega, omega) if with_omega else None, None, None, None
 
 
 performer_state.register_autograd(_state_autograd, setup_context=_setup_state)
@@ -125,18 +154,25 @@ def performer_read_backward(
     out: Tensor,
     out_lse: Tensor,
     dout: Tensor,
+    with_omega: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dvalues, dlse, dextra_values, dextra_lse); the last two are 0 where there is no extra feature.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dvalues, dlse, dextra_values, dextra_lse, domega (B, H, M, D) or empty); the extra two are 0 where there
+    is no extra feature.
 
-    With p = softmax_m: dvalues_m = sum_i p_im dout_i, ds_im = p_im dout_i (values_m - out_i), dlse_m = sum_i ds_im and
-    dq_i = sum_m ds_im omega_m / D^(1/4). The maximum inside the extra exponent is a constant.
+    With p = softmax_m: dvalues_m = sum_i p_im dout_i, ds_im = p_im dout_i (values_m - out_i), dlse_m = sum_i ds_im,
+    dq_i = sum_m ds_im omega_m / D^(1/4), domega_m = sum_i ds_im q'_i. The maximum inside the extra exponent is a
+    constant.
     """
-    return _implementation(backend).read_backward(q, omega, values, lse, extra_values, extra_lse, out, out_lse, dout)
+    arguments = (q, omega, values, lse, extra_values, extra_lse, out, out_lse, dout)
+    if with_omega:
+        return chunked.read_backward(*arguments, with_omega=True)
+    gradients = _implementation(backend).read_backward(*arguments)
+    return (*gradients[:5], values.new_empty(0))
 
 
 @performer_read_backward.register_fake
-def _(q, omega, values, lse, extra_values, extra_lse, out, out_lse, dout, backend):
+def _(q, omega, values, lse, extra_values, extra_lse, out, out_lse, dout, with_omega, backend):
     extra = values.new_empty((*values.shape[:2], values.shape[-1]))
     return (
         torch.empty_like(q),
@@ -144,6 +180,7 @@ def _(q, omega, values, lse, extra_values, extra_lse, out, out_lse, dout, backen
         torch.empty_like(lse),
         extra,
         lse.new_empty(lse.shape[:2]),
+        _omega_buffer(values, q, omega, with_omega),
     )
 
 
@@ -156,13 +193,69 @@ def _setup_read(ctx, inputs, output):
 
 def _read_autograd(ctx, dout, _):
     *saved, out, out_lse = ctx.saved_tensors
-    dq, dvalues, dlse, dextra_values, dextra_lse = performer_read_backward(*saved, out, out_lse, dout, ctx.backend)
+    omega, with_omega = saved[1], ctx.needs_input_grad[1]
+    dq, dvalues, dlse, dextra_values, dextra_lse, domega = performer_read_backward(
+        *saved, out, out_lse, dout, with_omega, ctx.backend
+    )
+    domega = _omega_gradient(domega, omega) if with_omega else None
     if saved[-1] is None:
-        return dq, None, dvalues, dlse, None, None, None
-    return dq, None, dvalues, dlse, dextra_values, dextra_lse, None
+        return dq, domega, dvalues, dlse, None, None, None
+    return dq, domega, dvalues, dlse, dextra_values, dextra_lse, None
 
 
 performer_read.register_autograd(_read_autograd, setup_context=_setup_read)
+
+
+@torch.library.custom_op("medformer::performer_causal", mutates_args=())
+def performer_causal(
+    q: Tensor, k: Tensor, v: Tensor, omega: Tensor, key_padding_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(out (B, H, N, Dv), log of its denominator (B, H, N)): query i over keys 0..i.
+
+    k and v may have fewer heads, each shared by as many consecutive heads of q.
+    """
+    return causal.forward(q, k, v, omega, key_padding_mask)
+
+
+@performer_causal.register_fake
+def _(q, k, v, omega, key_padding_mask):
+    return q.new_empty((*q.shape[:3], v.shape[-1])), q.new_empty(q.shape[:3], dtype=_state_dtype(q))
+
+
+@torch.library.custom_op("medformer::performer_causal_backward", mutates_args=())
+def performer_causal_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    omega: Tensor,
+    key_padding_mask: Tensor | None,
+    out: Tensor,
+    out_lse: Tensor,
+    dout: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, domega (B, H, M, D))."""
+    return causal.backward(q, k, v, omega, key_padding_mask, out, out_lse, dout)
+
+
+@performer_causal_backward.register_fake
+def _(q, k, v, omega, key_padding_mask, out, out_lse, dout):
+    domega = _omega_buffer(out_lse, q, omega, True)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), domega
+
+
+def _setup_causal(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _causal_autograd(ctx, dout, _):
+    *inputs, out, out_lse = ctx.saved_tensors
+    omega = inputs[3]
+    dq, dk, dv, domega = performer_causal_backward(*inputs, out, out_lse, dout)
+    return dq, dk, dv, _omega_gradient(domega, omega) if ctx.needs_input_grad[3] else None, None
+
+
+performer_causal.register_autograd(_causal_autograd, setup_context=_setup_causal)
 
 
 def _refuse_double_backward(ctx, *_):
@@ -172,5 +265,5 @@ def _refuse_double_backward(ctx, *_):
     )
 
 
-for _op in (performer_state_backward, performer_read_backward):
+for _op in (performer_state_backward, performer_read_backward, performer_causal_backward):
     _op.register_autograd(_refuse_double_backward)

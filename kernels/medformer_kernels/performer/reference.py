@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from medformer_kernels.performer.arguments import Feature, documents, elementwise, shared_heads, two_sided
+
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
+    from jaxtyping import Bool, Float, Int
 
 __all__ = [
     "default_num_features",
@@ -84,11 +86,14 @@ def performer_features(x: Float[Tensor, "B H N D"], omega: Float[Tensor, "*H M D
 
 def performer_attention_reference(
     q: Float[Tensor, "B H N D"],
-    k: Float[Tensor, "B H S D"],
-    v: Float[Tensor, "B H S Dv"],
+    k: Float[Tensor, "B Hkv S D"],
+    v: Float[Tensor, "B Hkv S Dv"],
     omega: Float[Tensor, "*H M D"],
     *,
+    causal: bool = False,
     key_padding_mask: Bool[Tensor, "B S"] | None = None,
+    cu_seqlens: Int[Tensor, " docs+1"] | None = None,
+    feature: Feature = "softmax",
     eps: float = 0.0,
 ) -> Float[Tensor, "B H N Dv"]:
     """The definition: out = phi(q) (phi(k)^T v) / (phi(q) sum_j phi(k_j)), features materialised.
@@ -96,17 +101,29 @@ def performer_attention_reference(
     Without `eps` the stabilisers cancel, so each side takes the safest (its own maximum). With `eps` the value
     depends on them, and they are the published ones: phi(q) = exp(u - |q'|^2/2 - max_m u) + eps per query and
     phi(k) = exp(u - |k'|^2/2 - max_{n,m} u) + eps over the valid keys of a head, u = omega x'. Stabilisers carry
-    no gradient. A sample without a valid key gives 0.
+    no gradient. A query without a valid key gives 0. Elementwise features are phi(x) = feature(omega x') + eps.
 
-    Source: Choromanski et al. 2021, eq. (5) and (6).
+    With `causal` the sums run over the keys up to the query's own; the N x S weights are materialised too.
+
+    Source: Choromanski et al. 2021, eq. (5) and (6); (11) for the causal form.
     """
-    log_q, log_k = performer_features(q, omega), performer_features(k, omega)
-    half_q, half_k = (x.square().sum(-1, keepdim=True) * (x.shape[-1] ** -0.5 / 2) for x in (q, k))
-    invalid = None
+    if cu_seqlens is not None:
+        kwargs = {"causal": causal, "feature": feature, "eps": eps}
+        parts = documents(cu_seqlens, q, k, v, key_padding_mask)
+        outs = [
+            performer_attention_reference(q, k, v, omega, key_padding_mask=mask, **kwargs) for q, k, v, mask in parts
+        ]
+        return torch.cat(outs, 2)
+    k, v, omega, _ = shared_heads(q, k, v, two_sided(omega, feature), repeat_keys=True)
     if key_padding_mask is not None:
-        invalid = ~key_padding_mask[:, None, :, None]
-        log_k = log_k.masked_fill(invalid, -math.inf)
-        v = v.masked_fill(invalid, 0)
+        v = v.masked_fill(~key_padding_mask[:, None, :, None], 0)
+    if elementwise(feature):
+        return _elementwise_reference(q, k, v, omega, causal, key_padding_mask, feature, eps)
+    log_q, log_k = performer_features(q, omega), performer_features(k, omega)
+    if key_padding_mask is not None:
+        log_k = log_k.masked_fill(~key_padding_mask[:, None, :, None], -math.inf)
+    if causal:
+        return _causal_reference(log_q, log_k, v)
     if eps == 0:
         stabiliser_k = log_k.detach().amax(-2, keepdim=True)
         # A constant per feature on the key side goes back in on the query side.
@@ -115,11 +132,39 @@ def performer_attention_reference(
         stabiliser_q = shifted.detach().amax(-1, keepdim=True)
         phi_q, phi_k = (shifted - stabiliser_q).exp(), (log_k - stabiliser_k).exp()
     else:
+        half_q, half_k = (x.square().sum(-1, keepdim=True) * (x.shape[-1] ** -0.5 / 2) for x in (q, k))
         phi_q = (log_q - (log_q + half_q).detach().amax(-1, keepdim=True)).exp() + eps
         u_max = (log_k + half_k).detach().amax((-1, -2), keepdim=True)
         phi_k = (log_k - u_max.masked_fill(u_max == -math.inf, 0)).exp() + eps
-        if invalid is not None:
-            phi_k = phi_k.masked_fill(invalid, 0)
+        if key_padding_mask is not None:
+            phi_k = phi_k.masked_fill(~key_padding_mask[:, None, :, None], 0)
     state, normaliser = phi_k.transpose(-1, -2) @ v, phi_k.sum(-2).unsqueeze(-1)
     denominator = phi_q @ normaliser
     return (phi_q @ state) / denominator.masked_fill(denominator == 0, 1)
+
+
+def _causal_reference(log_q: Tensor, log_k: Tensor, v: Tensor) -> Tensor:
+    """softmax over j <= i of log sum_m exp(log_q_im + log_k_jm), with a maximum of its own for each query and key."""
+    stabiliser_q, stabiliser_k = (x.detach().amax(-1, keepdim=True) for x in (log_q, log_k))
+    stabiliser_k = stabiliser_k.masked_fill(stabiliser_k == -math.inf, 0)
+    weights = (log_q - stabiliser_q).exp() @ (log_k - stabiliser_k).exp().transpose(-1, -2)
+    absent = weights.new_ones(weights.shape[-2:], dtype=torch.bool).triu(1) | (weights == 0)
+    log_weights = weights.masked_fill(absent, 1).log() + stabiliser_k.transpose(-1, -2)
+    log_weights = log_weights.masked_fill(absent, -math.inf)
+    without_key = absent.all(-1, keepdim=True)
+    return log_weights.masked_fill(without_key, 0).softmax(-1).masked_fill(without_key, 0) @ v
+
+
+def _elementwise_reference(
+    q: Tensor, k: Tensor, v: Tensor, omega: Tensor, causal: bool, mask: Tensor | None, feature: Feature, eps: float
+) -> Tensor:
+    function = feature if callable(feature) else torch.relu
+    omega = omega.to(q.dtype).transpose(-1, -2)
+    phi_q, phi_k = (function((x * x.shape[-1] ** -0.25) @ omega) + eps for x in (q, k))
+    weights = phi_q @ phi_k.transpose(-1, -2)
+    if mask is not None:
+        weights = weights.masked_fill(~mask[:, None, None], 0)
+    if causal:
+        weights = weights.tril()
+    total = weights.sum(-1, keepdim=True)
+    return (weights @ v) / total.masked_fill(total == 0, 1)

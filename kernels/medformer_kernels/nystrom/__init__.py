@@ -84,8 +84,12 @@ def nystrom_attention(
         "nystrom_attention", q, k, v, num_landmarks, grid, landmark_grid, q_landmarks, k_landmarks, prefix_tokens,
         pinv_iterations, pinv_tolerance, conv_weight, key_padding_mask,
     )  # fmt: skip
-    backend = resolve_backend("nystrom_attention", backend, q)
     q, k, v, cells, q_landmarks, k_landmarks, conv_weight, mask, iterations, tolerance = arguments
+    width = max(q.shape[3], v.shape[3])
+    # Tiles of wider heads do not fit in the registers of the backward pass.
+    backend = resolve_backend(
+        "nystrom_attention", backend, q, f"heads wider than 128 (here {width})" if width > 128 else None
+    )
     with torch.autocast(q.device.type, enabled=False):
         if backend == "torch":
             return composed(*arguments)

@@ -53,7 +53,9 @@ def composed(
     solved = inverse_times(a, values.to(exact), pinv_iterations, pinv_tolerance)
     out = attend(q[:, :, cells.prefix :], k_landmarks, solved.to(q.dtype), valid)
     if conv_weight is not None:
-        out = out + _convolution(v[:, :, cells.prefix :], conv_weight.to(v.dtype), cells.conv_grid or cells.grid)
+        convolved = _convolution(v[:, :, cells.prefix :], conv_weight.to(v.dtype), cells.conv_grid or cells.grid)
+        # Only in place where nothing keeps the attention's output for its gradient.
+        out = out + convolved if torch.is_grad_enabled() else out.add_(convolved)
     return out if cells.prefix == 0 else torch.cat((values[:, :, : cells.prefix], out), 2)
 
 

@@ -84,9 +84,6 @@ def _entry(kernel: str, chip: Chip, width: int, itemsize: int) -> dict[str, int]
     table = _dispatch.load_configs("nystrom")[kernel]
     entries = table[nearest_arch(chip.arch, tuple(table))]
     fitting = [e for e in entries if e["itemsize"] == itemsize and e["width"] >= _block(width)]
-    if not fitting:
-        widest = max(e["width"] for e in entries)
-        raise ValueError(f"nystrom_attention: head width {width} is above {widest}; use backend='torch'")
     return min(fitting, key=lambda e: e["width"])
 
 
@@ -166,11 +163,11 @@ class _Head:
         self.width_v = v.shape[3]
         self.scale = self.width**-0.5
         self.chip = chip_of(q)
-        # float32 products run as three tf32 products on NVIDIA (24 bits) up to width 128, exactly above and elsewhere:
-        # wider, the three do not fit in the registers.
+        # float32 products run as three tf32 products on NVIDIA (24 bits), exactly elsewhere and in the backward pass of
+        # heads wider than 64, where the three do not fit in the registers.
         self.tf32x3 = "tf32x3" if self.chip.arch.startswith("sm_") else "ieee"
-        three = q.dtype == torch.float32 and max(self.width, self.width_v) <= 128
-        self.precision = self.tf32x3 if three else "ieee"
+        self.precision = self.tf32x3 if q.dtype == torch.float32 else "ieee"
+        self.backward_precision = self.precision if max(self.width, self.width_v) <= 64 else "ieee"
         self.mask = None if mask is None else mask.view(torch.uint8)
         self.inner_mask = None if self.mask is None or not pooled else self.mask[:, cells.prefix :]
         self.conv_grid = cells.conv_grid or cells.grid
@@ -188,10 +185,10 @@ class _Head:
             itemsize=self.q.element_size(), tokens=tokens, batch_heads=self.batch * self.heads,
         )  # fmt: skip
 
-    def options(self, plan: Plan) -> dict[str, Any]:
+    def options(self, plan: Plan, precision: str) -> dict[str, Any]:
         return {
             "BLOCK_M": plan.block_m, "BLOCK_D": _block(self.width), "BLOCK_DV": _block(self.width_v),
-            "PRECISION": self.precision, "num_warps": plan.num_warps, "num_stages": plan.num_stages,
+            "PRECISION": precision, "num_warps": plan.num_warps, "num_stages": plan.num_stages,
         }  # fmt: skip
 
     @property
@@ -263,7 +260,7 @@ def _values(head: _Head, q_landmarks: Tensor) -> tuple[Tensor, Tensor]:
     nystrom_values_fwd_kernel[(head.batch * head.heads * plan.slices * -(-number // plan.block_m),)](
         k, v, q_landmarks, mask, part_values, part_lse, *k.stride(), *v.stride(), *mask_strides,
         head.heads, tokens, number, head.width, head.width_v, plan.slice_length, plan.slices, head.scale,
-        BLOCK_S=plan.block_n, HAS_MASK=head.mask is not None, **head.options(plan),
+        BLOCK_S=plan.block_n, HAS_MASK=head.mask is not None, **head.options(plan, head.precision),
     )  # fmt: skip
     if plan.slices == 1:
         return part_values.squeeze(2), part_lse.squeeze(2)
@@ -357,7 +354,7 @@ def forward(
         *queries.stride(), *v_inner.stride(), *inner.stride()[:3], *mask_strides,
         head.heads, tokens, number, head.width, head.width_v, *head.conv_grid[1:], *_taps(conv_weight), head.scale,
         BLOCK_N=plan.block_n, BLOCK_J=_BLOCK_J, HAS_VALID=valid is not None, HAS_MASK=head.inner_mask is not None,
-        HAS_CONV=conv_weight is not None, CONV_VOLUME=head.conv_volume, **head.options(plan),
+        HAS_CONV=conv_weight is not None, CONV_VOLUME=head.conv_volume, **head.options(plan, head.precision),
     )  # fmt: skip
     none = q.new_empty(0, dtype=torch.uint8)
     return Forward(
@@ -412,7 +409,7 @@ def backward(
         head.heads, tokens, head.width_v, *head.conv_grid[1:], *taps,
         BLOCK_N=_BLOCK_TOKENS, BLOCK_DV=_block(head.width_v), BLOCK_J=_BLOCK_J,
         HAS_MASK=head.inner_mask is not None, HAS_CONV=has_conv, CONV_VOLUME=head.conv_volume,
-        PRECISION=head.precision, num_warps=4, num_stages=1,
+        PRECISION=head.backward_precision, num_warps=4, num_stages=1,
     )  # fmt: skip
     dconv_weight = part_dweight.sum((0, 2)) if has_conv else part_dweight
 
@@ -494,7 +491,8 @@ def _landmark_backward(
         _or(delta, unit), unit, mask, part_drows, part_dvalues,
         *x.stride(), *y.stride(), *mask_strides, head.heads, tokens, number, head.width, head.width_v,
         plan.slice_length, plan.slices, head.scale, bits,
-        BLOCK_N=plan.block_n, KEYS=keys, HAS_VALID=valid is not None, HAS_MASK=mask is not x, **head.options(plan),
+        BLOCK_N=plan.block_n, KEYS=keys, HAS_VALID=valid is not None, HAS_MASK=mask is not x,
+        **head.options(plan, head.backward_precision),
     )  # fmt: skip
     return part_drows.sum(2), part_dvalues.sum(2)
 
@@ -538,5 +536,5 @@ def _token_backward(
         skipped, head.scale, bits,
         BLOCK_N=plan.block_n, BLOCK_J=_BLOCK_J, KEYS=keys, HAS_VALID=valid is not None, HAS_MASK=mask is not x,
         HAS_MEANS=head.pooled, RANKED=head.rank is not None, VOLUME=not head.cells.sequence,
-        HAS_CONV=dout is not None, CONV_VOLUME=head.conv_volume, **head.options(plan),
+        HAS_CONV=dout is not None, CONV_VOLUME=head.conv_volume, **head.options(plan, head.backward_precision),
     )  # fmt: skip

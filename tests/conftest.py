@@ -22,6 +22,18 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """A plain `pytest` (the whole suite) takes two processes; a chosen file, or `-n 0`, runs in one."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
+        config.option.numprocesses = min(2, os.cpu_count() or 1)
+
+
 def _mend_old_interpreter() -> None:
     """Triton 3.6's interpreter cannot use a tensor as the bound of a loop with NumPy 2.4 and later; 3.7's can."""
     import triton

@@ -23,6 +23,7 @@ from medformer_kernels._dispatch import Chip, chip_of, nearest_arch
 from medformer_kernels.nystrom.inverse import inverse_times, inverse_times_backward
 from medformer_kernels.nystrom.kernels import (
     CONV_PAD,
+    nystrom_conv_weight_kernel,
     nystrom_core_kernel,
     nystrom_delta_kernel,
     nystrom_landmark_bwd_kernel,
@@ -398,20 +399,28 @@ def backward(
     tokens = queries.shape[2]
     weight = _weight(conv_weight, q)
     delta = torch.empty_like(made.out_lse)
-    blocks, taps = -(-tokens // _BLOCK_TOKENS), _taps(conv_weight)
-    has_conv = conv_weight is not None
-    part_dweight = q.new_empty((head.batch, head.heads, blocks, *taps) if has_conv else (0,), dtype=torch.float32)
+    taps, has_conv = _taps(conv_weight), conv_weight is not None
     mask_inner, *inner_strides = _mask_arguments(head.inner_mask, q)
     v_inner = v[:, :, prefix:]
-    nystrom_delta_kernel[(head.batch * head.heads * blocks,)](
-        inner_out, inner_dout, v_inner, weight, mask_inner, delta, part_dweight,
+    rows, warps = _delta_tile(head)
+    nystrom_delta_kernel[(head.batch * head.heads * -(-tokens // rows),)](
+        inner_out, inner_dout, v_inner, weight, mask_inner, delta,
         *inner_out.stride()[:3], *inner_dout.stride(), *v_inner.stride(), *inner_strides,
         head.heads, tokens, head.width_v, *head.conv_grid[1:], *taps,
-        BLOCK_N=_BLOCK_TOKENS, BLOCK_DV=_block(head.width_v), BLOCK_J=_BLOCK_J,
+        BLOCK_N=rows, BLOCK_DV=_block(head.width_v), BLOCK_J=_BLOCK_J,
         HAS_MASK=head.inner_mask is not None, HAS_CONV=has_conv, CONV_VOLUME=head.conv_volume,
-        PRECISION=head.backward_precision, num_warps=4, num_stages=1,
+        PRECISION=head.backward_precision, num_warps=warps, num_stages=1,
     )  # fmt: skip
-    dconv_weight = part_dweight.sum((0, 2)) if has_conv else part_dweight
+    dconv_weight = q.new_empty(0, dtype=torch.float32)
+    if has_conv:
+        blocks = -(-tokens // _BLOCK_TOKENS)
+        part_dweight = q.new_empty((head.batch, head.heads, blocks, *taps), dtype=torch.float32)
+        nystrom_conv_weight_kernel[(head.batch * head.heads * blocks,)](
+            inner_dout, v_inner, mask_inner, part_dweight, *inner_dout.stride(), *v_inner.stride(), *inner_strides,
+            head.heads, tokens, head.width_v, *head.conv_grid[1:], *taps,
+            BLOCK_N=_BLOCK_TOKENS, BLOCK_DV=_block(head.width_v), HAS_MASK=head.inner_mask is not None, num_warps=8,
+        )  # fmt: skip
+        dconv_weight = part_dweight.sum((0, 2))
 
     dk_read, dsolved = _landmark_backward(
         head, queries, inner_dout, made.k_landmarks, scaled, unit, valid, head.inner_mask, False,
@@ -460,6 +469,16 @@ def backward(
         dq, dk, dv, dq_landmarks[:, :, given].to(q.dtype).contiguous(),
         dk_landmarks[:, :, given].to(q.dtype).contiguous(), dconv_weight,
     )  # fmt: skip
+
+
+def _delta_tile(head: _Head) -> tuple[int, int]:
+    """(rows, warps) of the delta kernel: what compiles without a spill; 64 rows where wgmma wants them."""
+    if not head.chip.arch.startswith("sm_"):
+        return 16, 4
+    narrow = _block(head.width_v) <= 64
+    if head.q.element_size() == 2:
+        return 64, 4 if narrow else 8
+    return (32, 4) if narrow else (16, 8)
 
 
 def _landmark_backward(

@@ -6,7 +6,8 @@ H heads, N queries, S keys, L landmarks, D and DV widths. A program owns the nam
     nystrom_values_fwd_kernel    BLOCK_M landmarks over one slice of the keys: softmax(Q~ K^T) V; slices are merged
     nystrom_core_kernel          every landmark: softmax(Q~ K~^T), its pseudo-inverse, times the values
     nystrom_read_fwd_kernel      BLOCK_N queries, walking over the landmarks; the convolution as its epilogue
-    nystrom_delta_kernel         BLOCK_N queries: delta = sum(dout * attention), the convolution's weight gradient
+    nystrom_delta_kernel         BLOCK_N queries: delta = sum(dout * attention)
+    nystrom_conv_weight_kernel   BLOCK_N tokens: the gradient of the convolution's weights, partial sums
     nystrom_landmark_bwd_kernel  BLOCK_M landmarks over one slice of keys (or queries): their gradients, partial sums
     nystrom_token_bwd_kernel     BLOCK_N keys (or queries): dK and dV (or dQ), with what comes back through the means
 
@@ -339,7 +340,7 @@ def nystrom_read_fwd_kernel(
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def nystrom_delta_kernel(
-    OUT, DOUT, V, WEIGHT, MASK, DELTA, PART_DWEIGHT,
+    OUT, DOUT, V, WEIGHT, MASK, DELTA,
     out_stride_b, out_stride_h, out_stride_n,
     dout_stride_b, dout_stride_h, dout_stride_n, dout_stride_d,
     v_stride_b, v_stride_h, v_stride_n, v_stride_d, mask_stride_b, mask_stride_n,
@@ -347,7 +348,41 @@ def nystrom_delta_kernel(
     BLOCK_N: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_J: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_CONV: tl.constexpr, CONV_VOLUME: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """delta_i = dout_i (out_i - convolution_i), and this block's sum_i dout_i v_(i + tap) for each tap."""
+    """delta_i = dout_i (out_i - convolution_i)."""
+    n_blocks = tl.cdiv(N, BLOCK_N)
+    pid = tl.program_id(0)
+    n0 = (pid % n_blocks) * BLOCK_N
+    bh = (pid // n_blocks).to(tl.int64)
+    b, h = bh // H, bh % H
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    n_ok = n0 + offs_n < N
+    dv_ok = offs_dv < DV
+    convolved = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    if HAS_CONV:
+        V += b * v_stride_b + h * v_stride_h
+        MASK += b * mask_stride_b
+        convolved = _convolve(
+            convolved, V, WEIGHT + h * (KZ * KY * (KX + 2 * _CONV_PAD)), MASK,
+            v_stride_n, v_stride_d, mask_stride_n, n0, N, DV, GY, GX, KZ, KY, KX,
+            BLOCK_N, BLOCK_J, BLOCK_DV, HAS_MASK, CONV_VOLUME, PRECISION,
+        )  # fmt: skip
+    OUT += b * out_stride_b + h * out_stride_h
+    DOUT += b * dout_stride_b + h * dout_stride_h
+    out = _rows(OUT, n0, out_stride_n, offs_n, offs_dv, 1, n_ok, dv_ok).to(tl.float32) - convolved
+    dout = _rows(DOUT, n0, dout_stride_n, offs_n, offs_dv, dout_stride_d, n_ok, dv_ok).to(tl.float32)
+    tl.store(DELTA + bh * N + n0 + offs_n, tl.sum(dout * out, 1), mask=n_ok)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def nystrom_conv_weight_kernel(
+    DOUT, V, MASK, PART_DWEIGHT,
+    dout_stride_b, dout_stride_h, dout_stride_n, dout_stride_d,
+    v_stride_b, v_stride_h, v_stride_n, v_stride_d, mask_stride_b, mask_stride_n,
+    H, N, DV, GY, GX, KZ, KY, KX,
+    BLOCK_N: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """This block's sum_i dout_i v_(i + tap) for each tap of the convolution."""
     n_blocks = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
     n0 = (pid % n_blocks) * BLOCK_N
@@ -358,35 +393,24 @@ def nystrom_delta_kernel(
     token = n0 + offs_n
     n_ok = token < N
     dv_ok = offs_dv < DV
-    OUT += b * out_stride_b + h * out_stride_h
     DOUT += b * dout_stride_b + h * dout_stride_h
-    out = _rows(OUT, n0, out_stride_n, offs_n, offs_dv, 1, n_ok, dv_ok).to(tl.float32)
+    V += b * v_stride_b + h * v_stride_h
+    MASK += b * mask_stride_b
     dout = _rows(DOUT, n0, dout_stride_n, offs_n, offs_dv, dout_stride_d, n_ok, dv_ok).to(tl.float32)
-    if HAS_CONV:
-        V += b * v_stride_b + h * v_stride_h
-        MASK += b * mask_stride_b
-        convolved = _convolve(
-            tl.zeros([BLOCK_N, BLOCK_DV], tl.float32), V, WEIGHT + h * (KZ * KY * (KX + 2 * _CONV_PAD)), MASK,
-            v_stride_n, v_stride_d, mask_stride_n, n0, N, DV, GY, GX, KZ, KY, KX,
-            BLOCK_N, BLOCK_J, BLOCK_DV, HAS_MASK, CONV_VOLUME, PRECISION,
-        )  # fmt: skip
-        out -= convolved
-    tl.store(DELTA + bh * N + token, tl.sum(dout * out, 1), mask=n_ok)
-    if HAS_CONV:
-        taps = KZ * KY * KX
-        for tap in range(0, taps):
-            dz = tap // (KY * KX) - KZ // 2
-            dy = tap // KX % KY - KY // 2
-            dx = tap % KX - KX // 2
-            shift = (dz * GY + dy) * GX + dx
-            x = token % GX + dx
-            y = token // GX % GY + dy
-            z = token // (GX * GY) + dz
-            ok = n_ok & (x >= 0) & (x < GX) & (y >= 0) & (y < GY) & (z >= 0) & (z * GY * GX < N)
-            if HAS_MASK:
-                ok &= tl.load(MASK + (token + shift).to(tl.int64) * mask_stride_n, mask=ok, other=0) != 0
-            v = _rows(V, n0 + shift, v_stride_n, offs_n, offs_dv, v_stride_d, ok, dv_ok).to(tl.float32)
-            tl.store(PART_DWEIGHT + pid.to(tl.int64) * taps + tap, tl.sum(tl.sum(dout * v, 1), 0))
+    taps = KZ * KY * KX
+    for tap in range(0, taps):
+        dz = tap // (KY * KX) - KZ // 2
+        dy = tap // KX % KY - KY // 2
+        dx = tap % KX - KX // 2
+        shift = (dz * GY + dy) * GX + dx
+        x = token % GX + dx
+        y = token // GX % GY + dy
+        z = token // (GX * GY) + dz
+        ok = n_ok & (x >= 0) & (x < GX) & (y >= 0) & (y < GY) & (z >= 0) & (z * GY * GX < N)
+        if HAS_MASK:
+            ok &= tl.load(MASK + (token + shift).to(tl.int64) * mask_stride_n, mask=ok, other=0) != 0
+        v = _rows(V, n0 + shift, v_stride_n, offs_n, offs_dv, v_stride_d, ok, dv_ok).to(tl.float32)
+        tl.store(PART_DWEIGHT + pid.to(tl.int64) * taps + tap, tl.sum(tl.sum(dout * v, 1), 0))
 
 
 @triton.jit(do_not_specialize=_RUNTIME)

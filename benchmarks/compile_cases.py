@@ -151,7 +151,7 @@ def nystrom_cases(*, widths: tuple[int, ...] = WIDTHS, landmarks: int = 256) -> 
             },
         )  # fmt: skip
 
-    for width in widths:
+    for width in (width for width in widths if width <= 128):  # the kernels refuse wider heads
         for dtype in (torch.bfloat16, torch.float32):
             for full in (False, True):
                 yield case(width, dtype, full)

@@ -28,6 +28,8 @@ __all__ = ["PerformerAttention", "SoftmaxAttention"]
 HAS_XFORMERS = importlib.util.find_spec("xformers") is not None
 # Keys whose features are held at once while one attention row is computed: 4096 * M floats a head.
 ROW_CHUNK = 4096
+# Odd, and 2^32 over the golden ratio: seeds of successive draws lie far apart in the 32 bits that CPU generators keep.
+_GOLDEN = 0x9E3779B1
 
 
 class _Attention(nn.Module):
@@ -127,9 +129,10 @@ class SoftmaxAttention(_Attention):
 class PerformerAttention(_Attention):
     """FAVOR+ attention, phi(q) (phi(K)^T V) / phi(q) sum phi(k); linear in the tokens.
 
-    The random features are drawn once from `seed`, separately for each head, and saved with the weights.
-    Source: Choromanski et al. 2021. An estimate of softmax attention: close while queries and keys are short,
-    coarse once their norms grow (then `qk_norm` or more features help).
+    The random features are drawn from `seed`, separately for each head, and saved with the weights; `redraw` draws
+    the next. Source: Choromanski et al. 2021. An estimate of softmax attention: close while queries and keys are
+    short, coarse once their norms grow (then `qk_norm` or more features help). `approximation_error` of
+    `medformer_kernels.performer` measures it.
 
     Args:
         width: channels of a token.
@@ -137,6 +140,8 @@ class PerformerAttention(_Attention):
         num_features: random features per head, M; None takes D ln D rounded to a multiple of 64.
         qk_norm: LayerNorm queries and keys over each head.
         seed: of the random features.
+        causal: a token reads itself and those before it only.
+        train_features: make the random features parameters, which then are never redrawn.
     """
 
     def __init__(
@@ -147,16 +152,54 @@ class PerformerAttention(_Attention):
         num_features: int | None = None,
         qk_norm: bool = False,
         seed: int = 0,
+        causal: bool = False,
+        train_features: bool = False,
     ) -> None:
         super().__init__(width, heads, qk_norm=qk_norm)
         head_dim = width // heads
         if num_features is None:
             num_features = default_num_features(head_dim)
+        self.seed, self.causal = seed, causal
+        omega = orthogonal_features(num_features, head_dim, heads=heads, seed=seed)
         self.omega: Tensor
-        self.register_buffer("omega", orthogonal_features(num_features, head_dim, heads=heads, seed=seed))
+        self.draws: Tensor
+        if train_features:
+            self.omega = nn.Parameter(omega)
+        else:
+            self.register_buffer("omega", omega)
+        self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def redraw(self) -> None:
+        """Replace the random features by the next draw, on their device; call it between steps, not inside one.
+
+        Draw n follows from `seed` and n, and n is saved with the weights: a resumed run goes on with the same draws.
+        """
+        if isinstance(self.omega, nn.Parameter):
+            raise ValueError("PerformerAttention.redraw: train_features=True trains the features; they are not redrawn")
+        self.draws += 1
+        heads, num_features, head_dim = self.omega.shape
+        seed = (self.seed + int(self.draws) * _GOLDEN) % 2**63
+        drawn = orthogonal_features(num_features, head_dim, heads=heads, seed=seed, device=self.omega.device)
+        self.omega.copy_(drawn)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> Tensor:
-        return performer_attention(q, k, v, self.omega, key_padding_mask=key_padding_mask)
+        return performer_attention(q, k, v, self.omega, causal=self.causal, key_padding_mask=key_padding_mask)
+
+    def attention_row(
+        self,
+        x: Float[Tensor, "B N C"],
+        *,
+        query: int = 0,
+        key_padding_mask: Bool[Tensor, "B N"] | None = None,
+    ) -> Float[Tensor, "B H N"]:
+        if not self.causal:
+            return super().attention_row(x, query=query, key_padding_mask=key_padding_mask)
+        _check_mask(self, x, key_padding_mask)
+        seen = range(x.shape[1])[query] + 1
+        mask = None if key_padding_mask is None else key_padding_mask[:, :seen]
+        row = super().attention_row(x[:, :seen], query=seen - 1, key_padding_mask=mask)
+        return F.pad(row, (0, x.shape[1] - seen))
 
     def _log_row(self, q: Tensor, k: Tensor) -> Tensor:
         log_q = performer_features(q[:, :, None], self.omega)

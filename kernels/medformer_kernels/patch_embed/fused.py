@@ -60,8 +60,13 @@ class Plan:
 def launch_plan(
     kernel: str, *, chip: Chip, channels: int, taps: int, width: int, itemsize: int, tokens: int, batch: int
 ) -> Plan:
-    """How `kernel` ('fwd', 'dw', 'dx') is launched for one model and volume. Deterministic."""
-    table = _dispatch.load_configs("patch_embed")[kernel]
+    """How `kernel` ('fwd', 'dw', 'dx') is launched for one model and volume. Deterministic.
+
+    Few channels have tiles of their own ('fwd_narrow', 'dw_narrow'): there every element has an address of its own to
+    hold in registers.
+    """
+    narrow = kernel != "dx" and not is_wide(channels)
+    table = _dispatch.load_configs("patch_embed")[f"{kernel}_narrow" if narrow else kernel]
     entries = table[nearest_arch(chip.arch, tuple(table))]
     columns = _block(channels if kernel == "dx" else width)
     fitting = [e for e in entries if e["itemsize"] == itemsize]
@@ -165,6 +170,15 @@ def _volume(x: Tensor, coefficients: Sequence[float]) -> tuple[list[int], dict[s
     alignment = vector if unit == "c" and all(stride % vector == 0 for stride in others) else 1
     strides = [stride // alignment for stride in x.stride()]
     return strides, {"X_UNIT": unit, "ALIGNMENT": alignment, "WINDOWS": max(1, len(coefficients) // 4)}
+
+
+def _rows(dy: Tensor) -> tuple[list[int], dict[str, Any]]:
+    """(strides of tokens in units of the alignment, what the compiler may know of them)."""
+    vector = 16 // dy.element_size()
+    unit = dy.stride(2) == 1
+    alignment = vector if unit and dy.stride(0) % vector == 0 and dy.stride(1) % vector == 0 else 1
+    strides = [dy.stride(0) // alignment, dy.stride(1) // alignment, dy.stride(2)]
+    return strides, {"DY_UNIT": unit, "DY_ALIGNMENT": alignment}
 
 
 def _padded(geometry: Geometry) -> list[int]:
@@ -318,15 +332,16 @@ def _dweight(
     batch, (width, channels, *kernel) = x.shape[0], weight.shape
     plan = _plan("dw", weight, geometry, channels, width, batch)
     strides, layout = _volume(x, coefficients)
+    dy_strides, dy_layout = _rows(dy)
     patch = channels * math.prod(kernel)
     partial = weight.new_empty((batch * plan.slices, patch, width), dtype=torch.float32)
     programs = _k_blocks(channels, math.prod(kernel), plan.block_k) * -(-width // plan.block_e)
     _launch(
         patch_embed_dw_kernel, batch * plan.slices * programs,
         x, _device_coefficients(tuple(coefficients), x.device) if coefficients else None, dy, partial,
-        *strides, *geometry.size, *geometry.grid, *dy.stride(), offset, plan.slice_length, plan.slices,
+        *strides, *geometry.size, *geometry.grid, *dy_strides, offset, plan.slice_length, plan.slices,
         C=channels, E=width, **_model(geometry, _padded(geometry), "DY_"), **layout, MODE=mode,
-        PADDED=any(geometry.flat_padding), WIDE=is_wide(channels), DY_UNIT=dy.stride(2) == 1,
+        PADDED=any(geometry.flat_padding), WIDE=is_wide(channels), **dy_layout,
         PRECISION=_precision(weight), BLOCK_N=plan.block_n, BLOCK_K=plan.block_k, BLOCK_E=plan.block_e, **plan.launch,
     )  # fmt: skip
     total = partial.sum(0).to(weight.dtype)
@@ -340,13 +355,14 @@ def _transposed(tokens: Tensor, weight: Tensor, bias: Tensor | None, geometry: G
     plan = _plan("dx", tokens, geometry, channels, width, batch)
     out = tokens.new_empty((batch, channels, *geometry.size))
     padding = _padded(geometry)
+    strides, layout = _rows(tokens)
     cells = math.prod(-(-(n + p) // s) for n, p, s in zip(geometry.size, padding, geometry.stride, strict=True))
     programs = math.prod(geometry.stride) * -(-cells // plan.block_n) * -(-channels // plan.block_e)
     _launch(
         patch_embed_dx_kernel, batch * programs,
         tokens, weight.permute(2, 3, 4, 0, 1).contiguous(), _optional(bias), out,
-        *tokens.stride(), offset, *geometry.size, *geometry.grid,
-        C=channels, E=width, **_model(geometry, padding, "DY_"), DY_UNIT=tokens.stride(2) == 1,
+        *strides, offset, *geometry.size, *geometry.grid,
+        C=channels, E=width, **_model(geometry, padding, "DY_"), **layout,
         PRECISION=_precision(tokens), BLOCK_N=plan.block_n, BLOCK_K=plan.block_k, BLOCK_C=plan.block_e, **plan.launch,
     )  # fmt: skip
     return out

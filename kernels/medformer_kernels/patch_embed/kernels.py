@@ -294,10 +294,13 @@ def patch_embed_dw_kernel(
     KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr, SZ: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
     PZ: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, DZ: tl.constexpr, DY_: tl.constexpr, DX: tl.constexpr,
     X_UNIT: tl.constexpr, ALIGNMENT: tl.constexpr, MODE: tl.constexpr, PADDED: tl.constexpr, WIDE: tl.constexpr,
-    DY_UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    DY_UNIT: tl.constexpr, DY_ALIGNMENT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """PARTIAL (samples * slices, patch elements, E): sum over a slice of the tokens of patch_nk dy_n."""
+    """PARTIAL (samples * slices, patch elements, E): sum over a slice of the tokens of patch_nk dy_n.
+
+    Strides of X and DY come divided by their alignments.
+    """
     N = grid_z * grid_y * grid_x
     C_BLOCKS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
     K: tl.constexpr = C * KZ * KY * KX
@@ -315,7 +318,8 @@ def patch_embed_dw_kernel(
         x_stride_c, x_stride_z, x_stride_y, x_stride_x, X_UNIT, ALIGNMENT
     )
     X += b * x_stride_b * ALIGNMENT
-    DY += b * dy_stride_b
+    DY += b * dy_stride_b * DY_ALIGNMENT
+    dy_stride_n *= DY_ALIGNMENT
     if DY_UNIT:
         dy_stride_e = 1
     K_FIRST: tl.constexpr = X_UNIT != "c"
@@ -353,13 +357,13 @@ def patch_embed_dx_kernel(
     C: tl.constexpr, E: tl.constexpr,
     KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr, SZ: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
     PZ: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, DZ: tl.constexpr, DY_: tl.constexpr, DX: tl.constexpr,
-    DY_UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    DY_UNIT: tl.constexpr, DY_ALIGNMENT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dx_{c, v} = bias_c + sum of weight_{c, tap} dy_n over the taps and tokens n that see v; DX_OUT is contiguous.
 
     The voxels of a program share v + padding modulo the stride, so a tap meets all of them or none: no tap is
-    computed in vain. WEIGHT is (taps, E, C).
+    computed in vain. WEIGHT is (taps, E, C). Strides of DY come divided by DY_ALIGNMENT.
     """
     C_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     cells_z, cells_y, cells_x = tl.cdiv(size_z + PZ, SZ), tl.cdiv(size_y + PY, SY), tl.cdiv(size_x + PX, SX)
@@ -376,7 +380,8 @@ def patch_embed_dx_kernel(
     vz, vy, vx = qz * SZ + rz - PZ, qy * SY + ry - PY, qx * SX + rx - PX
     v_ok = (j < cells) & (vz >= 0) & (vz < size_z) & (vy >= 0) & (vy < size_y) & (vx >= 0) & (vx < size_x)
     c_ok = c < C
-    DY += b * dy_stride_b
+    DY += b * dy_stride_b * DY_ALIGNMENT
+    dy_stride_n *= DY_ALIGNMENT
     if DY_UNIT:
         dy_stride_e = 1
     E_STEPS: tl.constexpr = (E + BLOCK_K - 1) // BLOCK_K

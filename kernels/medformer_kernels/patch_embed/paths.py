@@ -333,7 +333,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dx, dweight, dbias, dnorm_weight, dnorm_bias): see `ops.patch_embed_backward`."""
     batch, (width, channels, *_) = x.shape[0], weight.shape
-    need_dx, need_dw, need_db, _, _ = needs
+    need_dx, need_dw, need_db, *_ = needs
     exact = torch.promote_types(weight.dtype, torch.float32)
     offset = dtokens.shape[1] - geometry.tokens
     sums = torch.zeros(3, width, dtype=exact, device=x.device)  # dbias, dnorm_weight, dnorm_bias
@@ -343,40 +343,41 @@ def backward(
     room = [n + sum(pair) for n, pair in zip(geometry.size, geometry.padding, strict=True)]
     gather = "matmul" if geometry.tiles else "im2col"
     library = path.startswith("conv") and _whole(x, geometry, mode, coefficients, weight.dtype)
-    for b in range(batch):
+    whole_dy = dtokens[:, offset:] if not norm else torch.empty_like(y) if library else None
+    for b in range(batch if norm or not library else 0):
         dpadded = torch.zeros((channels, *room), dtype=exact, device=x.device) if need_dx and not library else None
-        dys = []
         for slab in slabs(geometry, channels, width, weight.element_size(), gather):
             dy = dtokens[b, offset + slab.rows.start : offset + slab.rows.stop]
             if norm:
                 dy, dnorm_weight, dnorm_bias = norm_backward(dy, y[b, slab.rows], norm_weight, norm, eps)
                 sums[1] += dnorm_weight
                 sums[2] += dnorm_bias
+            if library and whole_dy is not None:
+                whole_dy[b, slab.rows] = dy
+                continue
             if need_db:
                 sums[0] += dy.sum(0, dtype=exact)
             dy = dy.to(weight.dtype)
-            if library:
-                dys.append(dy)
-                continue
             if need_dw:
-                patches = im2col(load_slab(x[b], slab, geometry, mode, coefficients, weight.dtype), slab.grid, geometry)
-                dweight += dy.t() @ patches
+                voxels = load_slab(x[b], slab, geometry, mode, coefficients, weight.dtype)
+                dweight += dy.t() @ im2col(voxels, slab.grid, geometry)
             if dpadded is not None:
                 at = (slice(None), *(slice(first, stop) for first, stop in slab.span(geometry)))
                 col2im((columns.t() @ dy.t()).to(exact), dpadded[at], slab.grid, geometry)
-        if library and (need_dx or need_dw):
-            dy = (dys[0] if len(dys) == 1 else torch.cat(dys)).t().reshape(1, width, *geometry.grid)
-            padding = [before for before, _ in geometry.padding]
-            dx_b, dweight_b, _ = torch.ops.aten.convolution_backward(
-                dy, x[b : b + 1], weight, None, geometry.stride, padding, geometry.dilation, False, [0, 0, 0], 1,
-                (need_dx, need_dw, False),
-            )  # fmt: skip
-            if need_dx:
-                dx[b] = dx_b[0]
-            if need_dw:
-                dweight += dweight_b.view(width, -1)
         if dpadded is not None:
             dx[b] = fold_padding(dpadded, geometry, mode)
+    if library and whole_dy is not None and (need_dx or need_dw or need_db):
+        padding = [before for before, _ in geometry.padding]
+        dy = whole_dy.transpose(1, 2).unflatten(2, geometry.grid)
+        results = torch.ops.aten.convolution_backward(
+            dy, x, weight, [width], geometry.stride, padding, geometry.dilation, False, [0, 0, 0], 1, needs[:3]
+        )
+        if need_dx:
+            dx.copy_(results[0])
+        if need_dw:
+            dweight = results[1]
+        if need_db:
+            sums[0] = results[2]
     dtype = weight.dtype
     return (
         dx,

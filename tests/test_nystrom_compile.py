@@ -1,0 +1,35 @@
+"""The Nystrom kernels compiled ahead of time for a GPU that is not here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+_SCRIPT = """
+from ahead_of_time import record
+from compile_cases import nystrom_cases
+
+case = next(case for case in nystrom_cases(widths=(64,)) if case.name.endswith("bfloat16 plain"))
+for launch in ("values_fwd", "token_bwd"):
+    for compiled in record("sm_90", case.launches[launch]):
+        print(compiled.kernel, compiled.fits, compiled.matrix)
+"""
+
+
+def test_headline_kernels_use_wgmma_without_spills() -> None:
+    # A fresh Python without TRITON_INTERPRET: an interpreted kernel has nothing to compile.
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", _SCRIPT], cwd=BENCHMARKS, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert {fits for _, fits, _ in rows} == {"True"}
+    assert {kernel for kernel, _, matrix in rows if matrix == "wgmma"} == {
+        "nystrom_values_fwd_kernel", "nystrom_read_fwd_kernel", "nystrom_landmark_bwd_kernel",
+        "nystrom_token_bwd_kernel",
+    }  # fmt: skip

@@ -15,7 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from measuring import DEVICE, cpu_peak_memory_mib, peak_memory_mib
-from medformer_kernels import orthogonal_features, performer_attention, performer_attention_reference
+from medformer_kernels import (
+    orthogonal_features,
+    performer_attention,
+    performer_attention_reference,
+    performer_features,
+)
+from medformer_kernels.performer import performer_prefill, performer_step
 
 ON_GPU = DEVICE.type == "cuda"
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
@@ -23,6 +29,8 @@ HEADS, WIDTH, FEATURES = 8, 64, 256
 LENGTHS = (4096, 32_768, 262_144) if ON_GPU else (1024, 4096, 16_384)
 # Exact attention takes 340 ms at 262,144 tokens on an H200 and seconds at 16,384 on two cores.
 EXACT_LIMIT = 262_144 if ON_GPU else 4096
+# It takes 12 s for 4096 tokens on one core.
+PEER_CAUSAL_LIMIT = 32_768 if ON_GPU else 4096
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -41,6 +49,18 @@ def performer_pytorch_compiled(omega: Tensor) -> Attention:
     if not ON_GPU:
         pytest.skip("torch.compile of the peer is compared on a GPU")
     return torch.compile(performer_pytorch(omega))
+
+
+def medformer_causal(omega: Tensor) -> Attention:
+    return lambda q, k, v: performer_attention(q, k, v, omega, causal=True)
+
+
+def performer_pytorch_causal(omega: Tensor) -> Attention:
+    """Its causal path in PyTorch, which it takes where fast_transformers' CUDA kernel is not installed."""
+    peer = pytest.importorskip("performer_pytorch", reason="pip install performer-pytorch")
+    attention = peer.FastAttention(WIDTH, nb_features=FEATURES, causal=True).to(DEVICE)
+    attention.projection_matrix = omega.to(DTYPE)
+    return attention
 
 
 def flash_bla_compiled_features(omega: Tensor) -> Attention:
@@ -75,9 +95,21 @@ def xformers_exact(omega: Tensor) -> Attention:
 
 
 LINEAR = (medformer, performer_pytorch, performer_pytorch_compiled, flash_bla_compiled_features)
+CAUSAL = (medformer_causal, performer_pytorch_causal)
 EXACT = (sdpa_exact, xformers_exact)
 implementations = pytest.mark.parametrize("implementation", LINEAR + EXACT, ids=lambda f: f.__name__)
 lengths = pytest.mark.parametrize("tokens", LENGTHS, ids=lambda n: f"N{n}")
+
+
+def published_causal(q: Tensor, k: Tensor, v: Tensor, omega: Tensor) -> Tensor:
+    """Causal FAVOR+ with the published epsilon, whose stabiliser sees later keys."""
+    features = []
+    for x, dims in ((q, (-1,)), (k, (-1, -2))):
+        half = x.square().sum(-1, keepdim=True) * WIDTH**-0.5 / 2
+        log_phi = performer_features(x, omega)
+        features.append((log_phi - (log_phi + half).amax(dims, keepdim=True)).exp() + 1e-4)
+    weights = (features[0] @ features[1].transpose(-1, -2)).tril()
+    return weights @ v / weights.sum(-1, keepdim=True)
 
 
 def prepare(implementation: Callable[[Tensor], Attention], tokens: int) -> tuple[Attention, list[Tensor]]:
@@ -89,15 +121,24 @@ def prepare(implementation: Callable[[Tensor], Attention], tokens: int) -> tuple
     attention = implementation(omega)
     q, k, v = (torch.randn(1, HEADS, 512, WIDTH, device=DEVICE, dtype=DTYPE) for _ in range(3))
     exact = [x.double() for x in (q, k, v)]
-    if implementation in EXACT:
+    if implementation is performer_pytorch_causal:
+        expected = published_causal(*exact, omega.double())
+    elif implementation is medformer_causal:
+        expected = performer_attention_reference(*exact, omega.double(), causal=True)
+    elif implementation in EXACT:
         expected = torch.softmax(exact[0] @ exact[1].transpose(-1, -2) * WIDTH**-0.5, -1) @ exact[2]
     else:
         expected = performer_attention_reference(
             *exact, omega.double(), eps=0.0 if implementation is medformer else 1e-4
         )
     tolerance = 0.06 if torch.bfloat16 == DTYPE else 1e-4
+    first = 0
+    if implementation is performer_pytorch_causal:
+        # It adds 1e-6 to each feature's sum of keys: 14% too little for the first token, 1e-3 from the 64th on.
+        first, tolerance = 64, max(tolerance, 1e-2)
     with torch.no_grad():
-        torch.testing.assert_close(attention(q, k, v).double(), expected, rtol=tolerance, atol=tolerance)
+        actual = attention(q, k, v)[:, :, first:].double()
+    torch.testing.assert_close(actual, expected[:, :, first:], rtol=tolerance, atol=tolerance)
     inputs = [torch.randn(1, HEADS, tokens, WIDTH, device=DEVICE, dtype=DTYPE) for _ in range(3)]
     return attention, inputs
 
@@ -143,6 +184,56 @@ def bench_performer_step(timed, implementation, tokens):
     timed(step, floor_ms=floor_ms(tokens, 12, 4, 12), shape=shape(tokens))
 
 
+def prepare_causal(implementation: Callable[[Tensor], Attention], tokens: int) -> tuple[Attention, list[Tensor]]:
+    if implementation is performer_pytorch_causal and tokens > PEER_CAUSAL_LIMIT:
+        pytest.skip(f"performer-pytorch keeps M x D numbers for each of {tokens} tokens")
+    return prepare(implementation, tokens)
+
+
+@lengths
+@pytest.mark.parametrize("implementation", CAUSAL, ids=lambda f: f.__name__)
+def bench_performer_causal_forward(timed, implementation, tokens):
+    attention, inputs = prepare_causal(implementation, tokens)
+
+    def forward() -> None:
+        with torch.no_grad():
+            attention(*inputs)
+
+    timed(forward, shape=shape(tokens))
+
+
+@lengths
+@pytest.mark.parametrize("implementation", CAUSAL, ids=lambda f: f.__name__)
+def bench_performer_causal_step(timed, implementation, tokens):
+    """Forward and backward."""
+    if implementation is performer_pytorch_causal and tokens > 1024:
+        pytest.skip("performer-pytorch keeps M x D numbers for each token until its backward pass")
+    attention, inputs = prepare_causal(implementation, tokens)
+    inputs = [x.requires_grad_() for x in inputs]
+    dout = torch.randn_like(inputs[2])
+
+    def step() -> None:
+        for x in inputs:
+            x.grad = None
+        attention(*inputs).backward(dout)
+
+    timed(step, shape=shape(tokens))
+
+
+def bench_performer_decode(timed):
+    """One token: what it costs does not depend on how many came before."""
+    omega = orthogonal_features(FEATURES, WIDTH, device=DEVICE)
+    prompt = [torch.randn(1, HEADS, 512, WIDTH, device=DEVICE, dtype=DTYPE) for _ in range(3)]
+    parallel = performer_attention(*prompt, omega, causal=True)
+    state = performer_prefill(*(x[:, :, :-1] for x in prompt[1:]), omega)
+    token = [x[:, :, -1:] for x in prompt]
+    tolerance = 0.06 if torch.bfloat16 == DTYPE else 1e-4
+    with torch.no_grad():
+        out, _ = performer_step(state, *token, omega)
+        torch.testing.assert_close(out, parallel[:, :, -1:], rtol=tolerance, atol=tolerance)
+        timed(lambda: performer_step(state, *token, omega), shape=shape(1))
+
+
 _MEMORY_SCRIPT = """
 import sys
 sys.path.insert(0, {benchmarks!r})
@@ -156,7 +247,7 @@ attention(*inputs).backward(dout)
 
 
 @lengths
-@pytest.mark.parametrize("implementation", [medformer, performer_pytorch], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("implementation", [medformer, performer_pytorch, medformer_causal], ids=lambda f: f.__name__)
 def bench_performer_memory(timed, implementation, tokens):
     """Peak memory of a forward and backward pass beyond the inputs, and that beyond outputs and gradients too."""
     attention, inputs = prepare(implementation, tokens)

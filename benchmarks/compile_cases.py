@@ -18,7 +18,7 @@ from medformer_kernels.performer import default_num_features, fused
 
 __all__ = ["FAMILIES", "WIDTHS", "Case", "Family", "Floor"]
 
-WIDTHS = (64, 128, 256)
+WIDTHS = (64, 128)
 """Head widths that have tiles of their own; others take those of the next one up."""
 
 
@@ -64,18 +64,17 @@ def performer_cases(*, widths: tuple[int, ...] = WIDTHS, tokens: int = 262_144) 
         lse = torch.empty(1, 8, num_features, device="meta")
         row = torch.empty(1, 8, tokens, device="meta")
         mask = torch.empty(1, tokens, dtype=torch.bool, device="meta") if full else None
-        eps = full and width <= 128
-        extra = (values[:, :, 0], lse[:, :, 0]) if eps else (None, None)
+        extra = (values[:, :, 0], lse[:, :, 0]) if full else (None, None)
 
         def backward() -> None:
             fused.read_backward(x, omega, values, lse, *extra, x, row, x)
 
         return Case(
-            name=f"D={width} M={num_features} {str(dtype)[6:]} {('mask eps' if eps else 'mask') if full else 'plain'}",
+            name=f"D={width} M={num_features} {str(dtype)[6:]} {'mask eps' if full else 'plain'}",
             width=width,
             dtype=dtype,
             launches={
-                "state_fwd": lambda: fused.state(x, x, omega, mask, eps),
+                "state_fwd": lambda: fused.state(x, x, omega, mask, full),
                 "read_fwd": lambda: fused.read(x, omega, values, lse, *extra),
                 "read_dq": backward,
                 "read_dstate": backward,

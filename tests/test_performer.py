@@ -293,7 +293,8 @@ def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_inputs():
     assert out.dtype == torch.bfloat16
     assert q.grad is not None
     assert q.grad.dtype == torch.float32
-    torch.testing.assert_close(out.float(), performer_attention(q, k, v, omega), rtol=0.05, atol=0.05)
+    # Only q, k and v are rounded: what happens inside is that of bfloat16 inputs, to the bit.
+    assert torch.equal(out, performer_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), omega))
 
 
 def test_epsilon_reproduces_performer_pytorch():
@@ -394,10 +395,10 @@ def test_float64_has_no_kernel_and_says_so():
         performer_attention(q, k, v, orthogonal_features(8, 16, dtype=torch.float64), backend="triton")
 
 
-@pytest.mark.parametrize(("width", "eps"), [(257, 0.0), (129, 1e-3)])
-def test_heads_too_wide_for_the_kernels_are_refused_there_and_run_elsewhere(width, eps):
-    q, k, v = inputs(queries=3, keys=4, width=width, width_v=width, dtype=torch.float32)
-    omega = orthogonal_features(32, width)
-    with pytest.raises(ValueError, match=rf"backend='triton' does not take .* \(here {width}\); use backend='torch'"):
-        performer_attention(q, k, v, omega, eps=eps, backend="triton")
-    assert performer_attention(q, k, v, omega, eps=eps).shape == q.shape
+def test_heads_too_wide_for_the_kernels_are_refused_there_and_run_elsewhere():
+    q, k, v = inputs(queries=3, keys=4, width=129, width_v=129, dtype=torch.float32)
+    omega = orthogonal_features(32, 129)
+    message = r"backend='triton' has no kernel for heads wider than 128 \(here 129\); use 'auto' or 'torch'"
+    with pytest.raises(ValueError, match=message):
+        performer_attention(q, k, v, omega, backend="triton")
+    assert performer_attention(q, k, v, omega).shape == q.shape

@@ -21,7 +21,7 @@ def results(function, q, k, v, omega, **kwargs) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize(("width", "features"), [(16, 64), (64, 256), (72, 300), (128, 640), (256, 512)])
+@pytest.mark.parametrize(("width", "features"), [(16, 64), (64, 256), (72, 300), (128, 640)])
 @pytest.mark.parametrize(("masked", "eps"), [(False, 0.0), (True, 1e-3)])
 def test_error_is_at_most_twice_that_of_plain_pytorch(dtype, width, features, masked, eps):
     q, k, v = (draw(2, 3, n, width, dtype=dtype) for n in (257, 1000, 1000))

@@ -46,7 +46,7 @@ def resolve_backend(function: str, backend: str, x: Tensor, unsupported: str | N
     if backend == "auto":
         return "triton" if x.is_cuda and has_triton() and x.dtype in _TRITON_DTYPES and not unsupported else "torch"
     if unsupported:
-        raise ValueError(f"{function}: backend='triton' does not take {unsupported}; use backend='torch'")
+        raise ValueError(f"{function}: backend='triton' has no kernel for {unsupported}; use 'auto' or 'torch'")
     if not has_triton():
         raise ValueError(f"{function}: backend='triton' needs the triton package; pip install triton, or use 'torch'")
     if x.dtype not in _TRITON_DTYPES:

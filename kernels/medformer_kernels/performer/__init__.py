@@ -76,8 +76,8 @@ def performer_attention(
         feature: 'softmax' (positive features); 'hyperbolic' (those of omega and of -omega: lower variance, twice
             the cost); 'relu', or a function of each value of omega x', both plus `eps`.
         eps: added to every feature.
-        backend: 'triton', 'torch', or 'auto': Triton on a GPU, where it has a kernel. It has none for `causal`, for
-            'relu' and functions, and for the gradient of `omega`: those run in PyTorch on every device.
+        backend: 'triton', 'torch', or 'auto': Triton on a GPU, where it has a kernel. It has none for `causal`,
+            'relu' and functions, the gradient of `omega` and heads wider than 128: those run in PyTorch everywhere.
 
     Raises:
         ValueError: an argument does not fit the others, or `backend` cannot run.
@@ -89,7 +89,7 @@ def performer_attention(
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    backend = _resolve_backend(backend, q, omega, causal, feature)
+    backend = _resolve_backend(backend, q, v, omega, causal, feature)
     omega = two_sided(omega, feature)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -103,25 +103,25 @@ def performer_attention(
             return performer_causal(q, k, v, _omega_of_queries(q, omega), mask)[0]
         return _bidirectional(q, k, v, omega, mask, eps, backend)
 
-    if cu_seqlens is None:
-        return attend(q, k, v, key_padding_mask)
-    parts = documents(cu_seqlens, q, k, v, key_padding_mask)
-    return torch.cat([attend(*part) for part in parts], 2) if parts else q.new_zeros((*q.shape[:3], v.shape[-1]))
+    # The dtype is settled: inside, autocast would round float32 states and exponents again.
+    with torch.autocast(q.device.type, enabled=False):
+        if cu_seqlens is None:
+            return attend(q, k, v, key_padding_mask)
+        parts = documents(cu_seqlens, q, k, v, key_padding_mask)
+        return torch.cat([attend(*part) for part in parts], 2) if parts else q.new_zeros((*q.shape[:3], v.shape[-1]))
 
 
-def _resolve_backend(backend: str, q: Tensor, omega: Tensor, causal: bool, feature: Feature) -> str:
-    resolved = resolve_backend("performer_attention", backend, q)
+def _resolve_backend(backend: str, q: Tensor, v: Tensor, omega: Tensor, causal: bool, feature: Feature) -> str:
+    width = max(q.shape[3], v.shape[3])
     without_kernel = {
         "causal=True": causal,
         f"feature={feature!r}": is_elementwise(feature),
         "the gradient of omega": omega.requires_grad and torch.is_grad_enabled(),
+        # Tiles of wider heads do not fit in the registers of the backward pass.
+        f"heads wider than 128 (here {width})": width > 128,
     }
-    reasons = [name for name, present in without_kernel.items() if present]
-    if not reasons:
-        return resolved
-    if backend == "triton":
-        raise ValueError(f"performer_attention: backend='triton' has no kernel for {reasons[0]}; use 'auto' or 'torch'")
-    return "torch"
+    reason = next((name for name, present in without_kernel.items() if present), None)
+    return resolve_backend("performer_attention", backend, q, reason)
 
 
 def _omega_of_queries(q: Tensor, omega: Tensor) -> Tensor:

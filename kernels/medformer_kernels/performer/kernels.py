@@ -385,5 +385,6 @@ def performer_state_bwd_kernel(
     _store_rows(DK, s0, dk_stride_n, offs_s, offs_d, dk_stride_d, s_in, d_ok, dk)
     _store_rows(DV_OUT, s0, dv_stride_n, offs_s, offs_dv, dv_stride_d, s_in, dv_ok, dv * unit)
 
+
 # Inside a kernel Triton's language, not Python's, gives operators and indexing their types.
 # pyright: reportOperatorIssue=false, reportArgumentType=false

@@ -66,6 +66,34 @@ def test_output_and_every_gradient_match_reference_in_float64(tokens, masked, st
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.parametrize(("slices", "tokens"), [(2, 130), (5, 300), (3, 70)])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_slices_side_by_side_change_nothing(monkeypatch, slices, tokens, kv_heads):
+    """As on a GPU, which needs them to be filled; the last slice is padded, or even empty."""
+    q, k, v = inputs(tokens, kv_heads=kv_heads)
+    omega = omega_for(heads=2).requires_grad_()
+    for mask in (None, padding(tokens)):
+        expected = outputs_and_gradients(performer_attention, q, k, v, omega, key_padding_mask=mask)
+        with monkeypatch.context() as patch:
+            patch.setattr(causal, "_slice_count", lambda *_: slices)
+            actual = outputs_and_gradients(performer_attention, q, k, v, omega, key_padding_mask=mask)
+        for name, a, b in zip(("out", "dq", "dk", "dv", "domega"), actual, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_sliced_operator_passes_opcheck_on_strided_inputs(monkeypatch):
+    monkeypatch.setattr(causal, "_slice_count", lambda *_: 2)
+    q, k, v = torch.randn(2, 100, 3, 2, 8).permute(2, 0, 3, 1, 4)
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    utils = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(ops.performer_causal, (q, k, v, omega_for(dtype=torch.float32), None), test_utils=utils)
+    out, lse = ops.performer_causal(q, k, v, omega_for(dtype=torch.float32), None)
+    arguments = (x.detach() for x in (q, k, v, omega_for(dtype=torch.float32)))
+    torch.library.opcheck(
+        ops.performer_causal_backward, (*arguments, None, out.detach(), lse, out.detach()), test_utils=utils
+    )
+
+
 def test_gradients_match_finite_differences(monkeypatch):
     monkeypatch.setattr(causal, "_CHUNK", 2)
     q, k, v = inputs(5, batch=1, width=4, width_v=3)

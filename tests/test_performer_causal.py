@@ -300,6 +300,18 @@ def test_decoding_in_half_precision_keeps_its_state_in_float32():
     assert state.values.dtype == state.lse.dtype == torch.float32
 
 
+def test_autocast_never_rounds_the_state_of_decoding():
+    q, k, v = (x.detach() for x in inputs(6, dtype=torch.float32))
+    omega = omega_for(dtype=torch.float32)
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            state = performer_prefill(k[:, :, :5], v[:, :, :5], omega)
+            out, state = performer_step(state, *(x[:, :, 5:] for x in (q, k, v)), omega)
+        results.append((out, *state))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -329,6 +341,10 @@ def test_bad_arguments_are_named_in_one_line(change, message):
     [
         (lambda x, o: performer_step(None, x, x, x, o), "performer_step: q and k hold 3 and 3 tokens; a step takes 1"),
         (lambda x, o: performer_prefill(x, x, o, feature="relu"), "performer_prefill: feature='relu' has no decoding"),
+        (
+            lambda x, o: performer_prefill(torch.zeros(1, 1, 3, 160), x[:1, :1], omega_for(160), backend="triton"),
+            r"performer_prefill: backend='triton' has no kernel for heads wider than 128 \(here 160\)",
+        ),
         (lambda x, o: performer_prefill(x, x, o[:, :4]), r"performer_prefill: omega has shape \(20, 4\)"),
         (
             lambda x, o: performer_step(performer_prefill(x, x, o[:9]), *[x[:, :, :1]] * 3, o),

@@ -20,7 +20,7 @@ from torch import Tensor
 from medformer_kernels._dispatch import resolve_backend
 from medformer_kernels.performer import elementwise
 from medformer_kernels.performer.accuracy import approximation_error
-from medformer_kernels.performer.arguments import Feature, check, documents, shared_heads, two_sided
+from medformer_kernels.performer.arguments import Feature, check, documents, shared_heads, two_sided, without_kernel
 from medformer_kernels.performer.arguments import elementwise as is_elementwise
 from medformer_kernels.performer.decode import PerformerState, performer_prefill, performer_step
 from medformer_kernels.performer.ops import performer_causal, performer_read, performer_state
@@ -78,6 +78,7 @@ def performer_attention(
         eps: added to every feature.
         backend: 'triton', 'torch', or 'auto': Triton on a GPU, where it has a kernel. It has none for `causal`,
             'relu' and functions, the gradient of `omega` and heads wider than 128: those run in PyTorch everywhere.
+            The causal form then waits for the GPU once a chunk and cannot be captured in a CUDA graph.
 
     Raises:
         ValueError: an argument does not fit the others, or `backend` cannot run.
@@ -89,7 +90,7 @@ def performer_attention(
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    backend = _resolve_backend(backend, q, v, omega, causal, feature)
+    backend = resolve_backend("performer_attention", backend, q, without_kernel(q, v, omega, causal, feature))
     omega = two_sided(omega, feature)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -109,19 +110,6 @@ def performer_attention(
             return attend(q, k, v, key_padding_mask)
         parts = documents(cu_seqlens, q, k, v, key_padding_mask)
         return torch.cat([attend(*part) for part in parts], 2) if parts else q.new_zeros((*q.shape[:3], v.shape[-1]))
-
-
-def _resolve_backend(backend: str, q: Tensor, v: Tensor, omega: Tensor, causal: bool, feature: Feature) -> str:
-    width = max(q.shape[3], v.shape[3])
-    without_kernel = {
-        "causal=True": causal,
-        f"feature={feature!r}": is_elementwise(feature),
-        "the gradient of omega": omega.requires_grad and torch.is_grad_enabled(),
-        # Tiles of wider heads do not fit in the registers of the backward pass.
-        f"heads wider than 128 (here {width})": width > 128,
-    }
-    reason = next((name for name, present in without_kernel.items() if present), None)
-    return resolve_backend("performer_attention", backend, q, reason)
 
 
 def _omega_of_queries(q: Tensor, omega: Tensor) -> Tensor:

@@ -54,7 +54,8 @@ def approximation_error(
     else:
         omegas = [omega]
     chosen = torch.linspace(0, q.shape[2] - 1, min(queries, q.shape[2]), device=q.device).round().long()
-    exact = _exact_attention(q, k, v, chosen, causal, key_padding_mask, exact_dtype)
+    with torch.autocast(q.device.type, enabled=False):
+        exact = _exact_attention(q, k, v, chosen, causal, key_padding_mask, exact_dtype)
     errors = []
     for drawn in omegas:
         kwargs = {"causal": causal, "key_padding_mask": key_padding_mask, "feature": feature}

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-__all__ = ["Feature", "check", "documents", "elementwise", "shared_heads", "two_sided"]
+__all__ = ["Feature", "check", "documents", "elementwise", "shared_heads", "two_sided", "without_kernel"]
 
 Feature = str | Callable[[Tensor], Tensor]
 """'softmax', 'hyperbolic', 'relu', or a function applied to each value of omega x'."""
@@ -85,6 +85,19 @@ def _check_omega(q: Tensor, k: Tensor, omega: Tensor, fail: Callable[[str], None
 def elementwise(feature: Feature) -> bool:
     """Features that are a function of each omega x', not exponentials."""
     return callable(feature) or feature == "relu"
+
+
+def without_kernel(q: Tensor, v: Tensor, omega: Tensor, causal: bool, feature: Feature) -> str | None:
+    """What keeps this call from the Triton kernels, if anything."""
+    width = max(q.shape[3], v.shape[3])
+    reasons = {
+        "causal=True": causal,
+        f"feature={feature!r}": elementwise(feature),
+        "the gradient of omega": omega.requires_grad and torch.is_grad_enabled(),
+        # Tiles of wider heads do not fit in the registers of the backward pass.
+        f"heads wider than 128 (here {width})": width > 128,
+    }
+    return next((reason for reason, present in reasons.items() if present), None)
 
 
 def two_sided(omega: Tensor, feature: Feature) -> Tensor:

@@ -168,7 +168,7 @@ def read(
         top.masked_fill_(top == -math.inf, 0)
         sums = exponents.sub_(top.unsqueeze(-1)).exp2_() @ values_1
         out_chunk, total = sums[..., :-1], sums[..., -1]
-        if extra is not None:
+        if extra is not None and extra_values is not None:
             weight = (extra - top).exp2_()
             total = total + weight
             out_chunk = out_chunk + weight.unsqueeze(-1) * extra_values.unsqueeze(-2)
@@ -216,7 +216,7 @@ def read_backward(
         if with_omega:
             domega += dexponents.transpose(-1, -2) @ q_chunk
         dq_chunk = dexponents @ omega_1
-        if extra is not None:
+        if extra is not None and extra_values is not None:
             dextra_values += (extra * dout_chunk).sum(-2)
             dextra = extra * (dout_chunk @ extra_values.unsqueeze(-1) - delta.unsqueeze(-1))
             dextra_lse += dextra.sum((-1, -2))

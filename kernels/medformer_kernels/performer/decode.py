@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from medformer_kernels._dispatch import resolve_backend
-from medformer_kernels.performer.arguments import Feature, check, elementwise, shared_heads, two_sided
+from medformer_kernels.performer.arguments import Feature, check, elementwise, shared_heads, two_sided, without_kernel
 from medformer_kernels.performer.chunked import compute_dtype
 from medformer_kernels.performer.ops import performer_state
 from medformer_kernels.performer.reference import performer_features
@@ -49,7 +49,9 @@ def performer_prefill(
     )  # fmt: skip
     _refuse_elementwise(function, feature)
     omega = two_sided(omega, feature)
-    values, lse, _ = performer_state(k, v, omega, key_padding_mask, False, resolve_backend(function, backend, k))
+    backend = resolve_backend(function, backend, k, without_kernel(k, v, omega, False, feature))
+    with torch.autocast(k.device.type, enabled=False):  # which would round the state
+        values, lse, _ = performer_state(k, v, omega, key_padding_mask, False, backend)
     return PerformerState(values, lse)
 
 
@@ -79,7 +81,13 @@ def performer_step(
     _refuse_elementwise(function, feature)
     if q.shape[2] != 1 or k.shape[2] != 1:
         raise ValueError(f"{function}: q and k hold {q.shape[2]} and {k.shape[2]} tokens; a step takes 1")
-    omega = two_sided(omega, feature)
+    with torch.autocast(q.device.type, enabled=False):  # which would round the state
+        return _step(state, q, k, v, two_sided(omega, feature), reset)
+
+
+def _step(
+    state: PerformerState | None, q: Tensor, k: Tensor, v: Tensor, omega: Tensor, reset: Tensor | None
+) -> tuple[Tensor, PerformerState]:
     k, v, omega_k, groups = shared_heads(q, k, v, omega, repeat_keys=False)
     dtype = compute_dtype(q)
     log_k, v32 = performer_features(k.to(dtype), omega_k).squeeze(2), v.to(dtype)

@@ -5,6 +5,7 @@ from medformer.backbone import Backbone, BackboneConfig, Features
 from medformer.checkpoint import load, save
 from medformer.nystrom_attention import NystromAttention
 from medformer.presets import base_2d, base_3d, small_2d, small_3d, tiny_2d, tiny_3d
+from medformer.swap import swap_attention
 
 __all__ = [
     "Backbone",
@@ -19,6 +20,7 @@ __all__ = [
     "save",
     "small_2d",
     "small_3d",
+    "swap_attention",
     "tiny_2d",
     "tiny_3d",
 ]

@@ -21,15 +21,21 @@ from medformer_kernels.patch_embed import (
     z_score,
 )
 from medformer_kernels.performer import (
+    PerformerState,
+    approximation_error,
     default_num_features,
     orthogonal_features,
     performer_attention,
     performer_attention_reference,
     performer_features,
+    performer_prefill,
+    performer_step,
 )
 
 __all__ = [
+    "PerformerState",
     "Window",
+    "approximation_error",
     "default_num_features",
     "hu_window",
     "nystrom_attention",
@@ -46,6 +52,8 @@ __all__ = [
     "performer_attention",
     "performer_attention_reference",
     "performer_features",
+    "performer_prefill",
+    "performer_step",
     "token_centres_mm",
     "token_coverage",
     "token_grid",

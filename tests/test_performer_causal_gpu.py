@@ -1,0 +1,53 @@
+"""Causal FAVOR+ on a GPU, where slices of the sequence run side by side. Needs torch, numpy and pytest only."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from medformer_kernels import orthogonal_features, performer_attention, performer_attention_reference
+from medformer_kernels.performer import causal
+
+pytestmark = pytest.mark.gpu
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.bfloat16, std: float = 1.0) -> torch.Tensor:
+    return (torch.randn(*shape, device="cuda") * std).to(dtype).requires_grad_()
+
+
+def results(function, q, k, v, omega, **kwargs) -> list[torch.Tensor]:
+    out = function(q, k, v, omega, causal=True, **kwargs)
+    dout = torch.randn(out.shape, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout.to(out.dtype))]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_error_is_at_most_twice_that_of_plain_pytorch(dtype, masked):
+    q, k, v = (draw(2, 2, 1500, 64, dtype=dtype) for _ in range(3))
+    omega = orthogonal_features(256, 64, device="cuda")
+    assert causal._slice_count(q, 4 * 256) > 1
+    mask = torch.rand(2, 1500, device="cuda") > 0.3 if masked else None
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    expected = results(performer_attention_reference, *exact, omega.double(), key_padding_mask=mask)
+    plain = results(performer_attention_reference, q, k, v, omega.to(dtype), key_padding_mask=mask)
+    actual = results(performer_attention, q, k, v, omega, key_padding_mask=mask)
+    for name, a, b, c in zip(("out", "dq", "dk", "dv"), actual, plain, expected, strict=True):
+        allowed = 2 * (b - c).abs().max() + 2 * torch.finfo(dtype).eps * c.abs().max() + 1e-6
+        assert (a - c).abs().max() <= allowed, name
+
+
+@pytest.mark.parametrize("std", [1.0, 10.0])
+def test_whole_volume_of_tokens_stays_finite_in_little_memory(std):
+    q, k, v = (draw(1, 8, 262_144, 64, std=std) for _ in range(3))
+    omega = orthogonal_features(256, 64, device="cuda")
+    tensor = q.numel() * q.element_size()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = performer_attention(q, k, v, omega, causal=True)
+    assert torch.cuda.max_memory_allocated() - before <= 6 * tensor + (512 << 20)  # the cut q, k, v, and two outputs
+    out.backward(torch.ones_like(out))
+    for x in (out, q.grad, k.grad, v.grad):
+        assert x is not None
+        assert x.isfinite().all()

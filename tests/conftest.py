@@ -29,8 +29,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """A plain `pytest` (the whole suite) takes two processes; a chosen file, or `-n 0`, runs in one."""
+    worker = "PYTEST_XDIST_WORKER" in os.environ  # which must not start workers of its own
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
-    if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
+    if whole and not worker and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
         config.option.numprocesses = min(2, os.cpu_count() or 1)
 
 

@@ -3,6 +3,9 @@
     pytest benchmarks --benchmark-only                      # on a GPU where there is one, else on the CPU
     python benchmarks/prove_on_gpu.py                       # the gpu tests and the benchmarks, dated results
 
+Measure on an idle machine: OpenMP threads spin while they wait, and on a busy CPU every figure is then worthless
+(OMP_WAIT_POLICY=PASSIVE helps there, and costs a third on an idle one).
+
 pytest-benchmark does the work. Where it is not installed (a borrowed GPU machine), the few lines at the end of this
 file stand in for the part used here.
 """
@@ -10,13 +13,9 @@ file stand in for the part used here.
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-# Threads that wait must sleep: spinning OpenMP threads make every figure on a busy CPU worthless.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch

@@ -593,3 +593,7 @@ def nystrom_token_bwd_kernel(
         DY += b * dy_stride_b + h * dy_stride_h
         dy = tl.where(n_ok[:, None], dy, 0.0)
         _store_rows(DY, n0, dy_stride_n, offs_n, offs_dv, dy_stride_d, n_in, dv_ok, dy)
+
+
+# Inside a kernel Triton's language, not Python's, gives operators, calls and indexing their types.
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportCallIssue=false

@@ -410,3 +410,7 @@ def patch_embed_dx_kernel(
     voxel = (vz.to(tl.int64) * size_y + vy) * size_x + vx
     place = (b * C + c)[None, :] * volume + voxel[:, None]
     tl.store(DX_OUT + place, acc.to(DX_OUT.dtype.element_ty), mask=v_ok[:, None] & c_ok[None, :])
+
+
+# Inside a kernel Triton's language, not Python's, gives operators, calls and indexing their types.
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportCallIssue=false

@@ -224,7 +224,7 @@ def _pool(head: _Head, x: Tensor) -> tuple[Tensor, Tensor]:
         x, _or(head.order, x), _or(head.count, x), mask, out, total,
         *x.stride(), *mask_strides, head.heads, x.shape[2] - cells.prefix, head.width, *head.grid_arguments,
         BLOCK_S=_BLOCK_TOKENS, BLOCK_D=_block(head.width), RANKED=ranked, HAS_MASK=head.mask is not None and not ranked,
-        num_warps=4,
+        num_warps=8 if head.width * x.element_size() > 256 else 4,  # four spill a float32 tile of wide heads on sm_80
     )  # fmt: skip
     return out, total
 

@@ -21,9 +21,8 @@ __all__ = ["Chip", "assume_chip", "chip_of", "load_configs", "nearest_arch", "re
 _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-@functools.cache
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+# Looked up once, here: torch.compile traces `resolve_backend` and does not trace the import system.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def interpreting() -> bool:
@@ -44,10 +43,10 @@ def resolve_backend(function: str, backend: str, x: Tensor, unsupported: str | N
     if backend == "torch":
         return "torch"
     if backend == "auto":
-        return "triton" if x.is_cuda and has_triton() and x.dtype in _TRITON_DTYPES and not unsupported else "torch"
+        return "triton" if x.is_cuda and HAS_TRITON and x.dtype in _TRITON_DTYPES and not unsupported else "torch"
     if unsupported:
         raise ValueError(f"{function}: backend='triton' has no kernel for {unsupported}; use 'auto' or 'torch'")
-    if not has_triton():
+    if not HAS_TRITON:
         raise ValueError(f"{function}: backend='triton' needs the triton package; pip install triton, or use 'torch'")
     if x.dtype not in _TRITON_DTYPES:
         raise ValueError(

@@ -190,7 +190,7 @@ def attention_picture(
     # Laid out in millimetres, so that all planes have one scale: left edges, bottoms of the two rows, margins.
     gap = 0.09 * max(x_mm, y_mm, z_mm)
     row_mm = max(y_mm, z_mm)
-    width = 2 * x_mm + y_mm + 7.4 * gap
+    width = 2 * x_mm + y_mm + 7.9 * gap
     height = 2 * row_mm + 5.6 * gap
     inches = 11.5 / max(width, height)
     figure = Figure(figsize=(width * inches, height * inches), facecolor="black")

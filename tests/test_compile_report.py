@@ -55,7 +55,7 @@ def test_new_length_compiles_nothing():
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_planned_bytes_are_near_the_least(direction):
     """Counted from the launch plans at B1 H8 N=262,144 D64 M256 bf16 on sm_90; backward reads q, k, v, dout twice."""
-    from compile_cases import performer_floors
+    from compile_cases import FAMILIES
 
-    floor = next(floor for floor in performer_floors() if floor.direction == direction)
+    floor = next(floor for floor in FAMILIES["performer"].floors() if floor.direction == direction)
     assert floor.planned_bytes <= {"forward": 1.15, "backward": 1.4}[direction] * floor.least_bytes

@@ -11,9 +11,9 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 _SCRIPT = """
 from ahead_of_time import record
-from compile_cases import nystrom_cases
+from compile_cases import FAMILIES
 
-case = next(case for case in nystrom_cases(widths=(64,)) if case.name.endswith("bfloat16 plain"))
+case = next(case for case in FAMILIES["nystrom"].cases(widths=(64,)) if case.name.endswith("bfloat16 plain"))
 for launch in ("values_fwd", "token_bwd"):
     for compiled in record("sm_90", case.launches[launch]):
         print(compiled.kernel, compiled.fits, compiled.matrix)

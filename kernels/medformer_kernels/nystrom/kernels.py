@@ -18,12 +18,11 @@ products on NVIDIA), all else in float32, exponents in base 2. No atomics: equal
 import triton
 import triton.language as tl
 
-from medformer_kernels.performer.kernels import _rows, _store_rows
+from medformer_kernels._triton import LOG2E, divide_rows, load_rows, softmax_step, store_rows
 
 # Lengths, slices and grids never specialise a kernel: the first call on a new length compiles nothing.
 _RUNTIME = ["N", "S", "L", "P", "GY", "GX", "LY", "LX", "GZ", "LZ", "CY", "CX", "KZ", "KY", "KX",
             "skipped", "slice_length", "slices"]  # fmt: skip
-_LOG2E = tl.constexpr(1.4426950408889634)
 # Zeros around each row of the convolution's weights; at least the largest BLOCK_N + BLOCK_J.
 CONV_PAD = 256
 _CONV_PAD = tl.constexpr(CONV_PAD)
@@ -174,7 +173,7 @@ def _convolve(
             source_ok = (source >= 0) & (source < N)
             if HAS_MASK:
                 source_ok &= tl.load(MASK + source.to(tl.int64) * mask_stride_n, mask=source_ok, other=0) != 0
-            tile = _rows(X, n0 + shift + j0, x_stride_n, offs_j, offs_dv, x_stride_d, source_ok, offs_dv < DV)
+            tile = load_rows(X, n0 + shift + j0, x_stride_n, offs_j, offs_dv, x_stride_d, source_ok, offs_dv < DV)
             acc = tl.dot(band.to(tile.dtype), tile, acc, input_precision=PRECISION)
     return acc
 
@@ -204,8 +203,8 @@ def nystrom_values_fwd_kernel(
     K += b * k_stride_b + h * k_stride_h
     V += b * v_stride_b + h * v_stride_h
     # landmarks [BLOCK_M, BLOCK_D] stay on chip for the whole slice
-    landmarks = _rows(QL + bh * L * D, m0, D, offs_m, offs_d, 1, m_ok, offs_d < D)
-    exponent_scale = scale * _LOG2E
+    landmarks = load_rows(QL + bh * L * D, m0, D, offs_m, offs_d, 1, m_ok, offs_d < D)
+    exponent_scale = scale * LOG2E
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -217,21 +216,15 @@ def nystrom_values_fwd_kernel(
         if HAS_MASK:
             mask_row = MASK + b * mask_stride_b
             s_ok &= tl.load(mask_row + (s0 + offs_s).to(tl.int64) * mask_stride_n, mask=s_ok, other=0) != 0
-        k = _rows(K, s0, k_stride_n, offs_s, offs_d, k_stride_d, s_ok, offs_d < D)  # [BLOCK_S, BLOCK_D]
-        v = _rows(V, s0, v_stride_n, offs_s, offs_dv, v_stride_d, s_ok, offs_dv < DV)  # [BLOCK_S, BLOCK_DV]
+        k = load_rows(K, s0, k_stride_n, offs_s, offs_d, k_stride_d, s_ok, offs_d < D)  # [BLOCK_S, BLOCK_D]
+        v = load_rows(V, s0, v_stride_n, offs_s, offs_dv, v_stride_d, s_ok, offs_dv < DV)  # [BLOCK_S, BLOCK_DV]
         e = tl.dot(landmarks, tl.trans(k), input_precision=PRECISION) * exponent_scale  # [BLOCK_M, BLOCK_S]
         e += tl.where(s_ok, 0.0, float("-inf"))[None, :]
-        new_top = tl.maximum(top, tl.max(e, 1))
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp2(e - base[:, None])
-        decay = tl.exp2(top - base)
-        total = total * decay + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
-        top = new_top
+        top, total, acc = softmax_step(top, total, acc, e, v, PRECISION)
     out = (bh * slices + slice_index) * L
-    values = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    _store_rows(VALUES + out * DV, m0, DV, offs_m, offs_dv, 1, m_ok, offs_dv < DV, values)
-    tl.store(LSE + out + m0 + offs_m, (top + tl.log2(total)) / _LOG2E, mask=m_ok)
+    values = divide_rows(acc, total)
+    store_rows(VALUES + out * DV, m0, DV, offs_m, offs_dv, 1, m_ok, offs_dv < DV, values)
+    tl.store(LSE + out + m0 + offs_m, (top + tl.log2(total)) / LOG2E, mask=m_ok)
 
 
 @triton.jit(do_not_specialize=["L", "iterations"])
@@ -252,11 +245,11 @@ def nystrom_core_kernel(
     scores = tl.zeros([BLOCK_L, BLOCK_L], tl.float32)
     for d0 in range(0, D, BLOCK_D):
         d_ok = d0 + offs_d < D
-        q = _rows(QL + bh * L * D + d0, 0, D, offs, offs_d, 1, ok, d_ok).to(tl.float32)
-        k = _rows(KL + bh * L * D + d0, 0, D, offs, offs_d, 1, ok, d_ok).to(tl.float32)
+        q = load_rows(QL + bh * L * D + d0, 0, D, offs, offs_d, 1, ok, d_ok).to(tl.float32)
+        k = load_rows(KL + bh * L * D + d0, 0, D, offs, offs_d, 1, ok, d_ok).to(tl.float32)
         scores = tl.dot(q, tl.trans(k), scores, input_precision=PRECISION)
     pair_ok = ok[:, None] & ok[None, :]
-    scores = tl.where(pair_ok, scores * (scale * _LOG2E), float("-inf"))
+    scores = tl.where(pair_ok, scores * (scale * LOG2E), float("-inf"))
     top = tl.max(scores, 1)
     a = tl.exp2(scores - tl.where(top == float("-inf"), 0.0, top)[:, None])
     total = tl.sum(a, 1)
@@ -272,9 +265,9 @@ def nystrom_core_kernel(
         z = tl.dot(z, t, input_precision=PRECISION) * 0.25
     for d0 in range(0, DV, BLOCK_DV):
         dv_ok = d0 + offs_dv < DV
-        values = _rows(VALUES + bh * L * DV + d0, 0, DV, offs, offs_dv, 1, offs < L, dv_ok)
+        values = load_rows(VALUES + bh * L * DV + d0, 0, DV, offs, offs_dv, 1, offs < L, dv_ok)
         out = tl.dot(z, values, input_precision=PRECISION)
-        _store_rows(OUT + bh * L * DV + d0, 0, DV, offs, offs_dv, 1, offs < L, dv_ok, out)
+        store_rows(OUT + bh * L * DV + d0, 0, DV, offs, offs_dv, 1, offs < L, dv_ok, out)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -303,8 +296,8 @@ def nystrom_read_fwd_kernel(
     if HAS_MASK:
         MASK += b * mask_stride_b
         q_ok &= tl.load(MASK + (n0 + offs_n).to(tl.int64) * mask_stride_n, mask=n_ok, other=0) != 0
-    q = _rows(Q + b * q_stride_b + h * q_stride_h, n0, q_stride_n, offs_n, offs_d, q_stride_d, q_ok, offs_d < D)
-    exponent_scale = scale * _LOG2E
+    q = load_rows(Q + b * q_stride_b + h * q_stride_h, n0, q_stride_n, offs_n, offs_d, q_stride_d, q_ok, offs_d < D)
+    exponent_scale = scale * LOG2E
     KL += bh * L * D
     VALUES += bh * L * DV
 
@@ -315,17 +308,11 @@ def nystrom_read_fwd_kernel(
         m_ok = m0 + offs_m < L
         if HAS_VALID:
             m_ok &= tl.load(VALID + b * L + m0 + offs_m, mask=m_ok, other=0) != 0
-        landmarks = _rows(KL, m0, D, offs_m, offs_d, 1, m_ok, offs_d < D)
-        values = _rows(VALUES, m0, DV, offs_m, offs_dv, 1, m_ok, offs_dv < DV)
+        landmarks = load_rows(KL, m0, D, offs_m, offs_d, 1, m_ok, offs_d < D)
+        values = load_rows(VALUES, m0, DV, offs_m, offs_dv, 1, m_ok, offs_dv < DV)
         e = tl.dot(q, tl.trans(landmarks), input_precision=PRECISION) * exponent_scale  # [BLOCK_N, BLOCK_M]
         e += tl.where(m_ok, 0.0, float("-inf"))[None, :]
-        new_top = tl.maximum(top, tl.max(e, 1))
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp2(e - base[:, None])
-        decay = tl.exp2(top - base)
-        total = total * decay + tl.sum(p, 1)
-        acc = tl.dot(p.to(q.dtype), values, acc * decay[:, None], input_precision=PRECISION)
-        top = new_top
+        top, total, acc = softmax_step(top, total, acc, e, values, PRECISION)
     acc = acc * (tl.load(UNIT + bh) / tl.where(total == 0.0, 1.0, total))[:, None]
     if HAS_CONV:
         V += b * v_stride_b + h * v_stride_h
@@ -334,8 +321,8 @@ def nystrom_read_fwd_kernel(
             n0, N, DV, GY, GX, KZ, KY, KX, BLOCK_N, BLOCK_J, BLOCK_DV, HAS_MASK, CONV_VOLUME, PRECISION,
         )  # fmt: skip
     OUT += b * out_stride_b + h * out_stride_h
-    _store_rows(OUT, n0, out_stride_n, offs_n, offs_dv, 1, n_ok, offs_dv < DV, acc)
-    tl.store(OUT_LSE + bh * N + n0 + offs_n, (top + tl.log2(total)) / _LOG2E, mask=n_ok)
+    store_rows(OUT, n0, out_stride_n, offs_n, offs_dv, 1, n_ok, offs_dv < DV, acc)
+    tl.store(OUT_LSE + bh * N + n0 + offs_n, (top + tl.log2(total)) / LOG2E, mask=n_ok)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -369,8 +356,8 @@ def nystrom_delta_kernel(
         )  # fmt: skip
     OUT += b * out_stride_b + h * out_stride_h
     DOUT += b * dout_stride_b + h * dout_stride_h
-    out = _rows(OUT, n0, out_stride_n, offs_n, offs_dv, 1, n_ok, dv_ok).to(tl.float32) - convolved
-    dout = _rows(DOUT, n0, dout_stride_n, offs_n, offs_dv, dout_stride_d, n_ok, dv_ok).to(tl.float32)
+    out = load_rows(OUT, n0, out_stride_n, offs_n, offs_dv, 1, n_ok, dv_ok).to(tl.float32) - convolved
+    dout = load_rows(DOUT, n0, dout_stride_n, offs_n, offs_dv, dout_stride_d, n_ok, dv_ok).to(tl.float32)
     tl.store(DELTA + bh * N + n0 + offs_n, tl.sum(dout * out, 1), mask=n_ok)
 
 
@@ -396,7 +383,7 @@ def nystrom_conv_weight_kernel(
     DOUT += b * dout_stride_b + h * dout_stride_h
     V += b * v_stride_b + h * v_stride_h
     MASK += b * mask_stride_b
-    dout = _rows(DOUT, n0, dout_stride_n, offs_n, offs_dv, dout_stride_d, n_ok, dv_ok).to(tl.float32)
+    dout = load_rows(DOUT, n0, dout_stride_n, offs_n, offs_dv, dout_stride_d, n_ok, dv_ok).to(tl.float32)
     taps = KZ * KY * KX
     for tap in range(0, taps):
         dz = tap // (KY * KX) - KZ // 2
@@ -409,7 +396,7 @@ def nystrom_conv_weight_kernel(
         ok = n_ok & (x >= 0) & (x < GX) & (y >= 0) & (y < GY) & (z >= 0) & (z * GY * GX < N)
         if HAS_MASK:
             ok &= tl.load(MASK + (token + shift).to(tl.int64) * mask_stride_n, mask=ok, other=0) != 0
-        v = _rows(V, n0 + shift, v_stride_n, offs_n, offs_dv, v_stride_d, ok, dv_ok).to(tl.float32)
+        v = load_rows(V, n0 + shift, v_stride_n, offs_n, offs_dv, v_stride_d, ok, dv_ok).to(tl.float32)
         tl.store(PART_DWEIGHT + pid.to(tl.int64) * taps + tap, tl.sum(tl.sum(dout * v, 1), 0))
 
 
@@ -445,13 +432,13 @@ def nystrom_landmark_bwd_kernel(
         m_ok &= tl.load(VALID + b * L + m0 + offs_m, mask=m_in, other=0) != 0
     X += b * x_stride_b + h * x_stride_h
     Y += b * y_stride_b + h * y_stride_h
-    rows = _rows(ROWS + bh * L * D, m0, D, offs_m, offs_d, 1, m_ok, offs_d < D)
-    values = _rows(VALUES + bh * L * DV, m0, DV, offs_m, offs_dv, 1, m_ok, offs_dv < DV)
-    exponent_scale = scale * _LOG2E
+    rows = load_rows(ROWS + bh * L * D, m0, D, offs_m, offs_d, 1, m_ok, offs_d < D)
+    values = load_rows(VALUES + bh * L * DV, m0, DV, offs_m, offs_dv, 1, m_ok, offs_dv < DV)
+    exponent_scale = scale * LOG2E
     unit = tl.load(UNIT + bh)
     row_bias = tl.where(m_ok, 0.0, float("-inf"))
     if KEYS:
-        row_lse = tl.load(ROW_LSE + bh * L + m0 + offs_m, mask=m_ok, other=float("inf")) * _LOG2E
+        row_lse = tl.load(ROW_LSE + bh * L + m0 + offs_m, mask=m_ok, other=float("inf")) * LOG2E
         row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse) - weight_bits
         shift = tl.load(SHIFT + bh * L + m0 + offs_m, mask=m_ok, other=0.0)
 
@@ -465,18 +452,18 @@ def nystrom_landmark_bwd_kernel(
         if HAS_MASK:
             mask_row = MASK + b * mask_stride_b
             n_ok &= tl.load(mask_row + (n0 + offs_n).to(tl.int64) * mask_stride_n, mask=n_in, other=0) != 0
-        x = _rows(X, n0, x_stride_n, offs_n, offs_d, x_stride_d, n_ok, offs_d < D)  # [BLOCK_N, BLOCK_D]
+        x = load_rows(X, n0, x_stride_n, offs_n, offs_d, x_stride_d, n_ok, offs_d < D)  # [BLOCK_N, BLOCK_D]
         if KEYS:
-            y = _rows(Y, n0, y_stride_n, offs_n, offs_dv, y_stride_d, n_ok, offs_dv < DV)
+            y = load_rows(Y, n0, y_stride_n, offs_n, offs_dv, y_stride_d, n_ok, offs_dv < DV)
         else:
-            y = _rows(Y, n0, y_stride_n, offs_n, offs_dv, y_stride_d, n_in, offs_dv < DV)
+            y = load_rows(Y, n0, y_stride_n, offs_n, offs_dv, y_stride_d, n_in, offs_dv < DV)
         e = tl.dot(rows, tl.trans(x), input_precision=PRECISION) * exponent_scale  # [BLOCK_M, BLOCK_N]
         dp = tl.dot(values, tl.trans(y), input_precision=PRECISION)
         if KEYS:
             p = tl.exp2(e - row_lse[:, None] + tl.where(n_ok, 0.0, float("-inf"))[None, :])
             de = p * (dp + shift[:, None])
         else:
-            lse = tl.load(COLUMN_LSE + bh * N + n0 + offs_n, mask=n_in, other=float("inf")) * _LOG2E
+            lse = tl.load(COLUMN_LSE + bh * N + n0 + offs_n, mask=n_in, other=float("inf")) * LOG2E
             lse = tl.where(lse == float("-inf"), float("inf"), lse)
             delta = tl.load(DELTA + bh * N + n0 + offs_n, mask=n_in, other=0.0) / unit
             p = tl.exp2(e - lse[None, :] + row_bias[:, None])
@@ -488,8 +475,8 @@ def nystrom_landmark_bwd_kernel(
     if KEYS:
         factor *= tl.exp2(-weight_bits)
     else:
-        _store_rows(PART_DVALUES + part * DV, m0, DV, offs_m, offs_dv, 1, m_in, offs_dv < DV, dvalues)
-    _store_rows(PART_DROWS + part * D, m0, D, offs_m, offs_d, 1, m_in, offs_d < D, drows * factor)
+        store_rows(PART_DVALUES + part * DV, m0, DV, offs_m, offs_dv, 1, m_in, offs_dv < DV, dvalues)
+    store_rows(PART_DROWS + part * D, m0, D, offs_m, offs_d, 1, m_in, offs_d < D, drows * factor)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -528,14 +515,14 @@ def nystrom_token_bwd_kernel(
     if HAS_MASK:
         mask_row = MASK + b * mask_stride_b
         n_ok &= tl.load(mask_row + (n0 + offs_n).to(tl.int64) * mask_stride_n, mask=n_in, other=0) != 0
-    x = _rows(X + b * x_stride_b + h * x_stride_h, n0, x_stride_n, offs_n, offs_d, x_stride_d, n_ok, d_ok)
-    y = _rows(Y + b * y_stride_b + h * y_stride_h, n0, y_stride_n, offs_n, offs_dv, y_stride_d, n_ok, dv_ok)
-    exponent_scale = scale * _LOG2E
+    x = load_rows(X + b * x_stride_b + h * x_stride_h, n0, x_stride_n, offs_n, offs_d, x_stride_d, n_ok, d_ok)
+    y = load_rows(Y + b * y_stride_b + h * y_stride_h, n0, y_stride_n, offs_n, offs_dv, y_stride_d, n_ok, dv_ok)
+    exponent_scale = scale * LOG2E
     unit = tl.load(UNIT + bh)
     ROWS += bh * L * D
     VALUES += bh * L * DV
     if not KEYS:
-        lse = tl.load(COLUMN_LSE + bh * N + n0 + offs_n, mask=n_in, other=float("inf")) * _LOG2E
+        lse = tl.load(COLUMN_LSE + bh * N + n0 + offs_n, mask=n_in, other=float("inf")) * LOG2E
         lse = tl.where(lse == float("-inf"), float("inf"), lse)
         delta = tl.load(DELTA + bh * N + n0 + offs_n, mask=n_in, other=0.0) / unit
 
@@ -545,12 +532,12 @@ def nystrom_token_bwd_kernel(
         m_ok = m0 + offs_m < L
         if HAS_VALID:
             m_ok &= tl.load(VALID + b * L + m0 + offs_m, mask=m_ok, other=0) != 0
-        rows = _rows(ROWS, m0, D, offs_m, offs_d, 1, m_ok, d_ok)
-        values = _rows(VALUES, m0, DV, offs_m, offs_dv, 1, m_ok, dv_ok)
+        rows = load_rows(ROWS, m0, D, offs_m, offs_d, 1, m_ok, d_ok)
+        values = load_rows(VALUES, m0, DV, offs_m, offs_dv, 1, m_ok, dv_ok)
         e = tl.dot(x, tl.trans(rows), input_precision=PRECISION) * exponent_scale  # [BLOCK_N, BLOCK_M]
         dp = tl.dot(y, tl.trans(values), input_precision=PRECISION)
         if KEYS:
-            row_lse = tl.load(ROW_LSE + bh * L + m0 + offs_m, mask=m_ok, other=float("inf")) * _LOG2E
+            row_lse = tl.load(ROW_LSE + bh * L + m0 + offs_m, mask=m_ok, other=float("inf")) * LOG2E
             row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse) - weight_bits
             shift = tl.load(SHIFT + bh * L + m0 + offs_m, mask=m_ok, other=0.0)
             p = tl.exp2(e - row_lse[None, :])
@@ -580,7 +567,7 @@ def nystrom_token_bwd_kernel(
         )  # fmt: skip
     DX += b * dx_stride_b + h * dx_stride_h
     dx = tl.where(n_ok[:, None], dx, 0.0)
-    _store_rows(DX, n0, dx_stride_n, offs_n, offs_d, dx_stride_d, n_in, d_ok, dx)
+    store_rows(DX, n0, dx_stride_n, offs_n, offs_d, dx_stride_d, n_in, d_ok, dx)
     if KEYS:
         dy *= unit
         if HAS_CONV:
@@ -592,7 +579,7 @@ def nystrom_token_bwd_kernel(
             )  # fmt: skip
         DY += b * dy_stride_b + h * dy_stride_h
         dy = tl.where(n_ok[:, None], dy, 0.0)
-        _store_rows(DY, n0, dy_stride_n, offs_n, offs_dv, dy_stride_d, n_in, dv_ok, dy)
+        store_rows(DY, n0, dy_stride_n, offs_n, offs_dv, dy_stride_d, n_in, dv_ok, dy)
 
 
 # Inside a kernel Triton's language, not Python's, gives operators, calls and indexing their types.

@@ -16,28 +16,10 @@ products on NVIDIA), all else in float32, exponents in base 2. No atomics: equal
 import triton
 import triton.language as tl
 
+from medformer_kernels._triton import LOG2E, divide_rows, load_rows, softmax_merge, softmax_step, store_rows
+
 # Lengths and slices never specialise a kernel: the first call on a new length compiles nothing.
 _RUNTIME = ["N", "S", "M", "slice_length", "slices"]
-_LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _rows(pointer, row0, row_stride, offs_row, offs_col, col_stride, row_ok, col_ok):
-    """Tile of rows row0 + offs_row; the large part of the offset in 64 bits, the part inside the tile in 32."""
-    base = pointer + tl.cast(row0, tl.int64) * row_stride
-    mask = row_ok[:, None] & col_ok[None, :]
-    return tl.load(base + offs_row[:, None] * row_stride + offs_col[None, :] * col_stride, mask=mask, other=0.0)
-
-
-@triton.jit
-def _store_rows(pointer, row0, row_stride, offs_row, offs_col, col_stride, row_ok, col_ok, x):
-    base = pointer + tl.cast(row0, tl.int64) * row_stride
-    mask = row_ok[:, None] & col_ok[None, :]
-    tl.store(
-        base + offs_row[:, None] * row_stride + offs_col[None, :] * col_stride,
-        x.to(pointer.dtype.element_ty),
-        mask=mask,
-    )
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -66,9 +48,9 @@ def performer_state_fwd_kernel(
     K += b * k_stride_b + h * k_stride_h
     V += b * v_stride_b + h * v_stride_h
     # omega [BLOCK_M, BLOCK_D] stays on chip for the whole slice
-    omega = _rows(OMEGA + h * omega_stride_h, m0, omega_stride_m, offs_m, offs_d, 1, m_ok, offs_d < D)
-    exponent_scale = scale * _LOG2E
-    half_scale = scale * scale * 0.5 * _LOG2E
+    omega = load_rows(OMEGA + h * omega_stride_h, m0, omega_stride_m, offs_m, offs_d, 1, m_ok, offs_d < D)
+    exponent_scale = scale * LOG2E
+    half_scale = scale * scale * 0.5 * LOG2E
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -80,28 +62,22 @@ def performer_state_fwd_kernel(
         s_ok = s0 + offs_s < end
         if HAS_MASK:
             s_ok &= tl.load(MASK + b * mask_stride_b + (s0 + offs_s) * mask_stride_n, mask=s_ok, other=0) != 0
-        k = _rows(K, s0, k_stride_n, offs_s, offs_d, k_stride_d, s_ok, offs_d < D)  # [BLOCK_S, BLOCK_D]
-        v = _rows(V, s0, v_stride_n, offs_s, offs_dv, v_stride_d, s_ok, offs_dv < DV)  # [BLOCK_S, BLOCK_DV]
+        k = load_rows(K, s0, k_stride_n, offs_s, offs_d, k_stride_d, s_ok, offs_d < D)  # [BLOCK_S, BLOCK_D]
+        v = load_rows(V, s0, v_stride_n, offs_s, offs_dv, v_stride_d, s_ok, offs_dv < DV)  # [BLOCK_S, BLOCK_DV]
         k32 = k.to(tl.float32)
         shift = tl.where(s_ok, tl.sum(k32 * k32, 1) * -half_scale, float("-inf"))
         u = tl.dot(omega, tl.trans(k), input_precision=PRECISION) * exponent_scale  # [BLOCK_M, BLOCK_S]
         if WITH_MAX:
             u_top = tl.maximum(u_top, tl.max(tl.where(s_ok[None, :], u, float("-inf")), 1))
         e = u + shift[None, :]
-        new_top = tl.maximum(top, tl.max(e, 1))
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp2(e - base[:, None])
-        decay = tl.exp2(top - base)
-        total = total * decay + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
-        top = new_top
+        top, total, acc = softmax_step(top, total, acc, e, v, PRECISION)
     out = (bh.to(tl.int64) * slices + slice_index) * M
-    values = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    _store_rows(VALUES + out * DV, m0, DV, offs_m, offs_dv, 1, m_ok, offs_dv < DV, values)
-    tl.store(LSE + out + m0 + offs_m, (top + tl.log2(total)) / _LOG2E, mask=m_ok)
+    values = divide_rows(acc, total)
+    store_rows(VALUES + out * DV, m0, DV, offs_m, offs_dv, 1, m_ok, offs_dv < DV, values)
+    tl.store(LSE + out + m0 + offs_m, (top + tl.log2(total)) / LOG2E, mask=m_ok)
     if WITH_MAX:
         u_top = tl.max(tl.where(m_ok, u_top, float("-inf")), 0)
-        tl.store(TOP + pid.to(tl.int64), u_top / _LOG2E)
+        tl.store(TOP + pid.to(tl.int64), u_top / LOG2E)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -121,18 +97,12 @@ def performer_merge_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for s in range(0, slices):
         part = (bh * slices + s) * M
-        lse = tl.load(PART_LSE + part + m0 + offs_m, mask=m_ok, other=float("-inf")) * _LOG2E
-        values = _rows(PART_VALUES + part * DV, m0, DV, offs_m, offs_dv, 1, m_ok, offs_dv < DV)
-        new_top = tl.maximum(top, lse)
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        decay = tl.exp2(top - base)
-        weight = tl.exp2(lse - base)
-        total = total * decay + weight
-        acc = acc * decay[:, None] + values * weight[:, None]
-        top = new_top
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    _store_rows(VALUES + bh * M * DV, m0, DV, offs_m, offs_dv, 1, m_ok, offs_dv < DV, acc)
-    tl.store(LSE + bh * M + m0 + offs_m, (top + tl.log2(total)) / _LOG2E, mask=m_ok)
+        lse = tl.load(PART_LSE + part + m0 + offs_m, mask=m_ok, other=float("-inf")) * LOG2E
+        values = load_rows(PART_VALUES + part * DV, m0, DV, offs_m, offs_dv, 1, m_ok, offs_dv < DV)
+        top, total, acc = softmax_merge(top, total, acc, lse, 1.0, values)
+    acc = divide_rows(acc, total)
+    store_rows(VALUES + bh * M * DV, m0, DV, offs_m, offs_dv, 1, m_ok, offs_dv < DV, acc)
+    tl.store(LSE + bh * M + m0 + offs_m, (top + tl.log2(total)) / LOG2E, mask=m_ok)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -155,8 +125,8 @@ def performer_read_fwd_kernel(
     offs_dv = tl.arange(0, BLOCK_DV)
     n_ok = n0 + offs_n < N
     Q += b * q_stride_b + h * q_stride_h
-    q = _rows(Q, n0, q_stride_n, offs_n, offs_d, q_stride_d, n_ok, offs_d < D)
-    exponent_scale = scale * _LOG2E
+    q = load_rows(Q, n0, q_stride_n, offs_n, offs_d, q_stride_d, n_ok, offs_d < D)
+    exponent_scale = scale * LOG2E
     OMEGA += h * omega_stride_h
     VALUES += bh * M * DV
     LSE += bh * M
@@ -167,35 +137,23 @@ def performer_read_fwd_kernel(
     u_top = tl.full([BLOCK_N], float("-inf"), tl.float32)
     for m0 in range(0, M, BLOCK_M):
         m_ok = m0 + offs_m < M
-        omega = _rows(OMEGA, m0, omega_stride_m, offs_m, offs_d, 1, m_ok, offs_d < D)
-        values = _rows(VALUES, m0, DV, offs_m, offs_dv, 1, m_ok, offs_dv < DV)
-        lse = tl.load(LSE + m0 + offs_m, mask=m_ok, other=float("-inf")) * _LOG2E
+        omega = load_rows(OMEGA, m0, omega_stride_m, offs_m, offs_d, 1, m_ok, offs_d < D)
+        values = load_rows(VALUES, m0, DV, offs_m, offs_dv, 1, m_ok, offs_dv < DV)
+        lse = tl.load(LSE + m0 + offs_m, mask=m_ok, other=float("-inf")) * LOG2E
         u = tl.dot(q, tl.trans(omega), input_precision=PRECISION) * exponent_scale  # [BLOCK_N, BLOCK_M]
         if HAS_EXTRA:
             u_top = tl.maximum(u_top, tl.max(tl.where(m_ok[None, :], u, float("-inf")), 1))
         e = u + lse[None, :]
-        new_top = tl.maximum(top, tl.max(e, 1))
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp2(e - base[:, None])
-        decay = tl.exp2(top - base)
-        total = total * decay + tl.sum(p, 1)
-        acc = tl.dot(p.to(q.dtype), values, acc * decay[:, None], input_precision=PRECISION)
-        top = new_top
+        top, total, acc = softmax_step(top, total, acc, e, values, PRECISION)
     if HAS_EXTRA:
         # |q'|^2 / 2 + max_m u + extra_lse; q is read again rather than held in registers through the loop
-        q32 = _rows(Q, n0, q_stride_n, offs_n, offs_d, q_stride_d, n_ok, offs_d < D).to(tl.float32)
-        extra = tl.sum(q32 * q32, 1) * (scale * scale * 0.5 * _LOG2E) + u_top + tl.load(EXTRA_LSE + bh) * _LOG2E
+        q32 = load_rows(Q, n0, q_stride_n, offs_n, offs_d, q_stride_d, n_ok, offs_d < D).to(tl.float32)
+        extra = tl.sum(q32 * q32, 1) * (scale * scale * 0.5 * LOG2E) + u_top + tl.load(EXTRA_LSE + bh) * LOG2E
         extra_values = tl.load(EXTRA_VALUES + bh * DV + offs_dv, mask=offs_dv < DV, other=0.0)
-        new_top = tl.maximum(top, extra)
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        decay = tl.exp2(top - base)
-        weight = tl.exp2(extra - base)
-        total = total * decay + weight
-        acc = acc * decay[:, None] + weight[:, None] * extra_values[None, :]
-        top = new_top
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    _store_rows(OUT + bh * N * DV, n0, DV, offs_n, offs_dv, 1, n_ok, offs_dv < DV, acc)
-    tl.store(OUT_LSE + bh * N + n0 + offs_n, (top + tl.log2(total)) / _LOG2E, mask=n_ok)
+        top, total, acc = softmax_merge(top, total, acc, extra, 1.0, extra_values[None, :])
+    acc = divide_rows(acc, total)
+    store_rows(OUT + bh * N * DV, n0, DV, offs_n, offs_dv, 1, n_ok, offs_dv < DV, acc)
+    tl.store(OUT_LSE + bh * N + n0 + offs_n, (top + tl.log2(total)) / LOG2E, mask=n_ok)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -222,20 +180,20 @@ def performer_read_dq_kernel(
     d_ok = offs_d < D
     dv_ok = offs_dv < DV
     Q += b * q_stride_b + h * q_stride_h
-    q = _rows(Q, n0, q_stride_n, offs_n, offs_d, q_stride_d, n_ok, d_ok)
+    q = load_rows(Q, n0, q_stride_n, offs_n, offs_d, q_stride_d, n_ok, d_ok)
     DOUT += b * dout_stride_b + h * dout_stride_h
-    dout = _rows(DOUT, n0, dout_stride_n, offs_n, offs_dv, dout_stride_d, n_ok, dv_ok)
-    out = _rows(OUT + bh * N * DV, n0, DV, offs_n, offs_dv, 1, n_ok, dv_ok)
+    dout = load_rows(DOUT, n0, dout_stride_n, offs_n, offs_dv, dout_stride_d, n_ok, dv_ok)
+    out = load_rows(OUT + bh * N * DV, n0, DV, offs_n, offs_dv, 1, n_ok, dv_ok)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(DELTA + bh * N + n0 + offs_n, delta, mask=n_ok)
-    out_lse = tl.load(OUT_LSE + bh * N + n0 + offs_n, mask=n_ok, other=0.0) * _LOG2E
+    out_lse = tl.load(OUT_LSE + bh * N + n0 + offs_n, mask=n_ok, other=0.0) * LOG2E
     base = tl.where(out_lse == float("-inf"), 0.0, out_lse)
-    exponent_scale = scale * _LOG2E
+    exponent_scale = scale * LOG2E
     extra = tl.zeros([BLOCK_N], tl.float32)
     dextra = tl.zeros([BLOCK_N], tl.float32)
     if HAS_EXTRA:
         q32 = q.to(tl.float32)
-        extra = tl.sum(q32 * q32, 1) * (scale * scale * 0.5 * _LOG2E) + tl.load(EXTRA_LSE + bh) * _LOG2E - base
+        extra = tl.sum(q32 * q32, 1) * (scale * scale * 0.5 * LOG2E) + tl.load(EXTRA_LSE + bh) * LOG2E - base
         extra_values = tl.load(EXTRA_VALUES + bh * DV + offs_dv, mask=dv_ok, other=0.0)
         dextra = tl.sum(dout.to(tl.float32) * extra_values[None, :], 1) - delta
     OMEGA += h * omega_stride_h
@@ -246,9 +204,9 @@ def performer_read_dq_kernel(
     u_top = tl.full([BLOCK_N], float("-inf"), tl.float32)
     for m0 in range(0, M, BLOCK_M):
         m_ok = m0 + offs_m < M
-        omega = _rows(OMEGA, m0, omega_stride_m, offs_m, offs_d, 1, m_ok, d_ok)
-        values = _rows(VALUES, m0, DV, offs_m, offs_dv, 1, m_ok, dv_ok)
-        lse = tl.load(LSE + m0 + offs_m, mask=m_ok, other=float("-inf")) * _LOG2E
+        omega = load_rows(OMEGA, m0, omega_stride_m, offs_m, offs_d, 1, m_ok, d_ok)
+        values = load_rows(VALUES, m0, DV, offs_m, offs_dv, 1, m_ok, dv_ok)
+        lse = tl.load(LSE + m0 + offs_m, mask=m_ok, other=float("-inf")) * LOG2E
         u = tl.dot(q, tl.trans(omega), input_precision=PRECISION) * exponent_scale  # [BLOCK_N, BLOCK_M]
         if HAS_EXTRA:
             u_top = tl.maximum(u_top, tl.max(tl.where(m_ok[None, :], u, float("-inf")), 1))
@@ -261,10 +219,10 @@ def performer_read_dq_kernel(
         weight = tl.exp2(extra + u_top)
         tl.store(EXTRA_WEIGHT + bh * N + n0 + offs_n, weight, mask=n_ok)
         # read again rather than held in registers through the loop
-        q32 = _rows(Q, n0, q_stride_n, offs_n, offs_d, q_stride_d, n_ok, d_ok).to(tl.float32)
+        q32 = load_rows(Q, n0, q_stride_n, offs_n, offs_d, q_stride_d, n_ok, d_ok).to(tl.float32)
         acc += (scale * scale * weight * dextra)[:, None] * q32
     DQ += b * dq_stride_b + h * dq_stride_h
-    _store_rows(DQ, n0, dq_stride_n, offs_n, offs_d, dq_stride_d, n_ok, d_ok, acc)
+    store_rows(DQ, n0, dq_stride_n, offs_n, offs_d, dq_stride_d, n_ok, d_ok, acc)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -290,9 +248,9 @@ def performer_read_dstate_kernel(
     m_ok = m0 + offs_m < M
     Q += b * q_stride_b + h * q_stride_h
     DOUT += b * dout_stride_b + h * dout_stride_h
-    omega = _rows(OMEGA + h * omega_stride_h, m0, omega_stride_m, offs_m, offs_d, 1, m_ok, offs_d < D)
-    lse = tl.load(LSE + bh * M + m0 + offs_m, mask=m_ok, other=float("-inf")) * _LOG2E
-    exponent_scale = scale * _LOG2E
+    omega = load_rows(OMEGA + h * omega_stride_h, m0, omega_stride_m, offs_m, offs_d, 1, m_ok, offs_d < D)
+    lse = tl.load(LSE + bh * M + m0 + offs_m, mask=m_ok, other=float("-inf")) * LOG2E
+    exponent_scale = scale * LOG2E
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     pdelta = tl.zeros([BLOCK_M], tl.float32)
@@ -300,9 +258,9 @@ def performer_read_dstate_kernel(
     end = tl.minimum(start + slice_length, N)
     for n0 in range(start, end, BLOCK_N):
         n_ok = n0 + offs_n < end
-        q = _rows(Q, n0, q_stride_n, offs_n, offs_d, q_stride_d, n_ok, offs_d < D)
-        dout = _rows(DOUT, n0, dout_stride_n, offs_n, offs_dv, dout_stride_d, n_ok, offs_dv < DV)
-        out_lse = tl.load(OUT_LSE + bh * N + n0 + offs_n, mask=n_ok, other=float("inf")) * _LOG2E
+        q = load_rows(Q, n0, q_stride_n, offs_n, offs_d, q_stride_d, n_ok, offs_d < D)
+        dout = load_rows(DOUT, n0, dout_stride_n, offs_n, offs_dv, dout_stride_d, n_ok, offs_dv < DV)
+        out_lse = tl.load(OUT_LSE + bh * N + n0 + offs_n, mask=n_ok, other=float("inf")) * LOG2E
         base = tl.where(out_lse == float("-inf"), 0.0, out_lse)
         delta = tl.load(DELTA + bh * N + n0 + offs_n, mask=n_ok, other=0.0)
         u = tl.dot(omega, tl.trans(q), input_precision=PRECISION) * exponent_scale  # [BLOCK_M, BLOCK_N]
@@ -310,7 +268,7 @@ def performer_read_dstate_kernel(
         pdelta += tl.sum(p * delta[None, :], 1)
         acc = tl.dot(p.to(q.dtype), dout, acc, input_precision=PRECISION)
     part = (bh * slices + slice_index) * M
-    _store_rows(PART_DVALUES + part * DV, m0, DV, offs_m, offs_dv, 1, m_ok, offs_dv < DV, acc)
+    store_rows(PART_DVALUES + part * DV, m0, DV, offs_m, offs_dv, 1, m_ok, offs_dv < DV, acc)
     tl.store(PART_PDELTA + part + m0 + offs_m, pdelta, mask=m_ok)
 
 
@@ -349,12 +307,12 @@ def performer_state_bwd_kernel(
         mask_row = MASK + b * mask_stride_b
         s_ok &= tl.load(mask_row + (s0 + offs_s).to(tl.int64) * mask_stride_n, mask=s_in, other=0) != 0
     K += b * k_stride_b + h * k_stride_h
-    k = _rows(K, s0, k_stride_n, offs_s, offs_d, k_stride_d, s_ok, d_ok)
-    v = _rows(V + b * v_stride_b + h * v_stride_h, s0, v_stride_n, offs_s, offs_dv, v_stride_d, s_ok, dv_ok)
+    k = load_rows(K, s0, k_stride_n, offs_s, offs_d, k_stride_d, s_ok, d_ok)
+    v = load_rows(V + b * v_stride_b + h * v_stride_h, s0, v_stride_n, offs_s, offs_dv, v_stride_d, s_ok, dv_ok)
     k32 = k.to(tl.float32)
-    half = tl.sum(k32 * k32, 1) * (scale * scale * 0.5 * _LOG2E)
+    half = tl.sum(k32 * k32, 1) * (scale * scale * 0.5 * LOG2E)
     base = tl.where(s_ok, weight_bits - half, float("-inf"))
-    exponent_scale = scale * _LOG2E
+    exponent_scale = scale * LOG2E
     OMEGA += h * omega_stride_h
     LSE += bh * M
     DVALUES += bh * M * DV
@@ -365,9 +323,9 @@ def performer_state_bwd_kernel(
     de_sum = tl.zeros([BLOCK_S], tl.float32)
     for m0 in range(0, M, BLOCK_M):
         m_ok = m0 + offs_m < M
-        omega = _rows(OMEGA, m0, omega_stride_m, offs_m, offs_d, 1, m_ok, d_ok)
-        dvalues = _rows(DVALUES, m0, DV, offs_m, offs_dv, 1, m_ok, dv_ok)
-        lse = tl.load(LSE + m0 + offs_m, mask=m_ok, other=float("inf")) * _LOG2E
+        omega = load_rows(OMEGA, m0, omega_stride_m, offs_m, offs_d, 1, m_ok, d_ok)
+        dvalues = load_rows(DVALUES, m0, DV, offs_m, offs_dv, 1, m_ok, dv_ok)
+        lse = tl.load(LSE + m0 + offs_m, mask=m_ok, other=float("inf")) * LOG2E
         lse = tl.where(lse == float("-inf"), float("inf"), lse)
         shift = tl.load(SHIFT + m0 + offs_m, mask=m_ok, other=0.0)
         u = tl.dot(k, tl.trans(omega), input_precision=PRECISION) * exponent_scale  # [BLOCK_S, BLOCK_M]
@@ -378,12 +336,12 @@ def performer_state_bwd_kernel(
         dk = tl.dot(de.to(k.dtype), omega, dk, input_precision=PRECISION)
     unit = tl.load(UNIT + bh) * tl.exp2(-weight_bits)
     # read again rather than held in registers through the loop
-    k32 = _rows(K, s0, k_stride_n, offs_s, offs_d, k_stride_d, s_ok, d_ok).to(tl.float32)
+    k32 = load_rows(K, s0, k_stride_n, offs_s, offs_d, k_stride_d, s_ok, d_ok).to(tl.float32)
     dk = (dk - k32 * (scale * de_sum)[:, None]) * (scale * unit)
     DK += b * dk_stride_b + h * dk_stride_h
     DV_OUT += b * dv_stride_b + h * dv_stride_h
-    _store_rows(DK, s0, dk_stride_n, offs_s, offs_d, dk_stride_d, s_in, d_ok, dk)
-    _store_rows(DV_OUT, s0, dv_stride_n, offs_s, offs_dv, dv_stride_d, s_in, dv_ok, dv * unit)
+    store_rows(DK, s0, dk_stride_n, offs_s, offs_d, dk_stride_d, s_in, d_ok, dk)
+    store_rows(DV_OUT, s0, dv_stride_n, offs_s, offs_dv, dv_stride_d, s_in, dv_ok, dv * unit)
 
 
 # Inside a kernel Triton's language, not Python's, gives operators and indexing their types.

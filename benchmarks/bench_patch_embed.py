@@ -150,7 +150,12 @@ def unfold_matmul(shape: Shape, w: Weights) -> Embed:
     return embed
 
 
-IMPLEMENTATIONS = (medformer, conv_ln, conv_ln_channels_last, conv_ln_compiled, unfold_matmul)
+def medformer_channels_last(shape: Shape, w: Weights) -> Embed:
+    """The volume is in the layout before the clock starts."""
+    return medformer(shape, w)
+
+
+IMPLEMENTATIONS = (medformer, medformer_channels_last, conv_ln, conv_ln_channels_last, conv_ln_compiled, unfold_matmul)
 implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda f: f.__name__)
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
@@ -160,7 +165,7 @@ def prepare(implementation: Callable[[Shape, Weights], Embed], shape: Shape, dty
     """The implementation, checked, and its input."""
     x, weights = make(shape, dtype)
     embed = implementation(shape, weights)
-    if implementation is conv_ln_channels_last:
+    if implementation in (medformer_channels_last, conv_ln_channels_last):
         x = x.contiguous(memory_format=torch.channels_last_3d if x.ndim == 5 else torch.channels_last)
     tolerance = 0.08 if dtype == torch.bfloat16 else 1e-3
     with torch.no_grad():
@@ -183,7 +188,7 @@ def floor_ms(shape: Shape, dtype: torch.dtype) -> float | None:
 def bench_patch_embed_forward(timed, implementation, shape, dtype):
     embed, x, weights = prepare(implementation, shape, dtype)
     chosen = {}
-    if implementation is medformer:
+    if implementation in (medformer, medformer_channels_last):
         chosen = {"path": patch_embed_choice(x, weights.weight, stride=shape.stride, padding=shape.padding).path}
 
     def forward() -> None:
@@ -200,7 +205,7 @@ def bench_patch_embed_step(timed, implementation, shape, dtype):
     """Forward and backward, without a gradient of the volume."""
     x, weights = make(shape, dtype)
     weights = Weights(*(w.requires_grad_() for w in weights))
-    if implementation is conv_ln_channels_last:
+    if implementation in (medformer_channels_last, conv_ln_channels_last):
         x = x.contiguous(memory_format=torch.channels_last_3d if x.ndim == 5 else torch.channels_last)
     embed = implementation(shape, weights)
     with torch.no_grad():
@@ -293,35 +298,44 @@ LATTICE = [
         (3, 1, 7, 4, 64, 96), (3, 1, 8, 4, 192, 64), (3, 1, 16, 8, 384, 64), (3, 2, 3, 2, 96, 64), (3, 2, 7, 4, 96, 64),
         (3, 4, 3, 2, 96, 48), (3, 4, 7, 4, 96, 64), (3, 8, 3, 2, 96, 40), (3, 16, 3, 2, 64, 40), (3, 32, 3, 2, 64, 32),
         (3, 64, 3, 2, 128, 24), (3, 128, 3, 2, 256, 16), (2, 1, 3, 2, 64, 256), (2, 3, 7, 4, 96, 256),
-        (2, 3, 16, 8, 384, 224), (2, 16, 3, 2, 64, 128), (2, 64, 3, 2, 128, 64),
+        (2, 3, 16, 8, 384, 224), (2, 16, 3, 2, 64, 128), (2, 64, 3, 2, 128, 64), (3, 1, 8, 4, 384, 64),
+        (3, 1, 16, 16, 384, 128), (3, 1, 8, 8, 384, 64), (3, 1, 4, 4, 96, 64), (3, 4, 4, 4, 96, 48),
+        (3, 64, 2, 2, 128, 24), (2, 1, 16, 16, 384, 384), (2, 3, 16, 16, 384, 384), (2, 3, 4, 4, 96, 224),
+        (2, 64, 2, 2, 128, 64),
     ]
 ]  # fmt: skip
 
 
-def measure_paths(seconds: float = 1.0) -> dict[str, list[dict]]:
-    """Milliseconds of processor time of each path on one thread, the least of interleaved rounds, norm included."""
-    torch.set_num_threads(1)
-    torch.set_grad_enabled(False)
+def measure_paths(seconds: float = 0.7) -> dict[str, list[dict]]:
+    """Milliseconds of each path, forward and forward with backward, norm included: the least of interleaved rounds."""
     table: dict[str, list[dict]] = {"float32": [], "bfloat16": []}
     for shape, dtype in itertools.product(LATTICE, (torch.float32, torch.bfloat16)):
-        x, w = make(shape, dtype)
-        best = dict.fromkeys(("conv", "conv_channels_last", "im2col"), math.inf)
-        began = time.perf_counter()
-        for rounds in itertools.count():
-            for path in best:
-                start = time.thread_time()
-                patch_embed(
-                    x, w.weight, w.bias, stride=shape.stride, padding=shape.padding, norm="layer",
-                    norm_weight=w.norm_weight, norm_bias=w.norm_bias, path=path,
-                )  # fmt: skip
-                best[path] = min(best[path], time.thread_time() - start)
-            if rounds >= 3 and time.perf_counter() - began > seconds:
-                break
-        table[str(dtype)[6:]].append({
+        tiles = shape.kernel == shape.stride
+        entry = {
             "channels": shape.channels, "taps": shape.kernel ** len(shape.size), "width": shape.width,
-            "tokens": math.prod(shape.grid), "ms": {path: round(s * 1e3, 2) for path, s in best.items()},
-        })  # fmt: skip
-        print(shape, dtype, table[str(dtype)[6:]][-1]["ms"], flush=True)
+            "tokens": math.prod(shape.grid), "tiles": tiles,
+        }  # fmt: skip
+        x, w = make(shape, dtype)
+        dtokens = torch.randn(shape.batch, math.prod(shape.grid), shape.width).to(dtype)
+        for name in ("ms", "step_ms"):
+            weights = Weights(*(row.requires_grad_(name == "step_ms") for row in w))
+            best = dict.fromkeys(("conv", "conv_channels_last", "matmul" if tiles else "im2col"), math.inf)
+            began = time.perf_counter()
+            for rounds in itertools.count():
+                for path in best:
+                    start = time.perf_counter()
+                    tokens = patch_embed(
+                        x, weights.weight, weights.bias, stride=shape.stride, padding=shape.padding, norm="layer",
+                        norm_weight=weights.norm_weight, norm_bias=weights.norm_bias, path=path,
+                    )  # fmt: skip
+                    if name == "step_ms":
+                        torch.autograd.grad(tokens, list(weights), dtokens)
+                    best[path] = min(best[path], time.perf_counter() - start)
+                if rounds >= 3 and time.perf_counter() - began > seconds:
+                    break
+            entry[name] = {path: round(s * 1e3, 2) for path, s in best.items()}
+        table[str(dtype)[6:]].append(entry)
+        print(shape, dtype, entry["ms"], entry["step_ms"], flush=True)
     return table
 
 

@@ -429,7 +429,7 @@ def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_inputs():
 
 def test_double_backward_is_refused_clearly():
     given = arguments()
-    (gradient,) = torch.autograd.grad(patch_embed(**given).sum(), given["weight"], create_graph=True)
+    (gradient,) = torch.autograd.grad(patch_embed(**given, path="im2col").sum(), given["weight"], create_graph=True)
     with pytest.raises(RuntimeError, match="patch_embed: double backward is not implemented"):
         gradient.sum().backward()
 
@@ -453,9 +453,19 @@ def test_choice_is_the_fastest_measured_and_says_why():
     assert small.path == "im2col"
     assert large.path in ("conv", "conv_channels_last")
     assert "nearest measured shape (channels, taps, width, tokens) = (64, 27, 128, 1728)" in large.reason
-    tiles = patch_embed_choice(one_channel[0], torch.empty(96, 1, 8, 8, 8), stride=8)
-    assert tiles.path == "matmul"
     assert patch_embed_choice(*one_channel, stride=2, padding=1, backend="torch") == small
+
+
+def test_choice_knows_tiles_training_and_layout():
+    x, weight = torch.empty(1, 1, 128, 128, 128).bfloat16(), torch.empty(384, 1, 16, 16, 16).bfloat16()
+    assert patch_embed_choice(x, weight, stride=16).path == "matmul"
+    assert "im2col" not in patch_embed_choice(x, weight, stride=16).reason
+    x, weight = torch.empty(1, 64, 24, 24, 24), torch.empty(128, 64, 3, 3, 3)
+    forward = patch_embed_choice(x, weight, stride=2, padding=1)
+    assert forward.path == "conv"
+    assert patch_embed_choice(x, weight.requires_grad_(), stride=2, padding=1).reason != forward.reason
+    last = x.contiguous(memory_format=torch.channels_last_3d)
+    assert patch_embed_choice(last, weight, stride=2, padding=1).path == "conv_channels_last"
 
 
 def test_cover_sees_every_voxel_and_drop_does_not():

@@ -28,7 +28,7 @@ from medformer_kernels.patch_embed.geometry import (
     unembed_size,
     z_score,
 )
-from medformer_kernels.patch_embed.paths import PATHS
+from medformer_kernels.patch_embed.paths import PATHS, library, library_takes
 from medformer_kernels.patch_embed.reference import apply_windows, patch_embed_reference, patch_unembed_reference
 
 if TYPE_CHECKING:
@@ -113,7 +113,10 @@ def patch_embed(
     geometry = geometry.in_3d()
     rows = (x, weight, bias, norm_weight, norm_bias)
     save = norm is not None and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in rows)
-    path = path or _op_path(geometry, backend, x, bool(flat))
+    path = path or _path(geometry, backend, x, weight, bool(flat), save)
+    if not torch.compiler.is_compiling() and library_takes(path, x, geometry, padding_mode, flat, weight.dtype):
+        # what autograd knows already needs no operator of ours, whose call costs as much as a small convolution
+        return library(x, weight, bias, norm_weight, norm_bias, tables, prefix, geometry, norm or "", norm_eps, path)[0]
     tokens, _ = ops.patch_embed(
         x, weight, bias, norm_weight, norm_bias, *tables, prefix, flat, list(geometry.stride), geometry.flat_padding,
         list(geometry.dilation), padding_mode, norm or "", norm_eps, save, path,
@@ -143,16 +146,24 @@ def patch_embed_choice(
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else weight.dtype
     return choose(
         geometry, channels=weight.shape[1], width=weight.shape[0], dtype=dtype, raw=raw, device=x.device.type,
-        backend=backend,
+        backend=backend, training=weight.requires_grad and torch.is_grad_enabled(), channels_last=_last(x),
     )  # fmt: skip
 
 
-def _op_path(geometry: Geometry, backend: str, x: Tensor, windowed: bool) -> str:
-    """As `choose`, but the measured choice is left to the operator, where sizes are known in a compiled graph too."""
-    if backend == "torch" and x.device.type == "cpu":
+def _path(geometry: Geometry, backend: str, x: Tensor, weight: Tensor, windowed: bool, training: bool) -> str:
+    """As `choose`, but in a compiled graph the measured choice is left to the operator, where sizes are numbers."""
+    if backend == "torch" and x.device.type == "cpu" and torch.compiler.is_compiling():
         return "measured"
-    raw = windowed or not x.is_floating_point()
-    return choose(geometry, channels=0, width=0, dtype=x.dtype, raw=raw, device=x.device.type, backend=backend).path
+    return choose(
+        geometry, channels=weight.shape[1], width=weight.shape[0], dtype=weight.dtype, device=x.device.type,
+        raw=windowed or not x.is_floating_point(), backend=backend, training=training, channels_last=_last(x),
+    ).path  # fmt: skip
+
+
+def _last(x: Tensor) -> bool:
+    """Channels are the fastest axis of a volume, and not also the slowest."""
+    layout = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+    return not x.is_contiguous() and x.is_contiguous(memory_format=layout)
 
 
 def patch_unembed(
@@ -199,7 +210,7 @@ def patch_unembed(
         dtype = torch.get_autocast_dtype(tokens.device.type)
         tokens, weight, bias = tokens.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     backend = resolve_backend("patch_unembed", backend, tokens)
-    path = "fused" if backend == "triton" else _op_path(geometry, backend, tokens, False)
+    path = "fused" if backend == "triton" else "measured" if tokens.device.type == "cpu" else "conv"
     weight = weight if dims == 3 else weight.unsqueeze(2)
     flat = geometry.in_3d()
     out = ops.patch_unembed(

@@ -26,7 +26,7 @@ def _implementation(path: str):
     return fused
 
 
-def _resolved(path: str, weight: Tensor, geometry: Geometry) -> str:
+def resolved(path: str, weight: Tensor, geometry: Geometry) -> str:
     """'measured' to the path that the measurements choose: here, where sizes are numbers even in a compiled graph."""
     if path != "measured":
         return path
@@ -75,7 +75,7 @@ def patch_embed(
 ) -> tuple[Tensor, Tensor]:
     """(tokens (B, prefix + N, E), y (B, N, E) before the norm if `save`, else empty), in the dtype of `weight`."""
     geometry = _geometry(x.shape[2:], weight, stride, padding, dilation)
-    path = _resolved(path, weight, geometry)
+    path = resolved(path, weight, geometry)
     return _implementation(path).forward(
         x, weight, bias, norm_weight, norm_bias, (position, position_y, position_x), prefix, coefficients, geometry,
         mode, norm, eps, save, path,
@@ -119,7 +119,7 @@ def patch_embed_backward(
     dx_{c, v} = sum of weight_ck dy_n over the taps and tokens that see v.
     """
     geometry = _geometry(x.shape[2:], weight, stride, padding, dilation)
-    path = _resolved(path, weight, geometry)
+    path = resolved(path, weight, geometry)
     return _implementation(path).backward(
         dtokens, x, weight, y, norm_weight, coefficients, geometry, mode, norm, eps, needs, path
     )
@@ -196,7 +196,7 @@ def patch_unembed(
 ) -> Tensor:
     """Voxels (B, C, *size) of tokens (B, N, E): the transpose of the patch embedding of `weight`, plus `bias` (C,)."""
     geometry = _geometry(size, weight, stride, padding, dilation)
-    path = _resolved(path, weight, geometry)
+    path = resolved(path, weight, geometry)
     return _implementation(path).unembed(tokens, weight, bias, geometry, path)
 
 

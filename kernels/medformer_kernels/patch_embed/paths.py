@@ -24,7 +24,7 @@ from torch import Tensor
 from medformer_kernels.patch_embed.geometry import Geometry
 from medformer_kernels.patch_embed.reference import apply_windows
 
-__all__ = ["PATHS", "backward", "forward", "unembed"]
+__all__ = ["PATHS", "backward", "forward", "library", "library_takes", "unembed"]
 
 PATHS = ("conv", "conv_channels_last", "im2col", "matmul")
 
@@ -160,10 +160,13 @@ def _convolve(slab: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequen
     return F.conv3d(slab, weight, bias, geometry.stride, padding, geometry.dilation)
 
 
-def _whole(x: Tensor, geometry: Geometry, mode: str, coefficients: Sequence[float], dtype: torch.dtype) -> bool:
+def library_takes(
+    path: str, x: Tensor, geometry: Geometry, mode: str, coefficients: Sequence[float], dtype: torch.dtype
+) -> bool:
     """The library's own convolution takes the volume as it is."""
     symmetric = all(before == after for before, after in geometry.padding)
-    return x.dtype == dtype and not coefficients and symmetric and (mode == "zeros" or not any(geometry.flat_padding))
+    as_it_is = x.dtype == dtype and not coefficients and symmetric
+    return path.startswith("conv") and as_it_is and (mode == "zeros" or not any(geometry.flat_padding))
 
 
 def _project(
@@ -250,10 +253,9 @@ def forward(
     path: str,
 ) -> tuple[Tensor, Tensor]:
     """(tokens, y): see `ops.patch_embed`."""
-    if path.startswith("conv") and _whole(x, geometry, mode, coefficients, weight.dtype):
-        return _forward_whole(
-            x, weight, bias, norm_weight, norm_bias, position, prefix, geometry, norm, eps, save, _layout(path)
-        )
+    if library_takes(path, x, geometry, mode, coefficients, weight.dtype):
+        tokens, y = library(x, weight, bias, norm_weight, norm_bias, position, prefix, geometry, norm, eps, path)
+        return tokens.contiguous(), y.contiguous() if save else y.new_empty(0)
     batch, width, offset = x.shape[0], weight.shape[0], 0 if prefix is None else prefix.shape[0]
     tokens = weight.new_empty((batch, offset + geometry.tokens, width))
     saved = weight.new_empty((batch, geometry.tokens, width) if save else (0,))
@@ -273,7 +275,7 @@ def forward(
     return tokens, saved
 
 
-def _forward_whole(
+def library(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -284,20 +286,20 @@ def _forward_whole(
     geometry: Geometry,
     norm: str,
     eps: float,
-    save: bool,
-    layout: torch.memory_format,
+    path: str,
 ) -> tuple[Tensor, Tensor]:
+    """(tokens, y before the norm) by the library's own convolution, in operations that autograd knows."""
     padding = [before for before, _ in geometry.padding]
-    weight = weight.contiguous(memory_format=layout)
-    y = _convolve(x.contiguous(memory_format=layout), weight, bias, padding, geometry).flatten(2).transpose(1, 2)
-    y = y.contiguous()
+    if path == "conv_channels_last":
+        x, weight = (t.contiguous(memory_format=torch.channels_last_3d) for t in (x, weight))
+    y = _convolve(x, weight, bias, padding, geometry).flatten(2).transpose(1, 2)
     tokens = _normalise(y, norm, norm_weight, norm_bias, eps) if norm else y
     rows = position_rows(position, geometry.grid, slice(0, geometry.tokens), tokens)
     if rows is not None:
-        tokens = tokens + rows if save and not norm else tokens.add_(rows)
+        tokens = tokens + rows
     if prefix is not None:
         tokens = torch.cat([prefix.to(tokens.dtype).expand(x.shape[0], -1, -1), tokens], 1)
-    return tokens, y if save else y.new_empty(0)
+    return tokens, y
 
 
 def norm_backward(
@@ -342,17 +344,17 @@ def backward(
     dx = x.new_empty(x.shape if need_dx else (0,))
     room = [n + sum(pair) for n, pair in zip(geometry.size, geometry.padding, strict=True)]
     gather = "matmul" if geometry.tiles else "im2col"
-    library = path.startswith("conv") and _whole(x, geometry, mode, coefficients, weight.dtype)
-    whole_dy = dtokens[:, offset:] if not norm else torch.empty_like(y) if library else None
-    for b in range(batch if norm or not library else 0):
-        dpadded = torch.zeros((channels, *room), dtype=exact, device=x.device) if need_dx and not library else None
+    by_library = library_takes(path, x, geometry, mode, coefficients, weight.dtype)
+    whole_dy = dtokens[:, offset:] if not norm else torch.empty_like(y) if by_library else None
+    for b in range(batch if norm or not by_library else 0):
+        dpadded = torch.zeros((channels, *room), dtype=exact, device=x.device) if need_dx and not by_library else None
         for slab in slabs(geometry, channels, width, weight.element_size(), gather):
             dy = dtokens[b, offset + slab.rows.start : offset + slab.rows.stop]
             if norm:
                 dy, dnorm_weight, dnorm_bias = norm_backward(dy, y[b, slab.rows], norm_weight, norm, eps)
                 sums[1] += dnorm_weight
                 sums[2] += dnorm_bias
-            if library and whole_dy is not None:
+            if by_library and whole_dy is not None:
                 whole_dy[b, slab.rows] = dy
                 continue
             if need_db:
@@ -366,7 +368,7 @@ def backward(
                 col2im((columns.t() @ dy.t()).to(exact), dpadded[at], slab.grid, geometry)
         if dpadded is not None:
             dx[b] = fold_padding(dpadded, geometry, mode)
-    if library and whole_dy is not None and (need_dx or need_dw or need_db):
+    if by_library and whole_dy is not None and (need_dx or need_dw or need_db):
         padding = [before for before, _ in geometry.padding]
         dy = whole_dy.transpose(1, 2).unflatten(2, geometry.grid)
         results = torch.ops.aten.convolution_backward(

@@ -16,7 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Chip", "assume_chip", "chip_of", "load_configs", "nearest_arch", "resolve_backend"]
+__all__ = [
+    "Chip",
+    "Plan",
+    "assume_chip",
+    "block",
+    "chip_of",
+    "launch_plan",
+    "load_configs",
+    "mask_arguments",
+    "nearest_arch",
+    "resolve_backend",
+    "tile",
+]
 
 _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -114,3 +126,74 @@ def nearest_arch(arch: str, known: tuple[str, ...]) -> str:
     same = sorted((name for name in known if name.startswith(kind)), key=lambda name: (len(name), name))
     older = [name for name in same if (len(name), name) <= (len(arch), arch)]
     return (older or same[:1])[-1]
+
+
+def block(width: int) -> int:
+    """Extent of the tile that holds `width` columns: a power of two, at least what a matrix product takes."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def tile(family: str, kernel: str, chip: Chip, width: int, itemsize: int) -> dict[str, int]:
+    """The tuned tile of a kernel for heads of `width`: that of the next width up which has one.
+
+    Raises:
+        ValueError: no tile is that wide.
+    """
+    table = load_configs(family)[kernel]
+    entries = table[nearest_arch(chip.arch, tuple(table))]
+    fitting = [entry for entry in entries if entry["itemsize"] == itemsize and entry["width"] >= block(width)]
+    if not fitting:
+        raise ValueError(f"{family}: {kernel} has no tile for heads of width {width} on {chip.arch}; use 'torch'")
+    return min(fitting, key=lambda entry: entry["width"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Tiles of one launch: `block_m` features or landmarks x `block_n` tokens, the latter axis cut into `slices`."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    slice_length: int
+    slices: int
+
+
+def launch_plan(
+    entry: dict[str, int],
+    *,
+    chip: Chip,
+    rows: int,
+    tokens: int,
+    batch_heads: int,
+    sliced: bool,
+    rows_per_program: int | None = None,
+) -> Plan:
+    """Tiles of `entry` for `rows` features or landmarks a head.
+
+    Where programs share out the rows and not the tokens (`sliced`), tokens are cut too: until there are two programs
+    a multiprocessor, and into no less than 8 tiles a program. `rows_per_program`: by default those of a tile.
+    """
+    block_m, block_n = min(entry["block_m"], block(rows)), entry["block_n"]
+    slices = 1
+    if sliced:
+        programs = batch_heads * -(-rows // (rows_per_program or block_m))
+        slices = max(1, min(-(-2 * chip.units // programs), tokens // (8 * block_n)))
+    slice_length = -(-tokens // slices)
+    slice_length = max(1, -(-slice_length // block_n)) * block_n
+    return Plan(
+        block_m=block_m,
+        block_n=block_n,
+        num_warps=entry["num_warps"],
+        num_stages=entry["num_stages"],
+        slice_length=slice_length,
+        slices=max(1, -(-tokens // slice_length)),
+    )
+
+
+def mask_arguments(mask: Tensor | None, unused: Tensor) -> tuple[Tensor, int, int]:
+    """(mask as bytes, its strides) as kernels take them; without a mask, of what they do not read."""
+    if mask is None:
+        return unused, 0, 0
+    mask = mask.view(torch.uint8)
+    return mask, mask.stride(0), mask.stride(1)

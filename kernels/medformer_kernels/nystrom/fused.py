@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from medformer_kernels import _dispatch
-from medformer_kernels._dispatch import Chip, chip_of, nearest_arch
+from medformer_kernels._dispatch import Chip, Plan, block, chip_of, mask_arguments, nearest_arch
 from medformer_kernels.nystrom.inverse import inverse_times, inverse_times_backward
 from medformer_kernels.nystrom.kernels import (
     CONV_PAD,
@@ -39,23 +38,11 @@ from medformer_kernels.nystrom.landmarks import Cells, ranked_tokens
 from medformer_kernels.nystrom.reference import masked_softmax
 from medformer_kernels.performer.kernels import performer_merge_kernel
 
-__all__ = ["Forward", "Plan", "backward", "core_landmarks", "costs", "forward", "launch_plan"]
+__all__ = ["Forward", "backward", "core_landmarks", "costs", "forward", "launch_plan"]
 
 # Tokens of one step of the convolution's banded product, and of the memory-bound kernels.
 _BLOCK_J = 32
 _BLOCK_TOKENS = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Tiles of one launch: `block_m` landmarks x `block_n` tokens, the latter axis cut into `slices`."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    slice_length: int
-    slices: int
 
 
 def launch_plan(
@@ -65,30 +52,10 @@ def launch_plan(
 
     `width` is the larger of D and Dv. Deterministic; the tiles come from configs/nystrom.json.
     """
-    entry = _entry(kernel, chip, width, itemsize)
-    block_m, block_n = min(entry["block_m"], _block(landmarks)), entry["block_n"]
-    slices = 1
-    if kernel in ("values_fwd", "landmark_bwd"):
-        m_blocks = -(-landmarks // block_m)
-        wanted = -(-2 * chip.units // (batch_heads * m_blocks))  # two programs a multiprocessor
-        slices = max(1, min(wanted, tokens // (8 * block_n)))  # and at least 8 tiles a program
-    slice_length = -(-tokens // slices)
-    slice_length = -(-slice_length // block_n) * block_n
-    return Plan(
-        block_m=block_m,
-        block_n=block_n,
-        num_warps=entry["num_warps"],
-        num_stages=entry["num_stages"],
-        slice_length=slice_length,
-        slices=max(1, -(-tokens // slice_length)),
-    )
-
-
-def _entry(kernel: str, chip: Chip, width: int, itemsize: int) -> dict[str, int]:
-    table = _dispatch.load_configs("nystrom")[kernel]
-    entries = table[nearest_arch(chip.arch, tuple(table))]
-    fitting = [e for e in entries if e["itemsize"] == itemsize and e["width"] >= _block(width)]
-    return min(fitting, key=lambda e: e["width"])
+    return _dispatch.launch_plan(
+        _dispatch.tile("nystrom", kernel, chip, width, itemsize), chip=chip, rows=landmarks, tokens=tokens,
+        batch_heads=batch_heads, sliced=kernel in ("values_fwd", "landmark_bwd"),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,10 +102,6 @@ def costs(
         ),
         "token_bwd": Cost(flop=7 * product, exponentials=2 * exponentials, bytes=7 * tensor + 8 * rows),
     }
-
-
-def _block(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,17 +154,13 @@ class _Head:
 
     def options(self, plan: Plan, precision: str) -> dict[str, Any]:
         return {
-            "BLOCK_M": plan.block_m, "BLOCK_D": _block(self.width), "BLOCK_DV": _block(self.width_v),
+            "BLOCK_M": plan.block_m, "BLOCK_D": block(self.width), "BLOCK_DV": block(self.width_v),
             "PRECISION": precision, "num_warps": plan.num_warps, "num_stages": plan.num_stages,
         }  # fmt: skip
 
     @property
     def grid_arguments(self) -> tuple[int, ...]:
         return (self.cells.prefix, *self.cells.grid, *self.cells.landmark_grid)
-
-
-def _mask_arguments(mask: Tensor | None, unused: Tensor) -> tuple[Tensor, int, int]:
-    return (unused, 0, 0) if mask is None else (mask, mask.stride(0), mask.stride(1))
 
 
 def _or(x: Tensor | None, unused: Tensor) -> Tensor:
@@ -219,11 +178,11 @@ def _pool(head: _Head, x: Tensor) -> tuple[Tensor, Tensor]:
         out[:, :, : cells.prefix] = own
     total = x.new_empty((head.batch, head.heads, cells.count), dtype=torch.float32)
     ranked = head.order is not None
-    mask, *mask_strides = _mask_arguments(None if ranked else head.mask, x)
+    mask, *mask_strides = mask_arguments(None if ranked else head.mask, x)
     nystrom_pool_kernel[(head.batch * head.heads * cells.count,)](
         x, _or(head.order, x), _or(head.count, x), mask, out, total,
         *x.stride(), *mask_strides, head.heads, x.shape[2] - cells.prefix, head.width, *head.grid_arguments,
-        BLOCK_S=_BLOCK_TOKENS, BLOCK_D=_block(head.width), RANKED=ranked, HAS_MASK=head.mask is not None and not ranked,
+        BLOCK_S=_BLOCK_TOKENS, BLOCK_D=block(head.width), RANKED=ranked, HAS_MASK=head.mask is not None and not ranked,
         num_warps=8 if head.width * x.element_size() > 256 else 4,  # four spill a float32 tile of wide heads on sm_80
     )  # fmt: skip
     return out, total
@@ -260,7 +219,7 @@ def _values(head: _Head, q_landmarks: Tensor) -> tuple[Tensor, Tensor]:
     plan = head.plan("values_fwd", tokens, number)
     part_values = k.new_empty((head.batch, head.heads, plan.slices, number, head.width_v), dtype=torch.float32)
     part_lse = k.new_empty((head.batch, head.heads, plan.slices, number), dtype=torch.float32)
-    mask, *mask_strides = _mask_arguments(head.mask, k)
+    mask, *mask_strides = mask_arguments(head.mask, k)
     nystrom_values_fwd_kernel[(head.batch * head.heads * plan.slices * -(-number // plan.block_m),)](
         k, v, q_landmarks, mask, part_values, part_lse, *k.stride(), *v.stride(), *mask_strides,
         head.heads, tokens, number, head.width, head.width_v, plan.slice_length, plan.slices, head.scale,
@@ -271,7 +230,7 @@ def _values(head: _Head, q_landmarks: Tensor) -> tuple[Tensor, Tensor]:
     values, lse = torch.empty_like(part_values[:, :, 0]), torch.empty_like(part_lse[:, :, 0])
     performer_merge_kernel[(head.batch * head.heads * -(-number // 32),)](
         part_values, part_lse, values, lse, number, head.width_v, plan.slices,
-        BLOCK_M=32, BLOCK_DV=_block(head.width_v), num_warps=4,
+        BLOCK_M=32, BLOCK_DV=block(head.width_v), num_warps=4,
     )  # fmt: skip
     return values, lse
 
@@ -303,7 +262,7 @@ def _core(
     nystrom_core_kernel[(head.batch * head.heads,)](
         q_landmarks, k_landmarks, _or(valid, values), values, solved,
         head.heads, number, head.width, head.width_v, head.scale, iterations,
-        BLOCK_L=_block(number), BLOCK_D=min(32, _block(head.width)), BLOCK_DV=min(32, _block(head.width_v)),
+        BLOCK_L=block(number), BLOCK_D=min(32, block(head.width)), BLOCK_DV=min(32, block(head.width_v)),
         HAS_VALID=valid is not None, PRECISION=head.tf32x3, num_warps=entry["num_warps"],
         num_stages=entry["num_stages"],
     )  # fmt: skip
@@ -350,7 +309,7 @@ def forward(
     out_lse = q.new_empty((head.batch, head.heads, tokens), dtype=torch.float32)
     scaled, unit = _units(solved, q.dtype)
     plan = head.plan("read_fwd", tokens, number)
-    mask_inner, *mask_strides = _mask_arguments(head.inner_mask, q)
+    mask_inner, *mask_strides = mask_arguments(head.inner_mask, q)
     v_inner = v[:, :, prefix:]
     weight = _weight(conv_weight, q)
     nystrom_read_fwd_kernel[(head.batch * head.heads * -(-tokens // plan.block_n),)](
@@ -403,14 +362,14 @@ def backward(
     weight = _weight(conv_weight, q)
     delta = torch.empty_like(made.out_lse)
     taps, has_conv = _taps(conv_weight), conv_weight is not None
-    mask_inner, *inner_strides = _mask_arguments(head.inner_mask, q)
+    mask_inner, *inner_strides = mask_arguments(head.inner_mask, q)
     v_inner = v[:, :, prefix:]
     rows, warps = _delta_tile(head)
     nystrom_delta_kernel[(head.batch * head.heads * -(-tokens // rows),)](
         inner_out, inner_dout, v_inner, weight, mask_inner, delta,
         *inner_out.stride()[:3], *inner_dout.stride(), *v_inner.stride(), *inner_strides,
         head.heads, tokens, head.width_v, *head.conv_grid[1:], *taps,
-        BLOCK_N=rows, BLOCK_DV=_block(head.width_v), BLOCK_J=_BLOCK_J,
+        BLOCK_N=rows, BLOCK_DV=block(head.width_v), BLOCK_J=_BLOCK_J,
         HAS_MASK=head.inner_mask is not None, HAS_CONV=has_conv, CONV_VOLUME=head.conv_volume,
         PRECISION=head.backward_precision, num_warps=warps, num_stages=1,
     )  # fmt: skip
@@ -421,7 +380,7 @@ def backward(
         nystrom_conv_weight_kernel[(head.batch * head.heads * blocks,)](
             inner_dout, v_inner, mask_inner, part_dweight, *inner_dout.stride(), *v_inner.stride(), *inner_strides,
             head.heads, tokens, head.width_v, *head.conv_grid[1:], *taps,
-            BLOCK_N=_BLOCK_TOKENS, BLOCK_DV=_block(head.width_v), HAS_MASK=head.inner_mask is not None, num_warps=8,
+            BLOCK_N=_BLOCK_TOKENS, BLOCK_DV=block(head.width_v), HAS_MASK=head.inner_mask is not None, num_warps=8,
         )  # fmt: skip
         dconv_weight = part_dweight.sum((0, 2))
 
@@ -478,7 +437,7 @@ def _delta_tile(head: _Head) -> tuple[int, int]:
     """(rows, warps) of the delta kernel: what compiles without a spill; 64 rows where wgmma wants them."""
     if not head.chip.arch.startswith("sm_"):
         return 16, 4
-    narrow = _block(head.width_v) <= 64
+    narrow = block(head.width_v) <= 64
     if head.q.element_size() == 2:
         return 64, 4 if narrow else 8
     return (32, 4) if narrow else (16, 8)
@@ -507,7 +466,7 @@ def _landmark_backward(
     lead = (head.batch, head.heads, plan.slices, number)
     part_drows = x.new_empty((*lead, head.width), dtype=torch.float32)
     part_dvalues = part_drows if keys else x.new_empty((*lead, head.width_v), dtype=torch.float32)
-    mask, *mask_strides = _mask_arguments(mask, x)
+    mask, *mask_strides = mask_arguments(mask, x)
     nystrom_landmark_bwd_kernel[(head.batch * head.heads * plan.slices * -(-number // plan.block_m),)](
         x, y, rows, values, _or(row_lse, unit), _or(shift, unit), _or(valid, unit), _or(column_lse, unit),
         _or(delta, unit), unit, mask, part_drows, part_dvalues,
@@ -547,7 +506,7 @@ def _token_backward(
     """Fills dx (and dy, for keys)."""
     tokens, number = x.shape[2], rows.shape[2]
     plan = head.plan("token_bwd", tokens, number)
-    mask, *mask_strides = _mask_arguments(mask, x)
+    mask, *mask_strides = mask_arguments(mask, x)
     like_dout = x if dout is None else dout
     nystrom_token_bwd_kernel[(head.batch * head.heads * -(-tokens // plan.block_n),)](
         x, y, rows, values, _or(row_lse, unit), _or(shift, unit), _or(valid, unit), _or(column_lse, unit),

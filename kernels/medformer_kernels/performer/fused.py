@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from medformer_kernels import _dispatch
-from medformer_kernels._dispatch import Chip, chip_of, nearest_arch
+from medformer_kernels._dispatch import Chip, Plan, block, chip_of, mask_arguments
 from medformer_kernels.performer.kernels import (
     performer_merge_kernel,
     performer_read_dq_kernel,
@@ -31,19 +30,7 @@ from medformer_kernels.performer.kernels import (
     performer_state_fwd_kernel,
 )
 
-__all__ = ["Cost", "Plan", "costs", "launch_plan", "read", "read_backward", "state", "state_backward"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Tiles of one launch: `block_m` features x `block_n` tokens, the latter axis cut into `slices`."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    slice_length: int
-    slices: int
+__all__ = ["Cost", "costs", "launch_plan", "read", "read_backward", "state", "state_backward"]
 
 
 def launch_plan(
@@ -63,27 +50,13 @@ def launch_plan(
     the registers. Deterministic; the tiles come from configs/performer.json, which the compile report checks entry by
     entry.
     """
-    table = _dispatch.load_configs("performer")[kernel]
-    entries = table[nearest_arch(chip.arch, tuple(table))]
-    fitting = [e for e in entries if e["itemsize"] == itemsize and e["width"] >= _block(width)]
-    entry = min(fitting, key=lambda e: e["width"])
-    block_m = min(max(16, entry["block_m"] // (2 if with_max else 1)), _block(num_features))
-    block_n = entry["block_n"]
-    slices = 1
-    if kernel in ("state_fwd", "read_dstate"):
-        m_blocks = -(-num_features // block_m)
-        wanted = -(-2 * chip.units // (batch_heads * m_blocks))  # two programs a multiprocessor
-        slices = max(1, min(wanted, tokens // (8 * block_n)))  # and at least 8 tiles a program
-    slice_length = -(-tokens // slices)
-    slice_length = -(-slice_length // block_n) * block_n
-    return Plan(
-        block_m=block_m,
-        block_n=block_n,
-        num_warps=entry["num_warps"],
-        num_stages=entry["num_stages"],
-        slice_length=slice_length,
-        slices=max(1, -(-tokens // slice_length)),
-    )
+    entry = _dispatch.tile("performer", kernel, chip, width, itemsize)
+    if with_max:
+        entry = entry | {"block_m": max(16, entry["block_m"] // 2)}
+    return _dispatch.launch_plan(
+        entry, chip=chip, rows=num_features, tokens=tokens, batch_heads=batch_heads,
+        sliced=kernel in ("state_fwd", "read_dstate"),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,10 +105,6 @@ def costs(
     }
 
 
-def _block(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
-
-
 def _plan(kernel: str, x: Tensor, omega: Tensor, width_v: int, with_max: bool = False) -> Plan:
     batch, heads, tokens, width = x.shape
     return launch_plan(
@@ -158,8 +127,8 @@ def _precision(x: Tensor) -> str:
 def _common(x: Tensor, width_v: int, plan: Plan) -> dict[str, Any]:
     return {
         "BLOCK_M": plan.block_m,
-        "BLOCK_D": _block(x.shape[-1]),
-        "BLOCK_DV": _block(width_v),
+        "BLOCK_D": block(x.shape[-1]),
+        "BLOCK_DV": block(width_v),
         "PRECISION": _precision(x),
         "num_warps": plan.num_warps,
         "num_stages": plan.num_stages,
@@ -175,13 +144,6 @@ def _packed(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).contiguous()
 
 
-def _mask_arguments(mask: Tensor | None, like: Tensor) -> tuple[Tensor, int, int]:
-    if mask is None:
-        return like, 0, 0
-    mask = mask.view(torch.uint8)
-    return mask, mask.stride(0), mask.stride(1)
-
-
 def state(
     k: Tensor, v: Tensor, omega: Tensor, key_padding_mask: Tensor | None, with_max: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,7 +155,7 @@ def state(
     part_values = k.new_empty((batch, heads, plan.slices, num_features, width_v), dtype=torch.float32)
     part_lse = k.new_empty((batch, heads, plan.slices, num_features), dtype=torch.float32)
     part_top = k.new_full((batch, heads, plan.slices, m_blocks), -math.inf, dtype=torch.float32)
-    mask, *mask_strides = _mask_arguments(key_padding_mask, k)
+    mask, *mask_strides = mask_arguments(key_padding_mask, k)
     performer_state_fwd_kernel[(batch * heads * plan.slices * m_blocks,)](
         k, v, omega, mask, part_values, part_lse, part_top,
         *k.stride(), *v.stride(), *_omega_strides(omega), *mask_strides,
@@ -206,7 +168,7 @@ def state(
     values, lse = torch.empty_like(part_values[:, :, 0]), torch.empty_like(part_lse[:, :, 0])
     performer_merge_kernel[(batch * heads * -(-num_features // 32),)](
         part_values, part_lse, values, lse, num_features, width_v, plan.slices,
-        BLOCK_M=32, BLOCK_DV=_block(width_v), num_warps=4,
+        BLOCK_M=32, BLOCK_DV=block(width_v), num_warps=4,
     )  # fmt: skip
     return values, lse, top
 
@@ -298,7 +260,7 @@ def state_backward(
     shift = (shift / unit.unsqueeze(-1)).contiguous()
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     plan = _plan("state_bwd", k, omega, width_v)
-    mask, *mask_strides = _mask_arguments(key_padding_mask, k)
+    mask, *mask_strides = mask_arguments(key_padding_mask, k)
     performer_state_bwd_kernel[(batch * heads * -(-tokens // plan.block_n),)](
         k, v, omega, mask, lse, dvalues, shift, unit, dk, dv,
         *k.stride(), *v.stride(), *dk.stride(), *dv.stride(), *_omega_strides(omega), *mask_strides,

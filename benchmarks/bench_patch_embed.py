@@ -124,8 +124,7 @@ def conv_ln(shape: Shape, w: Weights) -> Embed:
 
 def conv_ln_channels_last(shape: Shape, w: Weights) -> Embed:
     """Both weight and volume are in the layout before the clock starts."""
-    layout = torch.channels_last_3d if len(shape.size) == 3 else torch.channels_last
-    return conv_ln(shape, w._replace(weight=w.weight.contiguous(memory_format=layout)))
+    return conv_ln(shape, channels_last(shape, w))
 
 
 def conv_ln_compiled(shape: Shape, w: Weights) -> Embed:
@@ -150,9 +149,14 @@ def unfold_matmul(shape: Shape, w: Weights) -> Embed:
     return embed
 
 
+def channels_last(shape: Shape, w: Weights) -> Weights:
+    layout = torch.channels_last_3d if len(shape.size) == 3 else torch.channels_last
+    return w._replace(weight=w.weight.contiguous(memory_format=layout))
+
+
 def medformer_channels_last(shape: Shape, w: Weights) -> Embed:
-    """The volume is in the layout before the clock starts."""
-    return medformer(shape, w)
+    """Both weight and volume are in the layout before the clock starts."""
+    return medformer(shape, channels_last(shape, w))
 
 
 IMPLEMENTATIONS = (medformer, medformer_channels_last, conv_ln, conv_ln_channels_last, conv_ln_compiled, unfold_matmul)

@@ -7,6 +7,7 @@ seen unless `padding="cover"` asks for them.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -115,7 +116,19 @@ def resolve(
     Raises:
         ValueError: a number is out of range, or the kernel is larger than the padded volume.
     """
-    size = tuple(size)
+    given = (tuple(size), _frozen(kernel), _frozen(stride), _frozen(padding), _frozen(dilation), function)
+    if torch.compiler.is_compiling():  # sizes may be symbols
+        return _resolve(*given)
+    return _resolved(*given)
+
+
+def _frozen(value: object) -> object:
+    return tuple(_frozen(v) for v in value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def _resolve(
+    size: tuple[int, ...], kernel: PerAxis, stride: PerAxis, padding: Padding, dilation: PerAxis, function: str
+) -> Geometry:
     dims = len(size)
     kernel = _axes("kernel", kernel, dims, 1, function)
     stride = _axes("stride", stride, dims, 1, function)
@@ -130,6 +143,9 @@ def resolve(
         )
     grid = tuple((n - r) // s + 1 for n, r, s in zip(room, reach, stride, strict=True))
     return Geometry(size=size, kernel=kernel, stride=stride, padding=pairs, dilation=dilation, grid=grid)
+
+
+_resolved = functools.lru_cache(maxsize=4096)(_resolve)  # the checks cost as much as a small convolution
 
 
 def _times(numbers: Sequence[int]) -> str:

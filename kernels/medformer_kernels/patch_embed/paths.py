@@ -291,7 +291,7 @@ def library(
     """(tokens, y before the norm) by the library's own convolution, in operations that autograd knows."""
     padding = [before for before, _ in geometry.padding]
     if path == "conv_channels_last":
-        x, weight = (t.contiguous(memory_format=torch.channels_last_3d) for t in (x, weight))
+        x = x.contiguous(memory_format=torch.channels_last_3d)
     y = _convolve(x, weight, bias, padding, geometry).flatten(2).transpose(1, 2)
     tokens = _normalise(y, norm, norm_weight, norm_bias, eps) if norm else y
     rows = position_rows(position, geometry.grid, slice(0, geometry.tokens), tokens)

@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import os
+from typing import NamedTuple
 
 import numpy as np
 
 from medformer.data.geometry import ScanError
 from medformer.data.volumes import Volume
 
-__all__ = ["HU_RANGE", "HU_SCALE", "normalise"]
+__all__ = ["HU_RANGE", "HU_SCALE", "Scaling", "normalise", "scaling"]
 
 HU_RANGE = (-1000.0, 1000.0)
 HU_SCALE = 500.0
 _SAMPLES = 2_000_000
+
+
+class Scaling(NamedTuple):
+    """Stored grey values to network input: (clip(x, low, high) - mean) / scale."""
+
+    low: float
+    high: float
+    mean: float
+    scale: float
+
+    def apply(self, voxels: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
+        """float32 of any part of the volume; where `valid` is False it gets the lowest value."""
+        out = voxels.astype(np.float32)
+        if valid is not None:
+            out[~valid] = self.low
+        np.clip(out, self.low, self.high, out=out)
+        out -= np.float32(self.mean)
+        out /= np.float32(self.scale)
+        return out
 
 
 def normalise(volume: Volume) -> np.ndarray:
@@ -28,40 +48,48 @@ def normalise(volume: Volume) -> np.ndarray:
     Padding (`valid` False) never enters the statistics and gets the lowest value. Raises ScanError for a volume
     without contrast, which has no scale.
     """
+    return scaling(volume).apply(volume.voxels, volume.valid)
+
+
+def scaling(volume: Volume) -> Scaling:
+    """What `normalise` applies, found slice by slice: the volume is never held a second time. Raises ScanError."""
     name = os.path.basename(volume.source.rstrip("/")) or volume.source
-    voxels = volume.voxels.astype(np.float32)
-    measured = voxels.ravel() if volume.valid is None else voxels[volume.valid]
-    if not measured.size:
+    voxels, valid = volume.voxels, volume.valid
+    count = voxels.size if valid is None else int(np.count_nonzero(valid))
+    if not count:
         raise ScanError(f"{name}: every voxel is padding; leave this scan out")
-    if not np.isfinite(measured).all():
-        raise ScanError(f"{name}: voxels are NaN or infinite, all must be finite; replace them first")
+    # Every step-th measured voxel, in the order of the volume.
+    step, before, samples = max(1, count // _SAMPLES), 0, []
+    lowest, highest = np.inf, -np.inf
+    for z in range(len(voxels)):
+        measured = voxels[z].ravel() if valid is None else voxels[z][valid[z]]
+        if not measured.size:
+            continue
+        if measured.dtype.kind == "f" and not np.isfinite(measured).all():
+            raise ScanError(f"{name}: voxels are NaN or infinite, all must be finite; replace them first")
+        lowest, highest = min(lowest, float(measured.min())), max(highest, float(measured.max()))
+        samples.append(measured[-before % step :: step].astype(np.float32))
+        before += measured.size
     if volume.units == "HU":
-        low, high = HU_RANGE
-        mean, scale = 0.0, HU_SCALE
-        flat = bool(measured.min() >= high or measured.max() <= low) or measured.min() == measured.max()
+        found = Scaling(*HU_RANGE, 0.0, HU_SCALE)
+        flat = lowest >= found.high or highest <= found.low or lowest == highest
     else:
-        low, high, mean, scale = _robust(measured)
-        flat = scale <= 1e-6 * max(1.0, abs(mean)) if high > low else True
+        found = _robust(np.concatenate(samples).astype(np.float64))
+        flat = found.scale <= 1e-6 * max(1.0, abs(found.mean)) if found.high > found.low else True
     if flat:
         raise ScanError(
-            f"{name}: voxels are constant (from {measured.min():g} to {measured.max():g}), contrast is needed to scale "
-            "them; leave this scan out"
+            f"{name}: voxels are constant (from {lowest:g} to {highest:g}), contrast is needed to scale them; leave "
+            "this scan out"
         )
-    if volume.valid is not None:
-        voxels[~volume.valid] = low
-    np.clip(voxels, low, high, out=voxels)
-    voxels -= np.float32(mean)
-    voxels /= np.float32(scale)
-    return voxels
+    return found
 
 
-def _robust(measured: np.ndarray) -> tuple[float, float, float, float]:
+def _robust(sample: np.ndarray) -> Scaling:
     """Clip limits, mean and standard deviation of the foreground, from an even sample of the voxels."""
-    sample = measured[:: max(1, measured.size // _SAMPLES)].astype(np.float64)
     foreground = sample[sample > sample.mean()]
     if not foreground.size:
-        return 0.0, 0.0, 0.0, 0.0
+        return Scaling(0.0, 0.0, 0.0, 0.0)
     low, high = float(np.percentile(sample, 0.5)), float(np.percentile(foreground, 99.5))
     clipped = np.clip(foreground, low, high)
     mean = float(clipped.mean())
-    return low, high, mean, max(float(clipped.std()), (mean - low) / 2)
+    return Scaling(low, high, mean, max(float(clipped.std()), (mean - low) / 2))

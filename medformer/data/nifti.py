@@ -6,10 +6,14 @@ integers. Source: nifti1.h and nifti2.h (the NIfTI data format working group), m
 
 from __future__ import annotations
 
+import base64
 import gzip
+import json
 import os
+import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, Literal
 
 import nibabel as nib
 import numpy as np
@@ -19,9 +23,10 @@ from nibabel.spatialimages import HeaderDataError
 from medformer.data.geometry import ScanError, check_affine
 from medformer.data.volumes import MAX_VOLUME_BYTES, Volume, rescale
 
-__all__ = ["NiftiHeader", "looks_like_hu", "probe_nifti", "read_nifti", "sniff_nifti"]
+__all__ = ["NiftiHeader", "header_of", "looks_like_hu", "pack_extension", "probe_nifti", "read_nifti", "sniff_nifti"]
 
 _MAX_GZIP_RATIO = 1100  # deflate cannot do better than 1032 to 1
+_MARK, _MAX_EXTENSION = b"medformer 1 ", 2**26
 _UNIT_MM = {1: 1000.0, 2: 1.0, 3: 1e-3}
 _NUMERIC = {2, 4, 8, 16, 64, 256, 512, 768, 1024, 1280}
 _REFUSED = {1: "1-bit", 32: "complex64", 128: "RGB colour", 1792: "complex128", 2048: "complex256", 2304: "RGBA colour"}
@@ -33,6 +38,8 @@ class NiftiHeader:
     """What a file declares, checked."""
 
     path: str
+    image: str
+    """The file that holds the voxels: the same, or the .img of a pair."""
     shape_xyz: tuple[int, int, int]
     frames: int
     dtype: np.dtype
@@ -44,9 +51,22 @@ class NiftiHeader:
 
 
 def sniff_nifti(head: bytes) -> bool:
-    """Whether the first 352 bytes (or gzip thereof) start a NIfTI file."""
+    """Whether the first 352 bytes (or gzip thereof) start a NIfTI file, or the header of a pair."""
     block = _inflate(head, 352) if head[:2] == b"\x1f\x8b" else head
     return block[344:348] in {b"n+1\0", b"ni1\0"} or block[4:8] in {b"n+2\0", b"ni2\0"}
+
+
+def header_of(path: str) -> str | None:
+    """The .hdr that belongs to an .img file, or None."""
+    stem, dot, suffix = path.rpartition(".img")
+    if not dot or suffix not in {"", ".gz"}:
+        return None
+    return next((stem + end for end in (".hdr", ".hdr.gz") if os.path.isfile(stem + end)), None)
+
+
+def _image_of(path: str) -> str | None:
+    stem, dot, _ = path.rpartition(".hdr")
+    return next((stem + end for end in (".img", ".img.gz") if dot and os.path.isfile(stem + end)), None)
 
 
 def _inflate(data: bytes, limit: int) -> bytes:
@@ -59,12 +79,16 @@ def _inflate(data: bytes, limit: int) -> bytes:
 def probe_nifti(path: str) -> NiftiHeader:
     """Read and check the header alone."""
     name = os.path.basename(path)
-    size = os.path.getsize(path)
     with open(path, "rb") as file:
         head = file.read(4096)
-    zipped = head[:2] == b"\x1f\x8b"
-    block = _inflate(head, 1024) if zipped else head
+    block = _inflate(head, 1024) if head[:2] == b"\x1f\x8b" else head
     header = _parse(block, name)
+    image = path
+    if block[344:348] == b"ni1\0" or block[4:8] == b"ni2\0":
+        image = _image_of(path) or ""
+        if not image:
+            raise ScanError(f"{name}: header of a pair whose .img file is not beside it; copy it too")
+    size, zipped = os.path.getsize(image), _is_gzip(image)
     shape, frames = _shape(header, name)
     dtype = _dtype(header, name)
     count = frames * int(np.prod([int(v) for v in shape], dtype=object))
@@ -90,6 +114,7 @@ def probe_nifti(path: str) -> NiftiHeader:
         raise ScanError(f"{name}: scl_inter {intercept} beside scl_slope {slope:g} must be finite; fix the header")
     return NiftiHeader(
         path=path,
+        image=image,
         shape_xyz=shape,
         frames=frames,
         dtype=dtype,
@@ -102,11 +127,9 @@ def probe_nifti(path: str) -> NiftiHeader:
 
 
 def _parse(block: bytes, name: str) -> nib.Nifti1Header:
-    if block[344:348] == b"ni1\0" or block[4:8] == b"ni2\0":
-        raise ScanError(f"{name}: header of a .hdr/.img pair; convert it to one .nii file")
-    second = block[4:8] == b"n+2\0"
+    second = block[4:8] in {b"n+2\0", b"ni2\0"}
     kind, length = (nib.Nifti2Header, 540) if second else (nib.Nifti1Header, 348)
-    if not second and block[344:348] != b"n+1\0":
+    if not second and block[344:348] not in {b"n+1\0", b"ni1\0"}:
         raise ScanError(f"{name}: not a NIfTI file (no magic in its header)")
     if len(block) < length:
         raise ScanError(f"{name}: cut off inside its header; copy the file again")
@@ -194,25 +217,118 @@ def read_nifti(path: str, *, frame: int = 0, modality: str | None = None) -> Vol
     else:
         stored = stored.astype(stored.dtype.newbyteorder("="), copy=False)
     voxels = np.ascontiguousarray(rescale(stored, header.slope, header.intercept).T)
+    kept = _read_extension(path, voxels.shape)
+    notes += kept.notes
+    modality = modality or kept.modality
     if modality is None:
         modality = "CT" if looks_like_hu(voxels) else "unknown"
         if modality == "CT":
             notes.append("NIfTI names no modality: taken as CT since the values look like HU")
-    units = "HU" if modality == "CT" else "arbitrary"
-    return Volume(voxels=voxels, affine=header.affine, modality=modality, units=units, notes=tuple(notes), source=path)
+    return Volume(
+        voxels=voxels,
+        affine=header.affine,
+        modality=modality,
+        units=kept.units or ("HU" if modality == "CT" else "arbitrary"),
+        notes=tuple(dict.fromkeys(notes)),
+        source=path,
+        valid=kept.valid,
+        geometry=kept.geometry,
+        provenance=kept.provenance
+        | {
+            "format": "NIfTI",
+            "reader": f"nibabel {nib.__version__}",
+            "files": 1 if header.image == path else 2,
+            "bytes": os.path.getsize(header.image),
+        },
+    )
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What Volume.save wrote beside the voxels."""
+
+    modality: str | None = None
+    units: str | None = None
+    geometry: Literal["patient", "spacing", "none"] = "patient"
+    notes: tuple[str, ...] = ()
+    valid: np.ndarray | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+def pack_extension(volume: Volume) -> bytes:
+    """Modality, units, notes and the padding mask as the text of a NIfTI header extension (code 6, comment)."""
+    values: dict[str, Any] = {
+        "modality": volume.modality, "units": volume.units, "geometry": volume.geometry, "notes": list(volume.notes),
+        "tags": dict(volume.provenance.get("tags", {})),
+    }  # fmt: skip
+    if volume.valid is not None:
+        packed = zlib.compress(np.packbits(volume.valid.ravel()).tobytes(), 9)
+        values["valid"] = base64.b64encode(packed).decode()
+    return _MARK + json.dumps(values, separators=(",", ":")).encode()
+
+
+def _read_extension(path: str, shape: tuple[int, ...]) -> _Kept:
+    """Ours among the header extensions; everything else, and everything malformed, is passed over."""
+    opener = gzip.open if _is_gzip(path) else open
+    with opener(path, "rb") as file:
+        head = file.read(8)
+        length, little = (540, True) if head[4:8] in {b"n+2\0", b"ni2\0"} else (348, head[0] in {0x5C, 0x1C})
+        rest = file.read(length - 8 + 4)
+        if len(rest) < length - 4 or rest[-4] != 1:
+            return _Kept()
+        head = file.read(8)
+        size, code = struct.unpack("<ii" if little else ">ii", head) if len(head) == 8 else (0, 0)
+        if code != 6 or not 16 <= size <= _MAX_EXTENSION:
+            return _Kept()
+        text = file.read(size - 8)
+    if not text.startswith(_MARK):
+        return _Kept()
+    try:
+        values = json.loads(text[len(_MARK) :].rstrip(b"\0"))
+        valid = None
+        if "valid" in values:
+            count = int(np.prod(shape))
+            bits = zlib.decompressobj().decompress(base64.b64decode(values["valid"]), (count + 7) // 8)
+            valid = np.unpackbits(np.frombuffer(bits, np.uint8), count=count).astype(bool).reshape(shape)
+        units, geometry = str(values["units"]), values["geometry"]
+        if units not in {"HU", "arbitrary"} or geometry not in {"patient", "spacing", "none"}:
+            raise ValueError(units)
+        notes = tuple(str(n) for n in values["notes"])
+        return _Kept(str(values["modality"]), units, geometry, notes, valid, {"tags": dict(values["tags"])})
+    except (ValueError, KeyError, TypeError, zlib.error, RecursionError):
+        return _Kept(notes=("medformer's note in the header is damaged: passed over",))
 
 
 def _read_frame(header: NiftiHeader, frame: int, name: str) -> np.ndarray:
     shape = (*header.shape_xyz, header.frames)
-    opener = gzip.open if _is_gzip(header.path) else open
+    zipped = _is_gzip(header.image)
+    opener = gzip.open if zipped else open
     try:
-        with opener(header.path, "rb") as file:
+        with opener(header.image, "rb") as file:
             proxy = ArrayProxy(file, (shape, header.dtype, header.offset, 1.0, 0.0), mmap=False)
-            return np.asanyarray(proxy[..., frame])
+            out = np.asanyarray(proxy[..., frame])
+            if zipped:
+                _drain(file, header, name)
+            return out
     except (OSError, EOFError, zlib.error, ValueError) as error:
+        if isinstance(error, ScanError):
+            raise
         raise ScanError(
             f"{name}: voxels cannot be read, the file is cut off or damaged ({error}); copy it again"
         ) from error
+
+
+def _drain(file: gzip.GzipFile | BinaryIO, header: NiftiHeader, name: str) -> None:
+    """Inflate to the end: only there does gzip show that nothing is cut off or altered (its length and checksum)."""
+    count = int(np.prod([*header.shape_xyz, header.frames], dtype=object))
+    needed = header.offset + count * header.dtype.itemsize
+    end = file.tell()
+    while block := file.read(2**20):
+        end += len(block)
+        if end > needed + 2**30:
+            raise ScanError(f"{name}: inflates to far more than its header declares; not read")
+    if end < needed:
+        raise ScanError(f"{name}: cut off, {end:,} of {needed:,} bytes are here; copy the file again")
 
 
 def _is_gzip(path: str) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import uuid
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
@@ -39,6 +41,10 @@ class Volume:
     """The file or folder read."""
     valid: np.ndarray | None = None
     """(Z, Y, X) bool, False where the scanner padded; None means all voxels are measured."""
+    geometry: Literal["patient", "spacing", "none"] = "patient"
+    """What the affine means: a place in the patient; voxel sizes alone (an X-ray); or nothing, voxels counted as 1."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Format, reader, files, bytes and how the image was made; plain JSON, without names, dates or identifiers."""
 
     def __post_init__(self) -> None:
         if self.voxels.ndim != 3 or 0 in self.voxels.shape:
@@ -88,7 +94,13 @@ class Volume:
         return replace(self, voxels=turn(self.voxels), affine=affine, valid=valid)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write .nii or .nii.gz, whole or not at all. The padding mask and the modality are not stored."""
+        """Write .nii or .nii.gz, whole or not at all.
+
+        Modality, units, notes and the padding mask travel in a header extension, which `read_volume` takes up again
+        and other readers pass over.
+        """
+        from medformer.data.nifti import pack_extension  # which needs Volume
+
         target = Path(path)
         suffix = ".nii.gz" if target.name.endswith(".nii.gz") else target.suffix
         if suffix not in {".nii", ".nii.gz"}:
@@ -96,6 +108,7 @@ class Volume:
         voxels = self.voxels.view(np.uint8) if self.voxels.dtype == bool else self.voxels
         image = nib.Nifti1Image(voxels.T, self.affine, dtype=voxels.dtype)
         image.header.set_xyzt_units("mm", "sec")
+        image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", pack_extension(self)))
         image.set_sform(self.affine, code=1)
         cosines = self.affine[:3, :3] / np.linalg.norm(self.affine[:3, :3], axis=0)
         rigid = bool(np.allclose(cosines.T @ cosines, np.eye(3), atol=1e-5))

@@ -1,0 +1,75 @@
+"""Zip files: unpacked into a private folder that is gone afterwards, whatever their member names ask for."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from medformer.data.geometry import ScanError
+from medformer.data.volumes import MAX_VOLUME_BYTES
+
+__all__ = ["sniff_zip", "unpacked"]
+
+_MAX_MEMBERS = 100_000
+_MAX_RATIO = 1100
+_UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
+
+
+def sniff_zip(head: bytes) -> bool:
+    return head.startswith(b"PK\x03\x04")
+
+
+@contextmanager
+def unpacked(path: str) -> Iterator[str]:
+    """A folder with the members, each folder of the archive a numbered one, each name reduced to plain letters.
+
+    Links, encrypted members and absolute or climbing names are never followed: names are only labels here. Raises
+    ScanError for an archive that declares, or turns out to hold, more than its size can.
+    """
+    name = os.path.basename(path)
+    try:
+        archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise ScanError(f"{name}: zip file is cut off or damaged; copy it again") from error
+    with archive, tempfile.TemporaryDirectory(prefix="medformer-") as root:
+        members = [m for m in archive.infolist() if not m.is_dir()]
+        total = sum(m.file_size for m in members)
+        budget = min(MAX_VOLUME_BYTES, _MAX_RATIO * os.path.getsize(path) + 2**20)
+        if len(members) > _MAX_MEMBERS or total > budget:
+            raise ScanError(
+                f"{name}: zip of {len(members):,} files and {total:,} bytes, at most {_MAX_MEMBERS:,} and {budget:,} "
+                "are unpacked; unpack it by hand if you trust it"
+            )
+        folders: dict[str, str] = {}
+        for member in members:
+            if stat.S_ISLNK(member.external_attr >> 16) or member.flag_bits & 1:
+                raise ScanError(f"{name}: zip holds a link or an encrypted file; unpack it by hand")
+            inside, _, base = member.filename.replace("\\", "/").rpartition("/")
+            folder = folders.setdefault(inside, os.path.join(root, f"{len(folders):06d}"))
+            os.makedirs(folder, exist_ok=True)
+            plain = _UNSAFE.sub("_", base)[-100:].lstrip(".") or "file"
+            budget -= _copy(archive, member, os.path.join(folder, plain), budget, name)
+        yield root
+
+
+def _copy(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: str, budget: int, name: str) -> int:
+    """Write one member, counting what really comes out of it."""
+    written = 0
+    while os.path.exists(target):
+        target += "_"
+    try:
+        with archive.open(member) as source, open(target, "xb") as sink:
+            while block := source.read(2**20):
+                written += len(block)
+                if written > budget:
+                    raise ScanError(f"{name}: zip inflates beyond what it declares; not unpacked")
+                sink.write(block)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:
+        raise ScanError(f"{name}: zip file is cut off or damaged ({type(error).__name__}); copy it again") from error
+    return written

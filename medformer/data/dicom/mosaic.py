@@ -1,0 +1,75 @@
+"""Siemens mosaics: the slices of one volume tiled into one image, with the true places in a private header.
+
+Source: nibabel's documentation of the CSA header and of the mosaic origin (nipy.org/nibabel/dicom/dicom_mosaic.html).
+ImagePositionPatient is the corner that one slice as large as the whole mosaic would have, so it is moved by half
+the difference; the direction from tile to tile is the CSA header's SliceNormalVector, whose sign no other tag holds.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from pydicom.dataset import Dataset
+
+from medformer.data.geometry import ScanError
+
+__all__ = ["MosaicPlaces", "cut_mosaic", "mosaic_places"]
+
+
+@dataclass(frozen=True)
+class MosaicPlaces:
+    """Where the tiles lie and how large they are."""
+
+    positions: list[tuple[float, float, float]]
+    rows: int
+    columns: int
+    tiles: int
+    """Tiles a side."""
+
+
+def mosaic_places(ds: Dataset, name: str) -> MosaicPlaces:
+    """Positions of all tiles in LPS mm. Raises ScanError where the private header does not tell."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nibabel calls its DICOM readers experimental on import
+        from nibabel.nicom import csareader
+    try:
+        header = csareader.get_csa_header(ds, "image")
+        count = None if header is None else csareader.get_n_mosaic(header)
+        normal = None if header is None else csareader.get_slice_normal(header)
+    except (csareader.CSAReadError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ScanError(f"{name}: Siemens mosaic whose CSA header does not parse; export the slices again") from error
+    if not count or normal is None:
+        raise ScanError(
+            f"{name}: Siemens mosaic without the CSA header that says how many slices it holds and which way they run "
+            "(anonymised away?); convert the original with dcm2niix"
+        )
+    tiles = math.ceil(math.sqrt(count))
+    if not 1 <= count <= 4096 or ds.Rows % tiles or ds.Columns % tiles:
+        raise ScanError(
+            f"{name}: mosaic of {ds.Rows} x {ds.Columns} does not divide into {tiles} x {tiles} tiles ({count} slices)"
+        )
+    rows, columns = int(ds.Rows) // tiles, int(ds.Columns) // tiles
+    corner, direction = np.array(ds.ImagePositionPatient, float), np.array(ds.ImageOrientationPatient, float)
+    row_mm, col_mm = (float(v) for v in ds.PixelSpacing)
+    step = float(ds.get("SpacingBetweenSlices") or ds.get("SliceThickness") or 0)
+    length = float(np.linalg.norm(normal))
+    across = abs(float(np.cross(direction[:3], direction[3:]) @ normal)) / length if length else 0.0
+    if step <= 0 or across < 0.999:
+        raise ScanError(
+            f"{name}: mosaic with SpacingBetweenSlices {step:g} and a slice normal {across:.3f} along the image normal "
+            "has no certain geometry; convert it with dcm2niix"
+        )
+    corner = corner + direction[:3] * col_mm * (int(ds.Columns) - columns) / 2
+    corner = corner + direction[3:] * row_mm * (int(ds.Rows) - rows) / 2
+    places = corner + np.arange(count)[:, None] * step * (np.asarray(normal, float) / length)
+    return MosaicPlaces([(p[0], p[1], p[2]) for p in places.tolist()], rows, columns, tiles)
+
+
+def cut_mosaic(image: np.ndarray, tiles: int, count: int) -> np.ndarray:
+    """(rows, columns) of tiles, left to right and top to bottom, to (count, rows / tiles, columns / tiles)."""
+    rows, columns = image.shape[0] // tiles, image.shape[1] // tiles
+    cut = image.reshape(tiles, rows, tiles, columns).transpose(0, 2, 1, 3).reshape(-1, rows, columns)
+    return cut[:count]

@@ -3,17 +3,30 @@
 from medformer.attention import PerformerAttention, SoftmaxAttention
 from medformer.backbone import Backbone, BackboneConfig, Features
 from medformer.checkpoint import load, save
+from medformer.expire_span import ExpireSpanAttention
+from medformer.hopfield import HopfieldAttention, HopfieldLayer, HopfieldLookup, HopfieldPooling
+from medformer.moe import SwitchMLP, auxiliary_loss
 from medformer.nystrom_attention import NystromAttention
 from medformer.presets import base_2d, base_3d, small_2d, small_3d, tiny_2d, tiny_3d
+from medformer.resnet import ResNet, ResNetConfig
 from medformer.swap import swap_attention
 
 __all__ = [
     "Backbone",
     "BackboneConfig",
+    "ExpireSpanAttention",
     "Features",
+    "HopfieldAttention",
+    "HopfieldLayer",
+    "HopfieldLookup",
+    "HopfieldPooling",
     "NystromAttention",
     "PerformerAttention",
+    "ResNet",
+    "ResNetConfig",
     "SoftmaxAttention",
+    "SwitchMLP",
+    "auxiliary_loss",
     "base_2d",
     "base_3d",
     "load",

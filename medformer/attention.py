@@ -6,47 +6,63 @@ Shape legend: B batch, H heads, N tokens, D head width, C = H * D model width, M
 from __future__ import annotations
 
 import importlib.util
-import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medformer_kernels import (
-    default_num_features,
-    orthogonal_features,
-    performer_attention,
-    performer_features,
-)
+from medformer.position import rotate
+from medformer_kernels import default_num_features, orthogonal_features, performer_attention
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
-__all__ = ["PerformerAttention", "SoftmaxAttention"]
+__all__ = ["PerformerAttention", "SelfAttention", "SoftmaxAttention", "masked_attention"]
 
 HAS_XFORMERS = importlib.util.find_spec("xformers") is not None
-# Keys whose features are held at once while one attention row is computed: 4096 * M floats a head.
-ROW_CHUNK = 4096
 # Odd, and 2^32 over the golden ratio: seeds of successive draws lie far apart in the 32 bits that CPU generators keep.
 _GOLDEN = 0x9E3779B1
 
 
-class _Attention(nn.Module):
-    """What both attentions share: the projections, the optional norm of queries and keys, the heads."""
+class SelfAttention(nn.Module):
+    """What the attentions share: projections, the optional norm of queries and keys, rotary positions, heads, maps.
 
-    def __init__(self, width: int, heads: int, *, qk_norm: bool = False) -> None:
+    A kind of attention is a function `_attend` of q, k and v, linear in v.
+
+    Args:
+        width: channels of a token.
+        heads: must divide `width`, unless `head_width` is given.
+        qk_norm: LayerNorm queries and keys over each head.
+        head_width: channels of a head; None: `width / heads`.
+        qkv_bias: whether queries, keys and values have a bias.
+    """
+
+    _rows_alone = True
+    """A query's output does not depend on the other queries."""
+
+    def __init__(
+        self, width: int, heads: int, *, qk_norm: bool = False, head_width: int | None = None, qkv_bias: bool = True
+    ) -> None:
         super().__init__()
-        if heads < 1 or width % heads:
-            raise ValueError(f"{type(self).__name__}: heads={heads} must divide width={width}")
+        if heads < 1 or (head_width is None and width % heads):
+            raise ValueError(f"{type(self).__name__}: heads={heads} must divide width={width}, or give head_width")
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = nn.LayerNorm(width // heads, eps=1e-6) if qk_norm else None
-        self.k_norm = nn.LayerNorm(width // heads, eps=1e-6) if qk_norm else None
-        self.proj = nn.Linear(width, width)
+        self.head_width = width // heads if head_width is None else head_width
+        inner = heads * self.head_width
+        self.qkv = nn.Linear(width, 3 * inner, bias=qkv_bias)
+        self.q_norm = nn.LayerNorm(self.head_width, eps=1e-6) if qk_norm else None
+        self.k_norm = nn.LayerNorm(self.head_width, eps=1e-6) if qk_norm else None
+        self.proj = nn.Linear(inner, width)
 
     def forward(
-        self, x: Float[Tensor, "B N C"], *, key_padding_mask: Bool[Tensor, "B N"] | None = None
+        self,
+        x: Float[Tensor, "B N C"],
+        *,
+        key_padding_mask: Bool[Tensor, "B N"] | None = None,
+        rotary: Float[Tensor, "2 N W"] | None = None,
+        grid: Sequence[int] | None = None,
     ) -> Float[Tensor, "B N C"]:
         """Mix the tokens.
 
@@ -54,52 +70,87 @@ class _Attention(nn.Module):
             x: tokens.
             key_padding_mask: True where a token is real; False tokens are read by nobody (their own output
                 means nothing). A sample with no real token mixes to 0 before the last projection.
+            rotary: of `RotaryPosition`, turning queries and keys by where they are.
+            grid: tokens of each axis, z first, behind the class and register tokens; for attentions that look at it.
         """
         _check_mask(self, x, key_padding_mask)
-        q, k, v = self._split(x)
-        out = self._attend(q, k, v, key_padding_mask)
+        q, k, v = self._split(x, rotary)
+        out = self._attend(q, k, v, key_padding_mask, grid)
         return self.proj(out.transpose(1, 2).flatten(2))
 
-    def attention_row(
+    def attention_rows(
         self,
         x: Float[Tensor, "B N C"],
+        queries: Sequence[int] = (0,),
         *,
-        query: int = 0,
         key_padding_mask: Bool[Tensor, "B N"] | None = None,
-    ) -> Float[Tensor, "B H N"]:
-        """Weights with which token `query` reads every token: a row sums to 1, or is 0 without a real token.
+        rotary: Float[Tensor, "2 N W"] | None = None,
+        grid: Sequence[int] | None = None,
+    ) -> Float[Tensor, "B H Q N"]:
+        """Weights with which the chosen tokens read every token: rows sum to 1, or are 0 without a real token.
 
-        Exact for both attentions, in float32 or better; memory is linear in N.
+        Exact for every attention, in float32 or better: the output is linear in the values, so its gradient by them
+        is the row. Memory is linear in N.
         """
-        _check_mask(self, x, key_padding_mask)
-        q, k, _ = self._split(x)
-        exact = torch.promote_types(q.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            log_weight = self._log_row(q[:, :, query].to(exact), k.to(exact))
-            if key_padding_mask is None:
-                return log_weight.softmax(dim=-1)
-            padding = ~key_padding_mask[:, None]
-            return log_weight.masked_fill(padding, -torch.inf).softmax(dim=-1).masked_fill(padding, 0.0)
+        chosen = [range(x.shape[1])[query] for query in queries]
+        if self._rows_alone:
+            weights = torch.eye(len(chosen), device=x.device)
+        else:
+            weights, chosen = F.one_hot(torch.tensor(chosen, device=x.device), x.shape[1]), None
+        return self._pull(x, weights.expand(x.shape[0], -1, -1), chosen, key_padding_mask, rotary, grid)
 
-    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def pull_back(
+        self,
+        x: Float[Tensor, "B N C"],
+        weights: Float[Tensor, "B Q N"],
+        *,
+        key_padding_mask: Bool[Tensor, "B N"] | None = None,
+        rotary: Float[Tensor, "2 N W"] | None = None,
+        grid: Sequence[int] | None = None,
+    ) -> Float[Tensor, "B H Q N"]:
+        """`weights` times the attention matrix of each head, which is not written out: for rollouts."""
+        return self._pull(x, weights, None, key_padding_mask, rotary, grid)
+
+    def _pull(
+        self, x: Tensor, weights: Tensor, chosen: list[int] | None, key_padding_mask: Tensor | None,
+        rotary: Tensor | None, grid: Sequence[int] | None,
+    ) -> Tensor:  # fmt: skip
+        """weights (B, Q, queries) A over the chosen queries (None: all), as many rows at a time as a head is wide."""
+        _check_mask(self, x, key_padding_mask)
+        with torch.inference_mode(False), torch.no_grad():
+            q, k, _ = self._split(x, rotary)
+            exact = torch.promote_types(q.dtype, torch.float32)
+            q, k = (q if chosen is None else q[:, :, chosen]).to(exact), k.to(exact)
+        autocast = torch.autocast(x.device.type, enabled=False)
+        with torch.inference_mode(False), autocast, torch.enable_grad():
+            v = torch.zeros_like(k).requires_grad_()
+            out = self._attend(q, k, v, key_padding_mask, grid)
+            rows = []
+            for some in weights.to(exact).split(v.shape[-1], dim=1):
+                seed = F.pad(some.mT, (0, v.shape[-1] - some.shape[1]))[:, None].expand_as(out)
+                (dv,) = torch.autograd.grad(out, v, seed, retain_graph=True)
+                rows.append(dv[..., : some.shape[1]].mT)
+        return torch.cat(rows, dim=2)
+
+    def _split(self, x: Tensor, rotary: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(B, N, C) to three strided (B, H, N, D) views of one buffer."""
-        batch, tokens, width = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
+        batch, tokens, _ = x.shape
+        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, self.head_width)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         if self.q_norm is not None and self.k_norm is not None:
             # Autocast runs the norm in float32: return to the width of v.
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
         return q, k, v
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, grid: Sequence[int] | None
+    ) -> Tensor:
         raise NotImplementedError
 
-    def _log_row(self, q: Float[Tensor, "B H D"], k: Float[Tensor, "B H N D"]) -> Float[Tensor, "B H N"]:
-        """Logarithm of the unnormalised weight of each key for one query."""
-        raise NotImplementedError
 
-
-class SoftmaxAttention(_Attention):
+class SoftmaxAttention(SelfAttention):
     """Exact attention, softmax(q k^T / sqrt(D)) v; quadratic in the tokens.
 
     Runs xformers' memory-efficient kernel on CUDA where xformers is installed and there is no key padding
@@ -111,22 +162,17 @@ class SoftmaxAttention(_Attention):
         qk_norm: LayerNorm queries and keys over each head.
     """
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, grid: Sequence[int] | None = None
+    ) -> Tensor:
         if _use_xformers(q, key_padding_mask):
             from xformers.ops import memory_efficient_attention  # type: ignore[import-not-found]
 
             return memory_efficient_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
-        if key_padding_mask is None:
-            return F.scaled_dot_product_attention(q, k, v)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=key_padding_mask[:, None, None])
-        # Backends disagree about a row without any key.
-        return out.masked_fill(~key_padding_mask.any(dim=1)[:, None, None, None], 0.0)
-
-    def _log_row(self, q: Tensor, k: Tensor) -> Tensor:
-        return (k @ q[..., None])[..., 0] / math.sqrt(q.shape[-1])
+        return masked_attention(q, k, v, key_padding_mask)
 
 
-class PerformerAttention(_Attention):
+class PerformerAttention(SelfAttention):
     """FAVOR+ attention, phi(q) (phi(K)^T V) / phi(q) sum phi(k); linear in the tokens.
 
     The random features are drawn from `seed`, separately for each head, and saved with the weights; `redraw` draws
@@ -160,6 +206,7 @@ class PerformerAttention(_Attention):
         if num_features is None:
             num_features = default_num_features(head_dim)
         self.seed, self.causal = seed, causal
+        self._rows_alone = not causal
         omega = orthogonal_features(num_features, head_dim, heads=heads, seed=seed)
         self.omega: Tensor
         self.draws: Tensor
@@ -183,30 +230,31 @@ class PerformerAttention(_Attention):
         drawn = orthogonal_features(num_features, head_dim, heads=heads, seed=seed, device=self.omega.device)
         self.omega.copy_(drawn)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> Tensor:
-        return performer_attention(q, k, v, self.omega, causal=self.causal, key_padding_mask=key_padding_mask)
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, grid: Sequence[int] | None = None
+    ) -> Tensor:
+        omega = self.omega.to(q.dtype) if self.omega.dtype.itemsize < q.dtype.itemsize else self.omega
+        return performer_attention(q, k, v, omega, causal=self.causal, key_padding_mask=key_padding_mask)
 
-    def attention_row(
-        self,
-        x: Float[Tensor, "B N C"],
-        *,
-        query: int = 0,
-        key_padding_mask: Bool[Tensor, "B N"] | None = None,
-    ) -> Float[Tensor, "B H N"]:
-        if not self.causal:
-            return super().attention_row(x, query=query, key_padding_mask=key_padding_mask)
-        _check_mask(self, x, key_padding_mask)
-        seen = range(x.shape[1])[query] + 1
-        mask = None if key_padding_mask is None else key_padding_mask[:, :seen]
-        row = super().attention_row(x[:, :seen], query=seen - 1, key_padding_mask=mask)
-        return F.pad(row, (0, x.shape[1] - seen))
 
-    def _log_row(self, q: Tensor, k: Tensor) -> Tensor:
-        log_q = performer_features(q[:, :, None], self.omega)
-        rows = [
-            torch.logsumexp(log_q + performer_features(keys, self.omega), dim=-1) for keys in k.split(ROW_CHUNK, dim=2)
-        ]
-        return torch.cat(rows, dim=-1)
+def masked_attention(
+    q: Float[Tensor, "B H N D"],
+    k: Float[Tensor, "B H S D"],
+    v: Float[Tensor, "B H S Dv"],
+    key_padding_mask: Bool[Tensor, "B S"] | None,
+    *,
+    scale: float | None = None,
+) -> Float[Tensor, "B H N Dv"]:
+    """softmax(scale q k^T) v over the real keys, `scale` 1 / sqrt(D) if None; 0 in a sample without any."""
+    if key_padding_mask is None:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    # Not only weight 0: a masked key may hold anything, and 0 * nan is nan.
+    padding = ~key_padding_mask[:, None, :, None]
+    k, v = k.masked_fill(padding, 0.0), v.masked_fill(padding, 0.0)
+    # Backends disagree about a row without any key: it reads all of them, and is cleared.
+    empty = ~key_padding_mask.any(dim=1)[:, None, None, None]
+    mask = (key_padding_mask[:, None, None] | empty).expand(-1, -1, q.shape[2], -1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).masked_fill(empty, 0.0)
 
 
 def _use_xformers(q: Tensor, key_padding_mask: Tensor | None) -> bool:

@@ -1,190 +1,34 @@
-"""The backbone: overlapping patches, class and register tokens, positions, blocks, one final norm.
+"""The backbone: a stem if any, patches, class and register tokens, positions, blocks, one final norm, a head if any.
 
-Shape legend: B batch, Cin image channels, C model width, H heads, R registers, N patch tokens, Z Y X voxels,
-gz gy gx token grid.
+Shape legend: B batch, Cin image channels, C model width, H heads, R registers, N patch tokens, P class and register
+tokens, Z Y X voxels, gz gy gx token grid.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from medformer.attention import PerformerAttention, SoftmaxAttention
+from medformer.attention import PerformerAttention, SelfAttention, SoftmaxAttention
 from medformer.blocks import Block
+from medformer.config import BackboneConfig
+from medformer.features import Features
+from medformer.hopfield import HopfieldAttention
+from medformer.mlp import MLP, GatedMLP
+from medformer.moe import SwitchMLP
+from medformer.nystrom_attention import NystromAttention
 from medformer.patch_embed import PatchEmbed
-from medformer.position import LearnedPosition, SinCosPosition
+from medformer.position import LearnedPosition, RotaryPosition, SinCosPosition
+from medformer.resnet import ResNet, ResNetConfig
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
 __all__ = ["Backbone", "BackboneConfig", "Features"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class BackboneConfig:
-    """Everything that decides the shape and the random features of a `Backbone`."""
-
-    dims: int = 3
-    """Spatial axes of the input: 3 for volumes (Z, Y, X), 2 for images (Y, X)."""
-    in_channels: int = 1
-    """Channels of the input, one per modality, window or colour."""
-    patch_size: int | tuple[int, ...] = 8
-    """Patch kernel in voxels: one number, or one per axis in zyx order."""
-    patch_stride: int | tuple[int, ...] = 4
-    """Step between patches in voxels; below patch_size the patches overlap. One number, or one per
-    axis."""
-    patch_padding: int | tuple[int, ...] = 2
-    """Zeros added on both ends of each axis, in voxels, less than the patch kernel. One number, or one per
-    axis."""
-    patch_dilation: int | tuple[int, ...] = 1
-    """Step between the voxels inside one patch. One number, or one per axis, zyx."""
-    width: int = 384
-    """Channels of a token."""
-    depth: int = 12
-    """Number of transformer blocks."""
-    heads: int = 6
-    """Attention heads; must divide width."""
-    mlp_ratio: float = 4.0
-    """Hidden channels of each MLP, as a multiple of width."""
-    attention: Literal["performer", "softmax"] = "performer"
-    """performer: FAVOR+, cost linear in the tokens. softmax: exact, cost quadratic in the tokens."""
-    num_features: int | None = None
-    """Random features per head of performer attention; null takes D ln D rounded to a multiple of 64,
-    where D is the head width."""
-    class_token: bool = True
-    """Prepend a learned class token; without it the summary of a scan is the mean of its patch tokens."""
-    registers: int = 4
-    """Learned register tokens, scratch space that keeps the patch tokens clean; 0 for none."""
-    mask_token: bool = False
-    """Hold a learned token that replaces masked patches (iBOT, masked modelling)."""
-    position: Literal["learned", "sincos"] = "learned"
-    """learned: a table over position_grid, stretched to the grid of each input. sincos: fixed waves of the
-    token index."""
-    position_grid: int | tuple[int, ...] | None = None
-    """Base grid of the learned table in tokens: one number, one per axis in zyx order, or null for 8 (3D) and
-    16 (2D)."""
-    drop_path: float = 0.0
-    """Stochastic depth: probability of skipping the last block's branches in training, falling linearly to 0
-    at the first block."""
-    layer_scale: float | None = None
-    """Start value of a learned gain per channel on every branch, for example 1e-5; null for none."""
-    qk_norm: bool = False
-    """LayerNorm queries and keys over each head: steadier training at large width or low precision."""
-    seed: int = 0
-    """Of the random features of performer attention; the weights follow torch's own generator."""
-
-    def __post_init__(self) -> None:
-        _check(self.dims in (2, 3), f"dims={self.dims} must be 2 or 3")
-        for name in ("in_channels", "width", "depth", "heads"):
-            _check_int(name, getattr(self, name), least=1)
-        _check_int("registers", self.registers, least=0)
-        _check_int("seed", self.seed, least=0)
-        _check(self.seed < 2**31, f"seed={self.seed} must be below 2**31")
-        for name, least in (
-            ("patch_size", 1),
-            ("patch_stride", 1),
-            ("patch_padding", 0),
-            ("patch_dilation", 1),
-        ):
-            self._check_axes(name, least=least)
-        _check(
-            all(p < d * (k - 1) + 1 for p, d, k in zip(self.padding, self.dilation, self.kernel, strict=True)),
-            f"patch_padding={self.patch_padding} must be below the patch kernel: a patch must see a voxel",
-        )
-        if self.position_grid is not None:
-            self._check_axes("position_grid", least=1)
-        if self.width % self.heads:
-            divisors = [h for h in range(1, self.width + 1) if self.width % h == 0]
-            near = [h for h in divisors if h < self.heads][-1:] + [h for h in divisors if h > self.heads][:1]
-            choice = " or ".join(str(h) for h in near)
-            _check(False, f"heads={self.heads} must divide width={self.width}; use {choice}")
-        _check(
-            math.isfinite(self.mlp_ratio) and round(self.width * self.mlp_ratio) >= 1,
-            f"mlp_ratio={self.mlp_ratio} must leave at least one hidden channel at width={self.width}",
-        )
-        _check_choice("attention", self.attention, ("performer", "softmax"))
-        _check_choice("position", self.position, ("learned", "sincos"))
-        if self.num_features is not None:
-            _check_int("num_features", self.num_features, least=1)
-            _check(
-                self.attention == "performer",
-                f"num_features={self.num_features} needs attention='performer', not '{self.attention}'",
-            )
-        _check(
-            self.position == "learned" or self.position_grid is None,
-            f"position_grid={self.position_grid} needs position='learned', not '{self.position}'",
-        )
-        _check(
-            self.position == "learned" or self.width >= 2 * self.dims,
-            f"width={self.width} must be at least {2 * self.dims} with position='{self.position}'",
-        )
-        _check(0.0 <= self.drop_path < 1.0, f"drop_path={self.drop_path} must be at least 0 and below 1")
-        _check(
-            self.layer_scale is None or (math.isfinite(self.layer_scale) and self.layer_scale > 0),
-            f"layer_scale={self.layer_scale} must be above 0, or None",
-        )
-
-    @property
-    def kernel(self) -> tuple[int, ...]:
-        """patch_size for every axis."""
-        return self._axes(self.patch_size)
-
-    @property
-    def stride(self) -> tuple[int, ...]:
-        """patch_stride for every axis."""
-        return self._axes(self.patch_stride)
-
-    @property
-    def padding(self) -> tuple[int, ...]:
-        """patch_padding for every axis."""
-        return self._axes(self.patch_padding)
-
-    @property
-    def dilation(self) -> tuple[int, ...]:
-        """patch_dilation for every axis."""
-        return self._axes(self.patch_dilation)
-
-    @property
-    def base_grid(self) -> tuple[int, ...]:
-        """position_grid for every axis."""
-        default = 8 if self.dims == 3 else 16
-        return self._axes(default if self.position_grid is None else self.position_grid)
-
-    def _axes(self, value: int | tuple[int, ...]) -> tuple[int, ...]:
-        return (value,) * self.dims if isinstance(value, int) else value
-
-    def _check_axes(self, name: str, *, least: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, list):  # from JSON or YAML
-            value = tuple(value)
-            object.__setattr__(self, name, value)
-        if isinstance(value, tuple):
-            _check(
-                len(value) == self.dims,
-                f"{name}={value} must be one number or {self.dims} numbers, one per axis (dims={self.dims})",
-            )
-        for number in value if isinstance(value, tuple) else (value,):
-            _check_int(name, number, least=least)
-
-
-@dataclass(frozen=True)
-class Features:
-    """What a backbone knows about a batch, after its final norm."""
-
-    cls: Float[Tensor, "B C"]
-    """The class token, or the mean of the patch tokens where the model has none."""
-    registers: Float[Tensor, "B R C"]
-    """The register tokens."""
-    patches: Float[Tensor, "B N C"]
-    """The patch tokens, x fastest."""
-    grid: tuple[int, ...]
-    """(gz, gy, gx) or (gy, gx); its product is N."""
 
 
 class Backbone(nn.Module):
@@ -205,39 +49,59 @@ class Backbone(nn.Module):
         self.config = config
         self.checkpoint_activations = False
         width = config.width
+        self.stem = None
+        if config.stem is not None:
+            self.stem = ResNet(
+                ResNetConfig(
+                    dims=config.dims, in_channels=config.in_channels, depth=cast(Any, int(config.stem[6:])),
+                    stages=config.stem_stages or 2,
+                )
+            )  # fmt: skip
         self.patch_embed = PatchEmbed(
-            config.in_channels,
+            config.in_channels if self.stem is None else self.stem.config.width,
             width,
             kernel=config.kernel,
             stride=config.stride,
             padding=config.padding,
             dilation=config.dilation,
+            transposed=config.patch_transposed,
         )
         self.class_token = nn.Parameter(torch.empty(width)) if config.class_token else None
         self.register_tokens = nn.Parameter(torch.empty(config.registers, width)) if config.registers else None
         self.mask_token = nn.Parameter(torch.zeros(width)) if config.mask_token else None
+        self.position = self.rotary = None
         if config.position == "learned":
             self.position = LearnedPosition(width, config.base_grid, class_token=config.class_token)
-        else:
+        elif config.position == "sincos":
             self.position = SinCosPosition(width, config.dims)
+        elif config.position == "rotary":
+            self.rotary = RotaryPosition(width // config.heads, config.dims)
         self.blocks = nn.ModuleList(
             Block(
                 width,
                 _attention(config, layer),
-                mlp_hidden=round(width * config.mlp_ratio),
+                _mlp(config, layer),
                 drop_path=config.drop_path * layer / max(config.depth - 1, 1),
                 layer_scale=config.layer_scale,
             )
             for layer in range(config.depth)
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.head = nn.Linear(width, config.classes) if config.classes else None
         self._init_weights()
 
     def forward(self, x: Float[Tensor, "B Cin *size"]) -> Float[Tensor, "B C"]:
-        """One vector per scan: `forward_features(x).cls`."""
-        return self.forward_features(x).cls
+        """One vector per scan: `forward_features(x).cls`, or the head's outputs where there is one."""
+        cls = self.forward_features(x).cls
+        return cls if self.head is None else self.head(cls)
 
-    def forward_features(self, x: Float[Tensor, "B Cin *size"], *, mask: Bool[Tensor, "B N"] | None = None) -> Features:
+    def forward_features(
+        self,
+        x: Float[Tensor, "B Cin *size"],
+        *,
+        mask: Bool[Tensor, "B N"] | None = None,
+        key_padding_mask: Bool[Tensor, "B N"] | None = None,
+    ) -> Features:
         """Class, register and patch tokens.
 
         Args:
@@ -245,61 +109,157 @@ class Backbone(nn.Module):
                 and unit variance.
             mask: True where a patch token is replaced by the learned mask token; needs `mask_token=True` in
                 the config. Flatten a (B, gz, gy, gx) mask with `.flatten(1)`.
+            key_padding_mask: True where a patch is real, for scans of several sizes in one batch, or to leave air
+                out. The others are read by nobody, exactly, and their own features mean nothing. Positions are
+                those of the whole grid.
 
         Raises:
-            ValueError: `x` or `mask` has the wrong shape, or an axis is shorter than one patch.
+            ValueError: `x` or a mask has the wrong shape, or an axis is shorter than one patch.
         """
-        x, grid = self._embed(x, mask)
-        for block in self.blocks:
+        return self._intermediate(x, [len(self.blocks) - 1], mask, key_padding_mask, norm=True)[0]
+
+    def get_intermediate_layers(
+        self,
+        x: Float[Tensor, "B Cin *size"],
+        layers: int | Sequence[int] = 1,
+        *,
+        norm: bool = True,
+        mask: Bool[Tensor, "B N"] | None = None,
+        key_padding_mask: Bool[Tensor, "B N"] | None = None,
+    ) -> list[Features]:
+        """What several blocks give, first block first; the names of DINOv2.
+
+        Args:
+            x: as for `forward_features`.
+            layers: how many blocks, counted from the end, or which ones (negative numbers count from the end).
+            norm: apply the final norm to each.
+            mask: as for `forward_features`.
+            key_padding_mask: as for `forward_features`.
+
+        Raises:
+            IndexError: no such block.
+        """
+        depth = len(self.blocks)
+        wanted = list(range(depth - layers, depth)) if isinstance(layers, int) else list(layers)
+        if not wanted or any(not -depth <= layer < depth for layer in wanted):
+            raise IndexError(f"Backbone.get_intermediate_layers: layers={layers} must name some of {depth} blocks")
+        return self._intermediate(x, [layer % depth for layer in wanted], mask, key_padding_mask, norm=norm)
+
+    def _intermediate(
+        self, x: Tensor, layers: Sequence[int], mask: Tensor | None, key_padding_mask: Tensor | None, *, norm: bool
+    ) -> list[Features]:
+        x, grid, context = self._embed(x, mask, key_padding_mask)
+        found = []
+        for layer, block in enumerate(self.blocks):
             if self.checkpoint_activations and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                x = cast(Tensor, checkpoint(block, x, use_reentrant=False, **context))
             else:
-                x = block(x)
-        x = self.norm(x)
-        prefix = x.shape[1] - math.prod(grid)
-        first_register = int(self.class_token is not None)
+                x = block(x, **context)
+            if layer in layers:
+                found.append(self._features(self.norm(x) if norm else x, grid, key_padding_mask))
+        return found
+
+    def _features(self, x: Tensor, grid: tuple[int, ...], key_padding_mask: Tensor | None) -> Features:
+        prefix = self.config.prefix
         patches = x[:, prefix:]
-        cls = patches.mean(dim=1) if self.class_token is None else x[:, 0]
-        return Features(cls=cls, registers=x[:, first_register:prefix], patches=patches, grid=grid)
+        if self.class_token is not None:
+            cls = x[:, 0]
+        elif key_padding_mask is None:
+            cls = patches.mean(dim=1)
+        else:
+            real = key_padding_mask[..., None]
+            cls = torch.where(real, patches, 0.0).sum(dim=1) / real.sum(dim=1).clamp(min=1)
+        return Features(cls=cls, registers=x[:, int(self.config.class_token) : prefix], patches=patches, grid=grid)
 
     @torch.no_grad()
-    def attention_map(self, x: Float[Tensor, "B Cin *size"], layer: int = -1) -> Float[Tensor, "B H *grid"]:
-        """How much the class token reads each patch token at one layer.
+    def attention_map(
+        self,
+        x: Float[Tensor, "B Cin *size"],
+        layer: int = -1,
+        *,
+        queries: Sequence[int] | None = None,
+        key_padding_mask: Bool[Tensor, "B N"] | None = None,
+    ) -> Float[Tensor, "B H *grid"]:
+        """How much the class token, or chosen patches, read each patch token at one layer.
 
-        Exact for both attentions: the softmax row, or for performer attention the normalised row
-        phi(q) phi(k_j). A row sums to 1 together with its class and register columns, which are left out.
-        Call `.eval()` first.
+        Exact for every attention: the gradient of its output by the values. For performer attention that is the
+        normalised row phi(q) phi(k_j); for nystrom a row of F pinv(A) G plus its convolution, with negative
+        weights too. A row sums to 1 (but for nystrom) together with its class and register columns, which are left
+        out. Call `.eval()` first.
 
         Args:
             x: as for `forward_features`.
             layer: block to look at; negative numbers count from the end.
+            queries: indices of patch tokens; then the result is (B, H, queries, *grid). None: the class token.
+            key_padding_mask: as for `forward_features`.
 
         Raises:
-            ValueError: the model has no class token.
-            IndexError: no such layer.
+            ValueError: no queries are given and the model has no class token.
+            IndexError: no such layer or patch.
         """
-        if self.class_token is None:
-            raise ValueError("Backbone.attention_map: this model has no class token; build it with class_token=True")
-        depth = len(self.blocks)
+        if queries is None and self.class_token is None:
+            raise ValueError(
+                "Backbone.attention_map: this model has no class token; give queries, or build it with class_token=True"
+            )
+        depth, prefix = len(self.blocks), self.config.prefix
         if not -depth <= layer < depth:
             raise IndexError(f"Backbone.attention_map: layer={layer} must be from {-depth} to {depth - 1}")
-        x, grid = self._embed(x, None)
+        x, grid, context = self._embed(x, None, key_padding_mask)
+        patches = range(prefix, x.shape[1])
+        for query in queries or ():
+            if not -len(patches) <= query < len(patches):
+                raise IndexError(f"Backbone.attention_map: queries={queries} must be patches of {len(patches)}")
         stop = layer % depth
         for block in self.blocks[:stop]:
-            x = block(x)
-        block = self.blocks[stop]
-        assert isinstance(block, Block)
-        row = block.attention.attention_row(block.norm1(x), query=0)
-        return row[..., row.shape[-1] - math.prod(grid) :].unflatten(-1, grid)
+            x = block(x, **context)
+        block = cast(Block, self.blocks[stop])
+        chosen = [0] if queries is None else [patches[query] for query in queries]
+        rows = block.attention.attention_rows(block.norm1(x), chosen, **context)[..., prefix:].unflatten(-1, grid)
+        return rows[:, :, 0] if queries is None else rows
+
+    @torch.no_grad()
+    def rollout(
+        self, x: Float[Tensor, "B Cin *size"], *, key_padding_mask: Bool[Tensor, "B N"] | None = None
+    ) -> Float[Tensor, "B *grid"]:  # noqa: UP037
+        """How much of each patch token reaches the class vector through all layers.
+
+        The class row of the product of (A_l + 1) / 2, where A_l is the mean over the heads of layer l. Computed from
+        the last layer to the first by products of one row with each A_l, none of which is written out: linear in the
+        tokens wherever the attention is. Source: Abnar and Zuidema 2020, eq. (1). Call `.eval()` first.
+
+        Args:
+            x: as for `forward_features`.
+            key_padding_mask: as for `forward_features`.
+        """
+        x, grid, context = self._embed(x, None, key_padding_mask)
+        inputs = []
+        for block in self.blocks:
+            inputs.append(x)
+            x = block(x, **context)
+        prefix = self.config.prefix
+        row = x.new_zeros(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32))
+        if self.class_token is not None:
+            row[:, 0] = 1.0
+        elif key_padding_mask is None:
+            row[:, prefix:] = 1.0 / (x.shape[1] - prefix)
+        else:
+            row[:, prefix:] = key_padding_mask / key_padding_mask.sum(dim=1, keepdim=True).clamp(min=1)
+        for block, tokens in zip(reversed(list(self.blocks)), reversed(inputs), strict=True):
+            block = cast(Block, block)
+            read = block.attention.pull_back(block.norm1(tokens), row[:, None], **context)
+            row = 0.5 * row + 0.5 * read[:, :, 0].mean(dim=1)
+        return row[:, prefix:].unflatten(-1, grid)
 
     def grid_of(self, size: Sequence[int]) -> tuple[int, ...]:
         """Token grid (gz, gy, gx) for a volume of `size` voxels (zyx); ValueError when under one patch."""
-        return self.patch_embed.grid_of(size)
+        return self.patch_embed.grid_of(size if self.stem is None else self.stem.grid_of(size))
 
-    def _embed(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, tuple[int, ...]]:
-        """All tokens with their positions, in the order class, registers, patches; and the patch grid."""
-        tokens = self.patch_embed(x)
-        grid = self.grid_of(x.shape[2:])
+    def _embed(
+        self, x: Tensor, mask: Tensor | None, key_padding_mask: Tensor | None
+    ) -> tuple[Tensor, tuple[int, ...], dict[str, Any]]:
+        """All tokens with their positions, in the order class, registers, patches; the patch grid; what blocks take."""
+        grid = self.grid_of(x.shape[2:]) if x.ndim == self.config.dims + 2 else ()
+        tokens = self.patch_embed(x if self.stem is None else self.stem.stage_maps(x)[-1])
         batch = tokens.shape[0]
         if mask is not None:
             if self.mask_token is None:
@@ -315,18 +275,32 @@ class Backbone(nn.Module):
             tokens = torch.where(mask[..., None], self.mask_token, tokens)
         # Under autocast the tokens are in low precision and the parameters are not: the sum, and with it the
         # residual stream, is in the dtype of the parameters.
-        parts = [tokens + self.position(grid).to(self.norm.weight.dtype)]
+        stream = self.norm.weight.dtype
+        parts = [tokens.to(stream) if self.position is None else tokens + self.position(grid).to(stream)]
         if self.register_tokens is not None:
             parts.insert(0, self.register_tokens.expand(batch, -1, -1))
         if self.class_token is not None:
-            cls = self.class_token if self.position.cls is None else self.class_token + self.position.cls
+            place = None if self.position is None else self.position.cls
+            cls = self.class_token if place is None else self.class_token + place
             parts.insert(0, cls.expand(batch, 1, -1))
-        return torch.cat(parts, dim=1), grid
+        if key_padding_mask is not None:
+            if key_padding_mask.dtype != torch.bool or key_padding_mask.shape != tokens.shape[:2]:
+                raise ValueError(
+                    f"Backbone: key_padding_mask of shape {tuple(key_padding_mask.shape)} and dtype "
+                    f"{key_padding_mask.dtype} must be bool of shape {tuple(tokens.shape[:2])}, True where a token of "
+                    f"grid {grid} is real"
+                )
+            key_padding_mask = nn.functional.pad(key_padding_mask, (self.config.prefix, 0), value=True)
+        rotary = None if self.rotary is None else self.rotary(grid, prefix=self.config.prefix)
+        context = {"key_padding_mask": key_padding_mask, "rotary": rotary, "grid": grid}
+        return torch.cat(parts, dim=1), grid, context
 
     def _init_weights(self) -> None:
         """Truncated normal of deviation 0.02 for matrices and tokens, 0 for biases and the mask token."""
+        stem = set() if self.stem is None else set(self.stem.modules())
         for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
+            kinds = (nn.Linear, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+            if isinstance(module, kinds) and module not in stem:
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -335,30 +309,27 @@ class Backbone(nn.Module):
                 nn.init.trunc_normal_(token, std=0.02)
 
 
-def _attention(config: BackboneConfig, layer: int) -> PerformerAttention | SoftmaxAttention:
+def _attention(config: BackboneConfig, layer: int) -> SelfAttention:
+    size: Any = {"width": config.width, "heads": config.heads, "qk_norm": config.qk_norm}
     if config.attention == "softmax":
-        return SoftmaxAttention(config.width, config.heads, qk_norm=config.qk_norm)
-    return PerformerAttention(
-        config.width,
-        config.heads,
-        num_features=config.num_features,
-        qk_norm=config.qk_norm,
-        # Far apart, so that layer 1 of seed 0 is not layer 0 of seed 1.
-        seed=config.seed * 1_000_003 + layer,
-    )
+        return SoftmaxAttention(**size)
+    if config.attention == "hopfield":
+        return HopfieldAttention(**size, steps=3 if config.hopfield_steps is None else config.hopfield_steps)
+    if config.attention == "nystrom":
+        # Over the grid, so that padding never comes between neighbours.
+        kernel = (3, 3, 3) if config.dims == 3 else (1, 3, 3)
+        landmarks = config.num_landmarks or 64
+        return NystromAttention(**size, num_landmarks=landmarks, conv_kernel=kernel, prefix_tokens=config.prefix)
+    # Seeds far apart, so that layer 1 of seed 0 is not layer 0 of seed 1.
+    return PerformerAttention(**size, num_features=config.num_features, seed=config.seed * 1_000_003 + layer)
 
 
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(f"BackboneConfig: {message}")
-
-
-def _check_int(name: str, value: object, *, least: int) -> None:
-    _check(
-        isinstance(value, int) and not isinstance(value, bool) and value >= least,
-        f"{name}={value!r} must be a whole number of at least {least}",
-    )
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    _check(value in choices, f"{name}={value!r} must be one of {', '.join(choices)}")
+def _mlp(config: BackboneConfig, layer: int) -> MLP | GatedMLP | SwitchMLP:
+    if config.mlp == "gated":
+        return GatedMLP(config.width, config.mlp_hidden)
+    if config.mlp == "dense" or (layer + 1) % (config.moe_every or 2):
+        return MLP(config.width, config.mlp_hidden)
+    return SwitchMLP(
+        config.width, config.mlp_hidden, experts=config.experts or 8, dropout=config.expert_dropout,
+        capacity_factor=config.capacity_factor or 1.25, jitter=config.router_jitter,
+    )  # fmt: skip

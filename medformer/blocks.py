@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from medformer.attention import PerformerAttention, SoftmaxAttention
-from medformer.mlp import MLP
+from medformer.attention import SelfAttention
+from medformer.mlp import MLP, GatedMLP
+from medformer.moe import SwitchMLP
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -22,7 +24,7 @@ class Block(nn.Module):
     Args:
         width: channels of a token.
         attention: mixes the tokens.
-        mlp_hidden: channels inside the MLP.
+        mlp: works on each token.
         drop_path: probability with which a sample skips each branch in training (stochastic depth,
             Huang et al. 2016).
         layer_scale: start value of a learned gain per channel on each branch (Touvron et al. 2021), or None.
@@ -31,9 +33,9 @@ class Block(nn.Module):
     def __init__(
         self,
         width: int,
-        attention: PerformerAttention | SoftmaxAttention,
+        attention: SelfAttention,
+        mlp: MLP | GatedMLP | SwitchMLP,
         *,
-        mlp_hidden: int,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
     ) -> None:
@@ -41,17 +43,28 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attention = attention
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = MLP(width, mlp_hidden)
+        self.mlp = mlp
         self.scale1 = None if layer_scale is None else nn.Parameter(torch.full((width,), layer_scale))
         self.scale2 = None if layer_scale is None else nn.Parameter(torch.full((width,), layer_scale))
         self.drop_path = drop_path
 
     def forward(
-        self, x: Float[Tensor, "B N C"], *, key_padding_mask: Bool[Tensor, "B N"] | None = None
+        self,
+        x: Float[Tensor, "B N C"],
+        *,
+        key_padding_mask: Bool[Tensor, "B N"] | None = None,
+        rotary: Float[Tensor, "2 N W"] | None = None,
+        grid: Sequence[int] | None = None,
     ) -> Float[Tensor, "B N C"]:
-        mixed = self.attention(self.norm1(x), key_padding_mask=key_padding_mask)
+        """As `SelfAttention.forward`."""
+        mixed = self.attention(self.norm1(x), key_padding_mask=key_padding_mask, rotary=rotary, grid=grid)
         x = x + self._regularise(mixed, self.scale1)
-        return x + self._regularise(self.mlp(self.norm2(x)), self.scale2)
+        normed = self.norm2(x)
+        if isinstance(self.mlp, SwitchMLP):  # whose experts have no room for padding
+            branch = self.mlp(normed, key_padding_mask=key_padding_mask)
+        else:
+            branch = self.mlp(normed)
+        return x + self._regularise(branch, self.scale2)
 
     def _regularise(self, branch: Tensor, scale: Tensor | None) -> Tensor:
         if scale is not None:

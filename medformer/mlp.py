@@ -1,15 +1,16 @@
-"""The feed-forward half of a block."""
+"""The feed-forward half of a block, dense or gated; `moe` holds the one made of experts."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["MLP"]
+__all__ = ["MLP", "GatedMLP"]
 
 
 class MLP(nn.Module):
@@ -28,3 +29,21 @@ class MLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
         return self.fc2(self.act(self.fc1(x)))
+
+
+class GatedMLP(nn.Module):
+    """fc2(silu(a) * b) with (a, b) = fc1(x). Source: Shazeer 2020, SwiGLU, with biases as in DINOv2.
+
+    Args:
+        width: channels of a token.
+        hidden: channels between the two layers, after the gate.
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, 2 * hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
+        gate, value = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(F.silu(gate) * value)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from medformer.attention import SelfAttention
 from medformer_kernels import nystrom_attention, nystrom_residual
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["NystromAttention"]
 
 
-class NystromAttention(nn.Module):
+class NystromAttention(SelfAttention):
     """softmax attention through landmarks, F pinv(A) G V + depthwise convolution of V; linear in the tokens.
 
     Source: Xiong et al. 2021. What differs from the two published modules, and why:
@@ -49,8 +50,11 @@ class NystromAttention(nn.Module):
         pinv_iterations: steps of the pseudo-inverse.
         pinv_tolerance: residual at which a head stops early.
         qkv_bias: whether queries, keys and values have a bias.
+        qk_norm: LayerNorm queries and keys over each head.
         backend: of the kernel, 'auto', 'triton' or 'torch'.
     """
+
+    _rows_alone = False  # the landmarks are means over the queries too
 
     def __init__(
         self,
@@ -65,24 +69,18 @@ class NystromAttention(nn.Module):
         pinv_iterations: int = 6,
         pinv_tolerance: float | None = None,
         qkv_bias: bool = True,
+        qk_norm: bool = False,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
-        if heads < 1 or (head_width is None and width % heads):
-            raise ValueError(f"NystromAttention: heads={heads} must divide width={width}, or give head_width")
+        super().__init__(width, heads, qk_norm=qk_norm, head_width=head_width, qkv_bias=qkv_bias)
         if num_landmarks < 1:
             raise ValueError(f"NystromAttention: num_landmarks={num_landmarks} must be at least 1")
-        self.heads = heads
-        self.head_width = width // heads if head_width is None else head_width
         self.num_landmarks = num_landmarks
         self.landmark_grid = None if landmark_grid is None else tuple(landmark_grid)
         self.prefix_tokens = prefix_tokens
         self.pinv_iterations = pinv_iterations
         self.pinv_tolerance = pinv_tolerance
         self.backend = backend
-        inner = heads * self.head_width
-        self.qkv = nn.Linear(width, 3 * inner, bias=qkv_bias)
-        self.proj = nn.Linear(inner, width)
         self.conv_weight: nn.Parameter | None = None
         if conv_kernel is not None:
             sizes = (conv_kernel,) if isinstance(conv_kernel, int) else tuple(conv_kernel)
@@ -92,29 +90,17 @@ class NystromAttention(nn.Module):
             bound = math.prod(sizes) ** -0.5
             self.conv_weight = nn.Parameter(torch.empty(heads, *sizes).uniform_(-bound, bound))
 
-    def forward(
-        self,
-        x: Float[Tensor, "B N C"],
-        *,
-        key_padding_mask: Bool[Tensor, "B N"] | None = None,
-        grid: Sequence[int] | None = None,
-    ) -> Float[Tensor, "B N C"]:
-        """Mix the tokens.
-
-        Args:
-            x: tokens, those of the prefix first.
-            key_padding_mask: True where a token is real; False tokens are read by nobody (their own output
-                means nothing). A sample with no real token mixes to 0 before the last projection.
-            grid: (gz, gy, gx) of the tokens after the prefix; needed for `landmark_grid` and a 3D `conv_kernel`.
-        """
-        q, k, v = self._split(x)
-        out = nystrom_attention(
-            q, k, v, conv_weight=self.conv_weight, key_padding_mask=key_padding_mask, backend=self.backend,
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, grid: Sequence[int] | None = None
+    ) -> Tensor:
+        """`grid`, (gz, gy, gx) or (gy, gx), is needed for `landmark_grid` and a 3D `conv_kernel`."""
+        return nystrom_attention(
+            q, k, v, conv_weight=None if self.conv_weight is None else self.conv_weight.to(v.dtype),
+            key_padding_mask=key_padding_mask, backend=self.backend,
             num_landmarks=self.num_landmarks if self.landmark_grid is None else None,
             landmark_grid=self.landmark_grid, grid=grid if self._needs_grid else None,
             prefix_tokens=self.prefix_tokens, pinv_iterations=self.pinv_iterations, pinv_tolerance=self.pinv_tolerance,
         )  # fmt: skip
-        return self.proj(out.transpose(1, 2).flatten(2))
 
     @torch.no_grad()
     def residual(
@@ -136,13 +122,6 @@ class NystromAttention(nn.Module):
     @property
     def _needs_grid(self) -> bool:
         return self.landmark_grid is not None or (self.conv_weight is not None and self.conv_weight.ndim == 4)
-
-    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, N, C) to three strided (B, H, N, D) views of one buffer."""
-        batch, tokens, _ = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, self.head_width)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return q, k, v
 
     @classmethod
     def from_transformers(cls, state: Mapping[str, Tensor], *, heads: int, num_landmarks: int) -> NystromAttention:

@@ -1,4 +1,4 @@
-"""Volumes and images to tokens: one strided convolution whose windows may overlap.
+"""Volumes and images to tokens: one strided convolution whose windows may overlap, or a transposed one.
 
 Shape legend: B batch, Cin image channels, C model width, N tokens, Z Y X voxels.
 """
@@ -6,9 +6,11 @@ Shape legend: B batch, Cin image channels, C model width, N tokens, Z Y X voxels
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+
+from medformer_kernels import patch_embed
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -30,6 +32,8 @@ class PatchEmbed(nn.Module):
         stride: step between patches in voxels.
         padding: zeros on both ends of each axis, in voxels.
         dilation: step between the voxels of one patch.
+        transposed: by a transposed convolution instead: every voxel paints a patch of tokens, `stride` apart, and
+            what overlaps adds up. More tokens than voxels, for thick slices and small images.
     """
 
     def __init__(
@@ -41,14 +45,19 @@ class PatchEmbed(nn.Module):
         stride: tuple[int, ...],
         padding: tuple[int, ...],
         dilation: tuple[int, ...],
+        transposed: bool = False,
     ) -> None:
         super().__init__()
         if len(kernel) not in (2, 3):
             raise ValueError(f"PatchEmbed: kernel={kernel} must have 2 or 3 axes")
-        conv = nn.Conv3d if len(kernel) == 3 else nn.Conv2d
-        self.in_channels = in_channels
+        self.in_channels, self.transposed = in_channels, transposed
         self.kernel, self.stride, self.padding, self.dilation = kernel, stride, padding, dilation
-        self.conv = conv(in_channels, width, kernel, stride, padding, dilation)  # type: ignore[arg-type]
+        options: Any = {"stride": stride, "padding": padding, "dilation": dilation}
+        if transposed:
+            kind = nn.ConvTranspose3d if len(kernel) == 3 else nn.ConvTranspose2d
+        else:
+            kind = nn.Conv3d if len(kernel) == 3 else nn.Conv2d
+        self.conv = kind(in_channels, width, kernel, **options)  # type: ignore[arg-type]
 
     def grid_of(self, size: Sequence[int]) -> tuple[int, ...]:
         """Token grid for a volume of `size` voxels (zyx).
@@ -62,6 +71,14 @@ class PatchEmbed(nn.Module):
                 f"PatchEmbed: size={size} has {len(size)} axes, this model expects {len(self.kernel)} (zyx)"
             )
         reach = tuple(d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilation, strict=True))
+        axes = zip(size, self.padding, reach, self.stride, strict=True)
+        if self.transposed:
+            grid = tuple((n - 1) * s + r - 2 * p for n, p, r, s in axes)
+            if min(grid) < 1:
+                raise ValueError(
+                    f"PatchEmbed: {_times(size)} voxels give a grid of {_times(grid)} tokens; choose less padding"
+                )
+            return grid
         if any(n < r for n, r in zip(size, reach, strict=True)):
             kind = "volume" if len(size) == 3 else "image"
             raise ValueError(
@@ -69,9 +86,7 @@ class PatchEmbed(nn.Module):
                 f"{_times(reach)}; "
                 f"pad or resample the {kind}, or build the model with a smaller patch_size"
             )
-        return tuple(
-            (n + 2 * p - r) // s + 1 for n, p, r, s in zip(size, self.padding, reach, self.stride, strict=True)
-        )
+        return tuple((n + 2 * p - r) // s + 1 for n, p, r, s in axes)
 
     def forward(self, x: Float[Tensor, "B Cin *size"]) -> Float[Tensor, "B N C"]:
         if x.ndim != len(self.kernel) + 2 or x.shape[1] != self.in_channels:
@@ -80,6 +95,12 @@ class PatchEmbed(nn.Module):
         if not x.is_floating_point():
             raise TypeError(f"PatchEmbed: input of dtype {x.dtype} must be floating point; scale it first")
         self.grid_of(x.shape[2:])
+        if x.is_cuda and not self.transposed:  # on a CPU the kernel's own paths made training steps slower
+            conv = self.conv
+            return patch_embed(
+                x.to(conv.weight.dtype), conv.weight, conv.bias, stride=self.stride, padding=self.padding,
+                dilation=self.dilation,
+            )  # fmt: skip
         return self.conv(x).flatten(2).transpose(1, 2)
 
 

@@ -1,6 +1,6 @@
-"""Position embeddings that follow any token grid, learned or sine-cosine.
+"""Positions that follow any token grid: added to tokens (learned, sine-cosine) or turning queries and keys (rotary).
 
-Shape legend: C model width, N tokens, g tokens along one axis; grids are zyx.
+Shape legend: B batch, H heads, C model width, D head width, N tokens, g tokens along one axis; grids are zyx.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["LearnedPosition", "SinCosPosition"]
+__all__ = ["LearnedPosition", "RotaryPosition", "SinCosPosition", "rotate"]
 
 
 class LearnedPosition(nn.Module):
@@ -84,6 +84,54 @@ class SinCosPosition(nn.Module):
         unused = self.width - 2 * self.per_axis * len(grid)
         parts.append(torch.zeros(*grid, unused, device=device))
         return torch.cat(parts, dim=-1).reshape(-1, self.width)
+
+
+class RotaryPosition(nn.Module):
+    """Angles that turn pairs of channels of queries and keys: a score then depends on the offset of its two tokens.
+
+    Each axis has an equal share of the pairs. A head width that 2 * dims does not divide leaves channels over, and
+    those pass as they are; so do class and register tokens.
+    Source: Su et al. 2021, section 3.2, by axis as in Heo et al. 2024 (whose period, 100 tokens, is the default here).
+
+    Args:
+        head_width: channels of a head, at least 2 per axis.
+        dims: axes of the grid.
+        period: longest period divided by 2 pi, in tokens.
+    """
+
+    def __init__(self, head_width: int, dims: int, *, period: float = 100.0) -> None:
+        super().__init__()
+        self.per_axis = head_width // (2 * dims)
+        if self.per_axis == 0:
+            raise ValueError(f"RotaryPosition: head_width={head_width} must be at least {2 * dims} for {dims} axes")
+        self.period = period
+        # As in SinCosPosition.
+        self.anchor: Tensor
+        self.register_buffer("anchor", torch.empty(0), persistent=False)
+
+    def forward(self, grid: tuple[int, ...], *, prefix: int = 0) -> Float[Tensor, "2 N W"]:
+        """Cosines and sines, float32, for `prefix` tokens without a place and then those of the grid."""
+        device = self.anchor.device
+        exponent = torch.arange(self.per_axis, device=device, dtype=torch.float32) / self.per_axis
+        frequency = torch.exp(-math.log(self.period) * exponent)
+        parts = []
+        for axis, tokens in enumerate(grid):
+            angle = torch.arange(tokens, device=device, dtype=torch.float32)[:, None] * frequency
+            shape = [1] * len(grid) + [self.per_axis]
+            shape[axis] = tokens
+            parts.append(angle.reshape(shape).expand(*grid, -1))
+        angles = torch.cat(parts, dim=-1).reshape(-1, self.per_axis * len(grid))
+        angles = torch.cat([angles.new_zeros(prefix, angles.shape[1]), angles])
+        return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: Float[Tensor, "B H N D"], rotary: Float[Tensor, "2 N W"]) -> Float[Tensor, "B H N D"]:
+    """Turn the first W pairs of neighbouring channels by the angles of `RotaryPosition`."""
+    cos, sin = rotary.to(x.dtype)
+    turned = 2 * cos.shape[-1]
+    a, b = x[..., 0:turned:2], x[..., 1:turned:2]
+    pairs = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+    return pairs if turned == x.shape[-1] else torch.cat([pairs, x[..., turned:]], dim=-1)
 
 
 def _linear_resampling(base: int, wanted: int, *, like: Tensor) -> Float[Tensor, "wanted base"]:

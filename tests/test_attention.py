@@ -70,16 +70,18 @@ def test_sample_without_tokens_mixes_to_zero(kind: type[Attention]) -> None:
 
 
 @both
-def test_attention_row_matches_brute_force(kind: type[Attention], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_module, "ROW_CHUNK", 16)
+def test_attention_rows_match_brute_force(kind: type[Attention]) -> None:
     module, x = build(kind), tokens(2, 37, 24)
     weights = brute_force(module, x)[1]
-    torch.testing.assert_close(module.attention_row(x), weights[:, :, 0])
-    torch.testing.assert_close(module.attention_row(x, query=5), weights[:, :, 5])
+    torch.testing.assert_close(module.attention_rows(x), weights[:, :, :1])
+    chosen = [5, -1, *range(20)]  # more than a head is wide
+    torch.testing.assert_close(module.attention_rows(x, chosen), weights[:, :, chosen])
+    shares = torch.rand(2, 3, 37, dtype=x.dtype)
+    torch.testing.assert_close(module.pull_back(x, shares), shares[:, None] @ weights)
     mask = torch.arange(37)[None] < torch.tensor([[20], [37]])
-    row = module.attention_row(x, key_padding_mask=mask)
-    torch.testing.assert_close(row, brute_force(module, x, mask)[1][:, :, 0])
-    assert not module.attention_row(x, key_padding_mask=torch.zeros_like(mask)).any()
+    rows = module.attention_rows(x, key_padding_mask=mask)
+    torch.testing.assert_close(rows, brute_force(module, x, mask)[1][:, :, :1])
+    assert not module.attention_rows(x, key_padding_mask=torch.zeros_like(mask)).any()
 
 
 @both
@@ -119,7 +121,7 @@ def test_autocast_stays_near_double(kind: type[Attention], qk_norm: bool) -> Non
     single = module.float()
     with torch.autocast("cpu", torch.bfloat16):
         out = single(x.float())
-        row = single.attention_row(x.float())
+        row = single.attention_rows(x.float())
     assert out.dtype == torch.bfloat16
     assert row.dtype == torch.float32
     assert (out.double() - exact).abs().max() < 16 * torch.finfo(torch.bfloat16).eps * exact.abs().max()

@@ -125,7 +125,7 @@ def test_attention_map_is_the_class_row_of_the_layer(attention: str, layer: int)
     block = model.blocks[layer]
     block.attention.register_forward_pre_hook(lambda _, inputs: seen.update(tokens=inputs[0]))  # type: ignore[union-attr]
     model(x)
-    row = block.attention.attention_row(seen["tokens"])  # type: ignore[union-attr,operator]
+    row = block.attention.attention_rows(seen["tokens"])[:, :, 0]  # type: ignore[union-attr,operator]
     heat = model.attention_map(x, layer)
     prefix = 1 + model.config.registers
     assert heat.shape == (2, 3, *model.grid_of(x.shape[2:]))
@@ -179,7 +179,7 @@ def test_checkpointing_keeps_fewer_activations() -> None:
 
 
 def test_drop_path_skips_whole_samples_and_keeps_the_mean() -> None:
-    block = Block(8, SoftmaxAttention(8, 2), mlp_hidden=8, drop_path=0.25)
+    block = Block(8, SoftmaxAttention(8, 2), MLP(8, 8), drop_path=0.25)
     branch = torch.ones(4000, 2, 8)
     torch.manual_seed(0)
     dropped = block._regularise(branch, None)
@@ -262,8 +262,8 @@ def test_state_of_the_features_follows_seed_and_layer() -> None:
         ({"patch_padding": 4}, "patch_padding=4 must be below the patch kernel"),
         ({"position_grid": 0}, "position_grid=0 must be a whole number of at least 1"),
         ({"position_grid": 4, "position": "sincos"}, "position_grid=4 needs position='learned'"),
-        ({"position": "rotary"}, "position='rotary' must be one of learned, sincos"),
-        ({"attention": "linear"}, "attention='linear' must be one of performer, softmax"),
+        ({"position": "alibi"}, "position='alibi' must be one of learned, sincos, rotary, none"),
+        ({"attention": "linear"}, "attention='linear' must be one of performer, softmax, nystrom, hopfield"),
         ({"attention": "softmax", "num_features": 64}, "num_features=64 needs attention='performer'"),
         ({"width": 4, "heads": 1, "position": "sincos"}, "width=4 must be at least 6"),
         ({"drop_path": 1.0}, "drop_path=1.0 must be at least 0 and below 1"),
@@ -341,7 +341,7 @@ def test_presets_overlap_and_take_overrides(preset: str, width: int, depth: int,
 @both
 def test_type_hints_hold(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
     owners = [Backbone, Block, MLP, PatchEmbed, LearnedPosition, SinCosPosition]
-    names = ["forward", "forward_features", "attention_map", "attention_row", "_log_row"]
+    names = ["forward", "forward_features", "attention_map", "attention_rows", "rollout", "_intermediate"]
     for owner in [*owners, PerformerAttention, SoftmaxAttention, SoftmaxAttention.__base__]:
         for name in set(names) & set(vars(owner)):
             method = vars(owner)[name]

@@ -90,7 +90,7 @@ def test_causal_attention_row_gives_the_output(query):
     module, x = PerformerAttention(24, 3, causal=True).double(), tokens(2, 20, 24)
     mask = torch.rand(2, 20, generator=torch.Generator().manual_seed(1)) > 0.3
     mask[:, 0] = True
-    row = module.attention_row(x, query=query, key_padding_mask=mask)
+    row = module.attention_rows(x, [query], key_padding_mask=mask)[:, :, 0]
     v = module._split(x)[2]
     out = module.proj((row.unsqueeze(-2) @ v).transpose(1, 2).flatten(2))
     torch.testing.assert_close(out.squeeze(1), module(x, key_padding_mask=mask)[:, query])

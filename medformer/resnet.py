@@ -1,0 +1,233 @@
+"""Residual networks in 2D and 3D, with the parameter names of torchvision, timm and MedicalNet.
+
+Shape legend: B batch, Cin image channels, C channels of the last stage, N places of its map, Z Y X voxels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from medformer.features import Features
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+__all__ = ["BLOCKS", "ResNet", "ResNetConfig"]
+
+BLOCKS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+_GROUPS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResNetConfig:
+    """Everything that decides the shape of a `ResNet`."""
+
+    dims: int = 3
+    """Spatial axes of the input: 3 for volumes (Z, Y, X), 2 for images (Y, X)."""
+    in_channels: int = 1
+    """Channels of the input."""
+    depth: Literal[10, 18, 34, 50, 101] = 50
+    """Layers with weights; 50 and 101 have bottlenecks."""
+    base_width: int = 64
+    """Channels of the first stage; they double with every stage."""
+    stages: int = 4
+    """Stages that are built, 1 to 4; fewer make a convolutional stem."""
+    norm: Literal["group", "batch"] = "group"
+    """group: GroupNorm and standardised convolution weights, for the small batches of volumes. batch: BatchNorm, which
+    published weights need."""
+    shortcut: Literal["conv", "pad"] = "conv"
+    """What a skip does where channels change: a 1x1 convolution, or zeros for the new channels (no parameters;
+    MedicalNet's 18 and 34 are made so)."""
+    output_stride: Literal[8, 16, 32] = 32
+    """Voxels per place of the last map: below 32 the last stages dilate instead of stepping (MedicalNet: 8)."""
+    classes: int = 0
+    """Outputs of a linear head on the mean of the last map; 0 for none."""
+
+    def __post_init__(self) -> None:
+        choices = {"dims": (2, 3), "depth": tuple(BLOCKS), "stages": (1, 2, 3, 4), "norm": ("group", "batch"),
+                   "shortcut": ("conv", "pad"), "output_stride": (8, 16, 32)}  # fmt: skip
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"ResNetConfig: {name}={getattr(self, name)!r} must be one of {', '.join(map(str, known))}"
+                )
+        for name, least in (("in_channels", 1), ("base_width", 1), ("classes", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"ResNetConfig: {name}={value!r} must be a whole number of at least {least}")
+        if self.norm == "group" and self.base_width % _GROUPS:
+            raise ValueError(
+                f"ResNetConfig: base_width={self.base_width} must be a multiple of {_GROUPS} with norm='group'"
+            )
+        if self.classes and self.stages != 4:
+            raise ValueError(f"ResNetConfig: classes={self.classes} needs stages=4, not {self.stages}")
+
+    @property
+    def expansion(self) -> int:
+        """Channels out of a block as a multiple of those inside."""
+        return 4 if self.depth >= 50 else 1
+
+    @property
+    def width(self) -> int:
+        """Channels of the last map."""
+        return self.base_width * 2 ** (self.stages - 1) * self.expansion
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Step of each stage, after the factor 4 in front of the first."""
+        most = {8: 1, 16: 2, 32: 3}[self.output_stride]
+        return tuple(2 if 1 <= stage <= most else 1 for stage in range(self.stages))
+
+
+class ResNet(nn.Module):
+    """A residual network over a volume (or image) of any size.
+
+    Source: He et al. 2016; bottlenecks step in their 3x3 convolution, as torchvision's do.
+
+    >>> model = ResNet(ResNetConfig(dims=2, in_channels=3, depth=50, norm="batch", classes=1000))
+    >>> sum(p.numel() for p in model.parameters())
+    25557032
+
+    Attributes:
+        config: what it was built from.
+        checkpoint_activations: in training, keep only each block's input and compute the rest again in backward.
+    """
+
+    def __init__(self, config: ResNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpoint_activations = False
+        base = config.base_width
+        self.conv1 = _conv(config, config.in_channels, base, 7, stride=2)
+        self.bn1 = _norm(config, base)
+        width = base
+        for stage, (count, stride) in enumerate(zip(BLOCKS[config.depth], config.strides, strict=False)):
+            # A stage that does not step looks further instead, so that what it sees stays the same.
+            dilation = 2 ** sum(step == 1 for step in config.strides[1 : stage + 1])
+            blocks = []
+            for i in range(count):
+                blocks.append(_Block(config, width, base * 2**stage, stride=stride if i == 0 else 1, dilation=dilation))
+                width = base * 2**stage * config.expansion
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+        self.fc = nn.Linear(width, config.classes) if config.classes else None
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Float[Tensor, "B Cin *size"]) -> Float[Tensor, "B C"]:
+        """The mean of the last map, or the head's outputs where there is one."""
+        cls = self.stage_maps(x)[-1].flatten(2).mean(dim=2)
+        return cls if self.fc is None else self.fc(cls)
+
+    def forward_features(self, x: Float[Tensor, "B Cin *size"], *, mask: None = None) -> Features:
+        """The last map as patches, and its mean as the class vector; there is no mask token to `mask` with."""
+        if mask is not None:
+            raise ValueError("ResNet.forward_features: a ResNet has no mask token; leave mask out")
+        last = self.stage_maps(x)[-1]
+        patches = last.flatten(2).transpose(1, 2)
+        return Features(cls=patches.mean(dim=1), registers=patches[:, :0], patches=patches, grid=tuple(last.shape[2:]))
+
+    def stage_maps(self, x: Float[Tensor, "B Cin *size"]) -> list[Float[Tensor, "B Cs *grid"]]:
+        """The map behind every stage, finest first.
+
+        Raises:
+            ValueError: `x` has the wrong shape.
+        """
+        dims, channels = self.config.dims, self.config.in_channels
+        if x.ndim != dims + 2 or x.shape[1] != channels:
+            axes = "Z, Y, X" if dims == 3 else "Y, X"
+            raise ValueError(f"ResNet: input of shape {tuple(x.shape)} must be (batch, {channels}, {axes})")
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = (F.max_pool3d if dims == 3 else F.max_pool2d)(x, 3, 2, 1)
+        maps = []
+        for stage in range(self.config.stages):
+            for block in self.get_submodule(f"layer{stage + 1}"):  # type: ignore[attr-defined]
+                if self.checkpoint_activations and self.training and torch.is_grad_enabled():
+                    x = checkpoint(block, x, use_reentrant=False)
+                else:
+                    x = block(x)
+            maps.append(x)
+        return maps
+
+    def grid_of(self, size: Sequence[int]) -> tuple[int, ...]:
+        """Places of the last map for an input of `size` voxels (zyx)."""
+        step = 4 * math.prod(self.config.strides)
+        return tuple(-(-n // step) for n in size)
+
+
+class _Block(nn.Module):
+    """Two 3x3 convolutions, or the bottleneck of 1x1, 3x3 and 1x1, around a skip."""
+
+    def __init__(self, config: ResNetConfig, width_in: int, width: int, *, stride: int, dilation: int) -> None:
+        super().__init__()
+        out = width * config.expansion
+        self.stride, self.extra = stride, out - width_in
+        if config.expansion == 1:
+            self.conv1 = _conv(config, width_in, width, 3, stride=stride, dilation=dilation)
+            self.conv2 = _conv(config, width, width, 3, dilation=dilation)
+            self.conv3 = self.bn3 = None
+        else:
+            self.conv1 = _conv(config, width_in, width, 1)
+            self.conv2 = _conv(config, width, width, 3, stride=stride, dilation=dilation)
+            self.conv3 = _conv(config, width, out, 1)
+        self.bn1, self.bn2 = _norm(config, width), _norm(config, width)
+        if self.conv3 is not None:
+            self.bn3 = _norm(config, out)
+        self.downsample = None
+        if config.shortcut == "conv" and (stride != 1 or self.extra):
+            self.downsample = nn.Sequential(_conv(config, width_in, out, 1, stride=stride), _norm(config, out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = self.bn2(self.conv2(y))
+        if self.conv3 is not None and self.bn3 is not None:
+            y = self.bn3(self.conv3(F.relu(y, inplace=True)))
+        if self.downsample is not None:
+            x = self.downsample(x)
+        elif self.stride != 1 or self.extra:
+            steps = (slice(None, None, self.stride),) * (x.ndim - 2)
+            x = F.pad(x[:, :, *steps], (0, 0) * (x.ndim - 2) + (0, self.extra))
+        return F.relu(x + y, inplace=True)
+
+
+class _StandardConv2d(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, _standardise(self.weight), self.bias)
+
+
+class _StandardConv3d(nn.Conv3d):
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, _standardise(self.weight), self.bias)
+
+
+def _standardise(weight: Tensor) -> Tensor:
+    """Mean 0 and variance 1 / fan-in for every output channel. Source: Qiao et al. 2019, section 3."""
+    exact = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
+    variance, mean = torch.var_mean(exact, dim=1, keepdim=True, correction=0)
+    scaled = (exact - mean) * torch.rsqrt((variance * exact.shape[1]).clamp(min=1e-8))
+    return scaled.view_as(weight).to(weight.dtype)
+
+
+def _conv(
+    config: ResNetConfig, width_in: int, width: int, kernel: int, *, stride: int = 1, dilation: int = 1
+) -> nn.Module:
+    kinds: dict[Any, Any] = {
+        ("batch", 2): nn.Conv2d, ("batch", 3): nn.Conv3d, ("group", 2): _StandardConv2d, ("group", 3): _StandardConv3d,
+    }  # fmt: skip
+    kind = kinds[config.norm, config.dims]
+    padding = dilation * (kernel // 2)
+    return kind(width_in, width, kernel, stride=stride, padding=padding, dilation=dilation, bias=False)
+
+
+def _norm(config: ResNetConfig, width: int) -> nn.Module:
+    if config.norm == "group":
+        return nn.GroupNorm(_GROUPS, width)
+    return nn.BatchNorm2d(width) if config.dims == 2 else nn.BatchNorm3d(width)

@@ -1,8 +1,8 @@
 """Scores of predictions, their intervals and their differences.
 
 Points come from scikit-learn. Intervals need thousands of resamples, so the same scores exist here as functions of the
-cases' weights, all resamples in one array pass; tests hold them to scikit-learn's `sample_weight`. Axes: S seeds, n cases,
-C classes or labels, R resamples.
+cases' weights, all resamples in one array pass; tests hold them to scikit-learn's `sample_weight`. Axes: S seeds, n
+cases, C classes or labels, R resamples.
 """
 
 from __future__ import annotations
@@ -187,16 +187,16 @@ def difference(
         # Two methods' probabilities have different scales; what may be swapped is a case's rank within its method.
         a, b = _ranks(a), _ranks(b)
     ones = np.ones((1, len(truth) if metric != "dice" else a.shape[1]))
-    observed = np.mean([(weighted(metric, p, truth, ones) - weighted(metric, q, truth, ones))[0]
-                        for p, q in zip(a, b, strict=True)])  # fmt: skip
+
+    def gap(left: np.ndarray, right: np.ndarray) -> float:
+        one, other = ([weighted(metric, p, truth, ones) for p in stack] for stack in (left, right))
+        return float(np.mean(one) - np.mean(other))
+
+    observed = abs(gap(a, b))
     extreme, swaps = 0, min(resamples, 1000)
     for _ in range(swaps):
         swap = (rng.random(int(groups.max()) + 1) < 0.5)[groups][:, None]
-        value = np.mean([
-            (weighted(metric, np.where(swap, q, p), truth, ones) - weighted(metric, np.where(swap, p, q), truth, ones))[0]
-            for p, q in zip(a, b, strict=True)
-        ])  # fmt: skip
-        extreme += abs(value) >= abs(observed) - 1e-12
+        extreme += abs(gap(np.where(swap, b, a), np.where(swap, a, b))) >= observed - 1e-12
     return Difference(mean=mean, low=float(low), high=float(high), p=(1 + extreme) / (1 + swaps))
 
 

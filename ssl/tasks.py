@@ -1,10 +1,10 @@
 """Downstream tasks: labelled cases, who is in which split, which labels a fraction keeps, and what has leaked.
 
-Two forms, told apart by their ending. `.npz` in MedMNIST's layout: `train_images` [n, Y, X] or [n, Z, Y, X], `train_labels`
-[n, 1] (one class a case) or [n, L] (several labels: 0, 1, and -1 or NaN for unknown), optionally `val_*`, `test_*`,
-`train_patients` and `class_names`. `.csv`: columns `path` (a scan, beside the table), optionally `patient` and `split`
-(train, val, test), and either `label` (one class), `mask` (a label map on the scan's grid), or one column a label (0, 1,
-empty for unknown).
+Two forms, told apart by their ending. `.npz` in MedMNIST's layout: `train_images` [n, Y, X] or [n, Z, Y, X],
+`train_labels` [n, 1] (one class a case) or [n, L] (several labels: 0, 1, and -1 or NaN for unknown), optionally
+`val_*`, `test_*`, `train_patients` and `class_names`. `.csv`: columns `path` (a scan, beside the table), optionally
+`patient` and `split` (train, val, test), and either `label` (one class), `mask` (a label map on the scan's grid), or
+one column a label (0, 1, empty for unknown).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from runs import UserError
 __all__ = ["Task", "drop_leaks", "few_shots", "fraction", "hashes_of", "read_task", "source_hash"]
 
 _SPLITS = ("train", "val", "test")
+_SPLIT = "U6"  # "leaked" is the longest
 _IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 _CODE = {"path", "patient", "split", "label", "mask"}
 _VAL_SHARE = 0.2  # of the training cases, where the task names no validation split
@@ -190,7 +191,7 @@ def _read_npz(path: Path, dims: int, progress: Callable[[Any], Any]) -> Task:
     return Task(
         name=path.stem, kind="labels" if several else "classes", dims=dims,
         names=tuple(str(n) for n in names) if names is not None else tuple(str(i) for i in range(count)),
-        images=images, targets=targets, split=np.array(split), patients=tuple(patients) or None,
+        images=images, targets=targets, split=np.array(split, _SPLIT), patients=tuple(patients) or None,
         sources=tuple(sources), hashes=tuple(hashes),
     )  # fmt: skip
 
@@ -210,7 +211,8 @@ def _read_csv(path: Path, dims: int, progress: Callable[[Any], Any]) -> Task:
     ways = [("mask" in columns), ("label" in columns), bool(others)]
     if sum(ways) != 1:
         raise UserError(
-            f"--task {path}: columns {', '.join(columns)}; give exactly one of label, mask, or one column for each label"
+            f"--task {path}: columns {', '.join(columns)}; give exactly one of label, mask, or one column for each "
+            "label"
         )
     kind: Any = ("segmentation", "classes", "labels")[ways.index(True)]
     classes = sorted({row["label"] for row in rows}) if kind == "classes" else others
@@ -237,15 +239,18 @@ def _read_csv(path: Path, dims: int, progress: Callable[[Any], Any]) -> Task:
         targets.append(target)
         files = sorted(p for p in source.rglob("*") if p.is_file()) if source.is_dir() else [source]
         hashes.append(source_hash(files))
-    split = np.array([row.get("split") or "" for row in rows])
-    wrong = sorted(set(split) - {*_SPLITS, ""})
+    split = np.array([row.get("split") or "" for row in rows], "U32")
+    wrong = sorted(set(split.tolist()) - {*_SPLITS, ""})
     if wrong or ("" in split and (split != "").any()):
-        raise UserError(f"--task {path}: split {wrong[0] if wrong else '(empty)'!r} must be train, val or test in every "
-                        "row, or no row may have one")  # fmt: skip
+        shown = wrong[0] if wrong else ""
+        raise UserError(
+            f"--task {path}: split {shown!r} must be train, val or test in every row, or no row may have one"
+        )
     if kind == "segmentation":
         classes = [str(c) for c in range(1, highest + 1)]
     return Task(
-        name=path.stem, kind=kind, dims=dims, names=tuple(classes), images=images, targets=targets, split=split,
+        name=path.stem, kind=kind, dims=dims, names=tuple(classes), images=images, targets=targets,
+        split=split.astype(_SPLIT),
         patients=tuple(row["patient"] for row in rows) if "patient" in columns else None,
         sources=tuple(row["path"] for row in rows), hashes=tuple(hashes),
     )  # fmt: skip
@@ -387,8 +392,8 @@ def fraction(task: Task, share: float, seed: int) -> np.ndarray:
         for c, name in enumerate(task.names):
             if not {0.0, 1.0} <= set(values[kept, c].tolist()):
                 raise UserError(
-                    f"--fractions {share:g} of {len(index)} training cases leaves label {name} without a 0 or a 1; use a "
-                    "larger one"
+                    f"--fractions {share:g} of {len(index)} training cases leaves label {name} without a 0 or a 1; "
+                    "use a larger one"
                 )
         return np.sort(index[kept])
     chosen = []

@@ -1,0 +1,138 @@
+"""The inner block of a Transformer-in-Transformer: a small transformer over hundreds of thousands of tiny sequences.
+
+y = x + proj(attention(LN(x))), out = y + fc2(GELU(fc1(LN(y)))), for each of S sequences of n tokens of width c.
+
+Source: Han et al. 2021, eq. (3) and (4).
+Shapes: S sequences (one for each outer token), n inner tokens, c their width, H heads, D = c / H, f width of the MLP.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from medformer_kernels._dispatch import resolve_backend
+from medformer_kernels.tnt import ops
+from medformer_kernels.tnt.reference import reference
+from medformer_kernels.tnt.weights import TNTInnerWeights
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+__all__ = ["TNTInnerWeights", "tnt_inner_block", "tnt_inner_block_reference"]
+
+# What one program of the kernels holds.
+_MOST_TOKENS, _MOST_WIDTH, _MOST_HEAD = 128, 128, 64
+
+
+def tnt_inner_block(
+    x: Float[Tensor, "S n c"],
+    weights: TNTInnerWeights,
+    *,
+    num_heads: int,
+    eps: float = 1e-6,
+    dropout: float = 0.0,
+    drop_path: float = 0.0,
+    seed: int | Tensor | None = None,
+    backend: str = "auto",
+) -> Float[Tensor, "S n c"]:
+    """LayerNorm, attention, residual, LayerNorm, MLP, residual over every sequence on its own.
+
+    Args:
+        x: S sequences of n tokens of width c; any strides.
+        weights: parameters; products run in the dtype of its matrices, LayerNorm, softmax and sums in float32. Under
+            autocast the matrices are cast, and x stays as it is.
+        num_heads: H; divides c.
+        eps: of both LayerNorms.
+        dropout: share of the elements of each branch that are dropped, the rest scaled up.
+        drop_path: share of the sequences that skip each branch (stochastic depth, Huang et al. 2016).
+        seed: of both, 0 to 2^63 - 1, as a number or an int64 tensor of one element on the device of x; None draws one
+            from torch's generator. What is dropped depends on the seed and the place only: equal on every backend.
+        backend: 'auto', 'triton' or 'torch'. The kernels take n and c up to 128 and heads up to 64 wide.
+
+    Raises:
+        ValueError: shapes, dtypes or probabilities that do not fit, or a backend that cannot run.
+    """
+    x, weights, seed_tensor = _prepare("tnt_inner_block", x, weights, num_heads, dropout, drop_path, seed)
+    backend = resolve_backend("tnt_inner_block", backend, weights.qkv_weight, _unsupported(x, num_heads))
+    save = backend == "triton" and torch.is_grad_enabled() and _wants_gradient(x, weights)
+    with torch.autocast(x.device.type, enabled=False):
+        return ops.tnt_inner_block(
+            x, *weights.tensors(), seed_tensor, num_heads, eps, dropout, drop_path, save, backend
+        )[0]
+
+
+def tnt_inner_block_reference(
+    x: Float[Tensor, "S n c"],
+    weights: TNTInnerWeights,
+    *,
+    num_heads: int,
+    eps: float = 1e-6,
+    dropout: float = 0.0,
+    drop_path: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> Float[Tensor, "S n c"]:
+    """The definition of `tnt_inner_block`."""
+    x, weights, seed_tensor = _prepare("tnt_inner_block_reference", x, weights, num_heads, dropout, drop_path, seed)
+    with torch.autocast(x.device.type, enabled=False):
+        return reference(x, weights, seed_tensor, num_heads, eps, dropout, drop_path)
+
+
+def _prepare(
+    function: str,
+    x: Tensor,
+    weights: TNTInnerWeights,
+    num_heads: int,
+    dropout: float,
+    drop_path: float,
+    seed: int | Tensor | None,
+) -> tuple[Tensor, TNTInnerWeights, Tensor | None]:
+    """Every check, autocast, and the seed as a tensor."""
+    if x.ndim != 3 or not x.is_floating_point():
+        raise ValueError(
+            f"{function}: x has shape {tuple(x.shape)} and dtype {x.dtype}; it must be floating point (S, n, c)"
+        )
+    if 0 in x.shape[1:]:
+        raise ValueError(f"{function}: x has shape {tuple(x.shape)}; n and c must be at least 1")
+    if num_heads < 1 or x.shape[2] % num_heads:
+        raise ValueError(f"{function}: num_heads={num_heads} must divide the width c={x.shape[2]} of x")
+    for name, p in (("dropout", dropout), ("drop_path", drop_path)):
+        if not 0.0 <= p < 1.0:
+            raise ValueError(f"{function}: {name}={p} must be at least 0 and below 1")
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        weights = weights.cast(torch.get_autocast_dtype(x.device.type))
+    weights.check(function, x)
+    if not dropout and not drop_path:
+        return x, weights, None
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
+            raise ValueError(
+                f"{function}: seed is {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}; a tensor must be int64 "
+                f"of one element on {x.device}"
+            )
+        return x, weights, seed.reshape(())
+    if seed is None:
+        return x, weights, torch.randint(2**62, (), device=x.device)
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"{function}: seed={seed} must be at least 0 and below 2**63")
+    return x, weights, torch.full((), seed, dtype=torch.int64, device=x.device)
+
+
+def _unsupported(x: Tensor, num_heads: int) -> str | None:
+    """What the kernels do not take in this call."""
+    sequences, tokens, width = x.shape
+    if tokens > _MOST_TOKENS:
+        return f"n above {_MOST_TOKENS} (here {tokens})"
+    if width > _MOST_WIDTH:
+        return f"c above {_MOST_WIDTH} (here {width})"
+    if width // num_heads > _MOST_HEAD:
+        return f"heads wider than {_MOST_HEAD} (here {width // num_heads})"
+    if sequences >= 2**31:
+        return f"S of 2**31 and more (here {sequences})"
+    return None
+
+
+def _wants_gradient(x: Tensor, weights: TNTInnerWeights) -> bool:
+    return x.requires_grad or any(tensor is not None and tensor.requires_grad for tensor in weights.tensors())

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-import downstream
+import evaluate
 import medformer
 import probes
 import tasks
@@ -76,7 +76,7 @@ def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(checkpoint: Path, task: Path, out: Path, *flags: str) -> int:
-    return downstream.main([str(checkpoint), "--task", str(task), "--out", str(out), *QUICK, *flags])
+    return evaluate.main([str(checkpoint), "--task", str(task), "--out", str(out), *QUICK, *flags])
 
 
 def error_of(capsys: pytest.CaptureFixture[str]) -> str:
@@ -92,7 +92,7 @@ def test_every_method_runs_resumes_and_is_compared(
     task, out = an_npz(tmp_path / "stripes.npz"), tmp_path / "out"
     assert run(checkpoint, task, out, "--fractions=0.2,1.0") == 0
     first = json.loads((out / "results.json").read_text())
-    assert [r["method"] for r in first["rows"]] == list(downstream.CLASSIFY) * 2
+    assert [r["method"] for r in first["rows"]] == list(evaluate.CLASSIFY) * 2
     assert first["labelled"] == {"20%": [9, 9], "100%": [48, 48]}  # a fifth of 60 went to validation
     assert all(("auroc_over_scratch" in r) == (r["method"] != "scratch") for r in first["rows"])
     linear = next(r for r in first["rows"] if (r["setting"], r["method"]) == ("100%", "linear"))
@@ -118,7 +118,7 @@ def test_masks_are_segmented_in_three_dimensions(volumes: Path, tmp_path: Path) 
     flags = ("--fractions=1.0", "--size=8x8x8", "--steps=25", "--lrs=5e-3", "--seeds=1")
     assert run(volumes / "model3d.safetensors", volumes / "masks.csv", tmp_path / "out", *flags) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert [r["method"] for r in results["rows"]] == list(downstream.SEGMENT)
+    assert [r["method"] for r in results["rows"]] == list(evaluate.SEGMENT)
     assert results["kind"] == "segmentation"
     values = {r["method"]: r["dice"]["mean"] for r in results["rows"]}
     assert values["decoder"] > 0.5
@@ -282,8 +282,8 @@ def test_what_each_method_may_move(checkpoint: Path) -> None:
 def test_scratch_starts_from_other_weights_and_the_same_shape(checkpoint: Path, tmp_path: Path) -> None:
     task = tasks.read_task(an_npz(tmp_path / "t.npz"), 2, None, 0, list)
     model = medformer.load(checkpoint)
-    config = downstream.DownstreamConfig(task="t", steps=1, batch_size=2, lrs=[1e-12], seeds=1, probe_steps=1)
-    bench = downstream.Bench(task, model, config, (16, 16), torch.device("cpu"), tmp_path)
+    config = evaluate.DownstreamConfig(task="t", steps=1, batch_size=2, lrs=[1e-12], seeds=1, probe_steps=1)
+    bench = evaluate.Bench(task, model, config, (16, 16), torch.device("cpu"), tmp_path)
     index = task.where("train")
     tuned = bench._trained("finetune", index, 1e-12, 0, "").backbone
     fresh = bench._trained("scratch", index, 1e-12, 0, "").backbone

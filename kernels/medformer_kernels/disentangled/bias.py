@@ -1,0 +1,145 @@
+"""Adds the tables of `tables` to a block of scores, and takes their gradients from it: no index of N x N, no atomics.
+
+A block is some query rows of one head against keys 0..n. `t` is (rows, columns) of those queries, `u` (columns, S) of
+the keys, columns as in `tables`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from medformer_kernels.disentangled.tables import Grid
+
+__all__ = ["BucketBias", "GridBias", "NoBias"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoBias:
+    """Content and absolute positions only."""
+
+    queries: int
+
+    def blocks(self, rows: int) -> Iterator[tuple[int, int]]:
+        """Query rows that are done together, about `rows` of them."""
+        for start in range(0, self.queries, rows):
+            yield start, min(start + rows, self.queries)
+
+    def keys_below(self, stop: int) -> int:
+        """Keys to compute where only those before `stop` count."""
+        return stop
+
+    def add(self, s: Tensor, t: Tensor | None, u: Tensor | None, start: int) -> None:
+        """s (rows, keys) += bias."""
+
+    def take(self, ds: Tensor, dt: Tensor | None, du: Tensor | None, start: int) -> None:
+        """dt = and du += the gradients of the tables for ds (rows, keys)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketBias(NoBias):
+    """bias(i, j) = T[i, buckets[i - j + S - 1]] + U[j, buckets[i - j + S - 1]]."""
+
+    buckets: Tensor
+    """(N + S - 1,) int64"""
+
+    def _index(self, s: Tensor, start: int) -> Tensor:
+        rows, keys = s.shape
+        # Row r holds distances start + r - j, which fall with j.
+        falling = self.buckets.flip(0).unfold(0, keys, 1)
+        return falling[self.queries - start - rows : self.queries - start].flip(0)
+
+    def add(self, s: Tensor, t: Tensor | None, u: Tensor | None, start: int) -> None:
+        index = self._index(s, start)
+        if t is not None:
+            s += t.gather(1, index)
+        if u is not None:
+            s += u.gather(0, index)
+
+    def take(self, ds: Tensor, dt: Tensor | None, du: Tensor | None, start: int) -> None:
+        index = self._index(ds, start)
+        if dt is not None:
+            dt.zero_().scatter_add_(1, index, ds)
+        if du is not None:
+            du.scatter_add_(0, index, ds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridBias(NoBias):
+    """Sums over an axis or broadcasts along it, for whole rows of x (or part of one)."""
+
+    grid: Grid
+
+    def blocks(self, rows: int) -> Iterator[tuple[int, int]]:
+        p, width = self.grid.prefix, self.grid.size[2]
+        if p:
+            yield 0, p
+        if width <= rows:
+            whole = rows // width * width
+            for start in range(p, self.queries, whole):
+                yield start, min(start + whole, self.queries)
+            return
+        for row in range(p, self.queries, width):
+            for start in range(row, row + width, rows):
+                yield start, min(start + rows, row + width)
+
+    def keys_below(self, stop: int) -> int:
+        plane = self.grid.size[1] * self.grid.size[2]
+        return self.grid.prefix + max(-(-(stop - self.grid.prefix) // plane), 0) * plane
+
+    def _volume(self, s: Tensor) -> Tensor:
+        """(rows, z, y, x) of the keys on the grid."""
+        return s[:, self.grid.prefix :].unflatten(1, (-1, *self.grid.size[1:]))
+
+    def _own(self, start: int, rows: int) -> tuple[int, int, Tensor, Tensor]:
+        """(x of the first row, rows along x, z and y of each row of x) of the queries from `start` on."""
+        _, gy, gx = self.grid.size
+        first = start - self.grid.prefix
+        length = min(gx, rows)
+        line = torch.arange(first // gx, (first + rows - 1) // gx + 1)
+        return first % gx, length, line // gy, line % gy
+
+    def add(self, s: Tensor, t: Tensor | None, u: Tensor | None, start: int) -> None:
+        p, (first_z, first_y, first_x) = self.grid.prefix, self.grid.offsets
+        volume, keys = self._volume(s), s.shape[1]
+        if t is not None:
+            s[:, :p] += t[:, :p]
+            volume += t[:, first_z : first_z + volume.shape[1], None, None]
+            volume += (t[:, first_y:first_x, None] + t[:, None, first_x:]).unsqueeze(1)
+        if u is None:
+            return
+        u = u[:, :keys]
+        if start < p:
+            s += u[start : start + len(s)]
+            return
+        x, length, z, y = self._own(start, len(s))
+        lines = s.unflatten(0, (-1, length))
+        lines += u[first_x + x : first_x + x + length]
+        lines += (u[first_z + z] + u[first_y + y]).unsqueeze(1)
+
+    def take(self, ds: Tensor, dt: Tensor | None, du: Tensor | None, start: int) -> None:
+        p, (first_z, first_y, first_x) = self.grid.prefix, self.grid.offsets
+        volume, keys = self._volume(ds), ds.shape[1]
+        if dt is not None:
+            planes = volume.shape[1]
+            dt[:, :p] = ds[:, :p]
+            dt[:, first_z : first_z + planes] = volume.flatten(2).sum(2)
+            dt[:, first_z + planes : first_y] = 0
+            plane = volume.sum(1)
+            dt[:, first_y:first_x] = plane.sum(2)
+            dt[:, first_x:] = plane.sum(1)
+        if du is None:
+            return
+        du = du[:, :keys]
+        if start < p:
+            du[start : start + len(ds)] += ds
+            return
+        x, length, z, y = self._own(start, len(ds))
+        lines = ds.unflatten(0, (-1, length))
+        du[first_x + x : first_x + x + length] += lines.sum(0)
+        by_line = lines.sum(1)
+        du[first_z:first_y].index_add_(0, z.to(du.device), by_line)
+        du[first_y:first_x].index_add_(0, y.to(du.device), by_line)

@@ -1,0 +1,155 @@
+"""Disentangled attention in plain PyTorch, a block of queries of one head at a time: flat memory, no N x N.
+
+Float16 and bfloat16 are computed in float32. See `ops` for what it computes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from medformer_kernels.disentangled.bias import BucketBias, GridBias, NoBias
+from medformer_kernels.disentangled.dropout import keep_mask
+from medformer_kernels.disentangled.tables import Grid
+
+__all__ = ["backward", "forward"]
+
+# Numbers in a block of scores: what a core's second-level cache holds.
+_BLOCK = 1 << 18
+
+
+def _bias(q: Tensor, buckets: Tensor | None, grid: list[int]) -> NoBias:
+    if buckets is not None:
+        return BucketBias(queries=q.shape[2], buckets=buckets.long())
+    if grid:
+        prefix, gz, gy, gx = grid
+        return GridBias(queries=q.shape[2], grid=Grid(size=(gz, gy, gx), prefix=prefix))
+    return NoBias(queries=q.shape[2])
+
+
+class _Head:
+    """One head of the inputs in the dtype of the sums, the scale folded in, and its blocks."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, t: Tensor | None, u: Tensor | None, mask: Tensor | None, scale: float,
+        bias: NoBias, index: int, causal: bool, dropout: float, seed: Tensor | None,
+    ) -> None:  # fmt: skip
+        b, h = divmod(index, q.shape[1])
+        exact = torch.promote_types(q.dtype, torch.float32)
+        self.bias, self.index, self.causal, self.dropout, self.seed = bias, index, causal, dropout, seed
+        self.q, self.k, self.v = q[b, h].to(exact) * scale, k[b, h].to(exact), v[b, h].to(exact)
+        self.t = None if t is None else t[b, h].to(exact) * scale
+        self.u = None if u is None else (u[b, h].to(exact) * scale).mT.contiguous()
+        self.padded = None if mask is None else ~mask[b]
+        if self.padded is not None:
+            self.k, self.v = (x.masked_fill(self.padded[:, None], 0) for x in (self.k, self.v))
+            self.u = None if self.u is None else self.u.masked_fill(self.padded, 0)
+
+    def blocks(self) -> Iterator[tuple[int, int, int]]:
+        """(first query, last query + 1, keys)."""
+        keys = self.k.shape[0]
+        for start, stop in self.bias.blocks(max(16, min(128, _BLOCK // keys))):
+            yield start, stop, self.bias.keys_below(stop) if self.causal else keys
+
+    def scores(self, start: int, stop: int, keys: int) -> Tensor:
+        """Scores of the block, -inf where no key may be read."""
+        s = self.q[start:stop] @ self.k[:keys].mT
+        self.bias.add(
+            s, None if self.t is None else self.t[start:stop], None if self.u is None else self.u[:, :keys], start
+        )
+        if self.causal:
+            i, j = (torch.arange(a, b, device=s.device) for a, b in ((start, stop), (0, keys)))
+            s.masked_fill_(j > i[:, None], -math.inf)
+        if self.padded is not None:
+            s.masked_fill_(self.padded[:keys], -math.inf)
+        return s
+
+    def dropped(self, s: Tensor, start: int) -> Tensor:
+        """0 or 1 / (1 - dropout) for each weight of the block."""
+        assert self.seed is not None
+        keep = keep_mask(self.seed, self.dropout, tuple(s.shape), s.device, head0=self.index, row0=start)
+        return keep.to(s.dtype) / (1 - self.dropout)
+
+
+def _weights(s: Tensor, lse: Tensor) -> Tensor:
+    """exp(s - lse) in place; 0 for a row without a key."""
+    return s.sub_(lse.masked_fill(lse == -math.inf, 0).unsqueeze(1)).exp_()
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, t: Tensor | None, u: Tensor | None, buckets: Tensor | None, mask: Tensor | None,
+    seed: Tensor | None, grid: list[int], scale: float, causal: bool, dropout: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(out in the dtype of q, lse): see `ops.disentangled_forward`."""
+    batch, heads, queries, _ = q.shape
+    exact = torch.promote_types(q.dtype, torch.float32)
+    out = q.new_empty((batch, heads, queries, v.shape[3]))
+    lse = q.new_empty((batch, heads, queries), dtype=exact)
+    bias = _bias(q, buckets, grid)
+    for index in range(batch * heads):
+        head = _Head(q, k, v, t, u, mask, scale, bias, index, causal, dropout, seed)
+        out_head, lse_head = out.flatten(0, 1)[index], lse.flatten(0, 1)[index]
+        for start, stop, keys in head.blocks():
+            s = head.scores(start, stop, keys)
+            top = s.amax(1)
+            p = _weights(s, top)
+            total = p.sum(1)
+            lse_head[start:stop] = top + total.log()
+            total = total.masked_fill_(total == 0, 1)
+            if dropout > 0:
+                p *= head.dropped(p, start)
+            out_head[start:stop] = (p @ head.v[:keys]).div_(total.unsqueeze(1))
+    return out, lse
+
+
+def backward(
+    q: Tensor, k: Tensor, v: Tensor, t: Tensor | None, u: Tensor | None, buckets: Tensor | None, mask: Tensor | None,
+    seed: Tensor | None, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, grid: list[int], scale: float,
+    causal: bool, dropout: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """(dq, dk, dv, dt, du): see `ops.disentangled_backward`."""
+    batch, heads, *_ = q.shape
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dt = None if t is None else t.new_empty(t.shape)
+    du = None if u is None else u.new_empty(u.shape)
+    bias = _bias(q, buckets, grid)
+    for index in range(batch * heads):
+        b, h = divmod(index, heads)
+        head = _Head(q, k, v, t, u, mask, scale, bias, index, causal, dropout, seed)
+        dk_head, dv_head = torch.zeros_like(head.k), torch.zeros_like(head.v)
+        dt_head = None if head.t is None else torch.empty_like(head.t)
+        du_head = None if head.u is None else torch.zeros_like(head.u)
+        dout_head = dout[b, h].to(head.q.dtype)
+        delta = (dout_head * out[b, h]).sum(1)
+        if dlse is not None:
+            delta = delta - dlse[b, h]
+        for start, stop, keys in head.blocks():
+            do = dout_head[start:stop]
+            p = _weights(head.scores(start, stop, keys), lse[b, h, start:stop])
+            dp = do @ head.v[:keys].mT
+            if dropout > 0:
+                kept = head.dropped(p, start)
+                dp *= kept
+                dv_head[:keys].addmm_((p * kept).mT, do)
+            else:
+                dv_head[:keys].addmm_(p.mT, do)
+            ds = dp.sub_(delta[start:stop, None]).mul_(p)
+            dq[b, h, start:stop] = (ds @ head.k[:keys]).mul_(scale)
+            dk_head[:keys].addmm_(ds.mT, head.q[start:stop])
+            bias.take(
+                ds,
+                None if dt_head is None else dt_head[start:stop],
+                None if du_head is None else du_head[:, :keys],
+                start,
+            )
+        if head.padded is not None:
+            dk_head, dv_head = (x.masked_fill_(head.padded[:, None], 0) for x in (dk_head, dv_head))
+        dk[b, h], dv[b, h] = dk_head, dv_head
+        if dt is not None and dt_head is not None:
+            dt[b, h] = dt_head.mul_(scale)
+        if du is not None and du_head is not None:
+            du[b, h] = du_head.mT * scale
+    return dq, dk, dv, dt, du

@@ -3,7 +3,7 @@
 Every implementation gets the same voxels and weights, and its output is checked before it is timed. What cannot run
 here is skipped.
 
-    python benchmarks/bench_patch_embed.py --write     # measure the CPU paths again: configs/patch_embed.json
+    python benchmarks/bench_patch_embed.py --write     # measure the paths on this device: configs/patch_embed.json
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor
 import medformer_kernels
 from measuring import DEVICE, cpu_peak_memory_mib, environment, peak_memory_mib
 from medformer_kernels import hu_window, patch_embed, patch_embed_choice
+from medformer_kernels.patch_embed import ops
 
 ON_GPU = DEVICE.type == "cuda"
 DTYPES = (torch.bfloat16,) if ON_GPU else (torch.float32, torch.bfloat16)
@@ -294,7 +295,7 @@ def bench_patch_embed_raw_memory(timed, implementation, dtype):
     timed(lambda: None, shape=f"int16 {RAW}", peak_mib=round(peak, 1), beyond_tokens_mib=round(peak - tokens, 1))
 
 
-# What the CPU paths are measured on for `choice`: channels and taps decide, width and tokens follow.
+# What the paths are measured on for `choice`: channels and taps decide, width and tokens follow.
 LATTICE = [
     Shape(channels, width, kernel, stride, (size,) * dims)
     for dims, channels, kernel, stride, width, size in [
@@ -312,7 +313,8 @@ LATTICE = [
 
 def measure_paths(seconds: float = 0.7) -> dict[str, list[dict]]:
     """Milliseconds of each path, forward and forward with backward, norm included: the least of interleaved rounds."""
-    table: dict[str, list[dict]] = {"float32": [], "bfloat16": []}
+    table: dict[str, list[dict]] = {}
+    place = ops.device_name(torch.empty(0, device=DEVICE))
     for shape, dtype in itertools.product(LATTICE, (torch.float32, torch.bfloat16)):
         tiles = shape.kernel == shape.stride
         entry = {
@@ -320,25 +322,29 @@ def measure_paths(seconds: float = 0.7) -> dict[str, list[dict]]:
             "tokens": math.prod(shape.grid), "tiles": tiles,
         }  # fmt: skip
         x, w = make(shape, dtype)
-        dtokens = torch.randn(shape.batch, math.prod(shape.grid), shape.width).to(dtype)
+        dtokens = torch.randn(shape.batch, math.prod(shape.grid), shape.width).to(DEVICE, dtype)
         for name in ("ms", "step_ms"):
             weights = Weights(*(row.requires_grad_(name == "step_ms") for row in w))
-            best = dict.fromkeys(("conv", "conv_channels_last", "matmul" if tiles else "im2col"), math.inf)
+            paths = ("conv", "conv_channels_last", "matmul" if tiles else "im2col", *(("fused",) if ON_GPU else ()))
+            best = dict.fromkeys(paths, math.inf)
             began = time.perf_counter()
             for rounds in itertools.count():
                 for path in best:
+                    chosen = {"backend": "triton"} if path == "fused" else {"path": path}
                     start = time.perf_counter()
                     tokens = patch_embed(
                         x, weights.weight, weights.bias, stride=shape.stride, padding=shape.padding, norm="layer",
-                        norm_weight=weights.norm_weight, norm_bias=weights.norm_bias, path=path,
+                        norm_weight=weights.norm_weight, norm_bias=weights.norm_bias, **chosen,
                     )  # fmt: skip
                     if name == "step_ms":
                         torch.autograd.grad(tokens, list(weights), dtokens)
+                    if ON_GPU:
+                        torch.cuda.synchronize()
                     best[path] = min(best[path], time.perf_counter() - start)
                 if rounds >= 3 and time.perf_counter() - began > seconds:
                     break
             entry[name] = {path: round(s * 1e3, 2) for path, s in best.items()}
-        table[str(dtype)[6:]].append(entry)
+        table.setdefault(f"{place} {str(dtype)[6:]}", []).append(entry)
         print(shape, dtype, entry["ms"], entry["step_ms"], flush=True)
     return table
 
@@ -351,7 +357,8 @@ def main() -> None:
     measured = measure_paths()
     path = Path(medformer_kernels.__file__).parent / "configs" / "patch_embed.json"
     if arguments.write:
-        tables = json.loads(path.read_text()) | {"cpu_paths": measured}
+        tables = json.loads(path.read_text())
+        tables["paths"] |= measured
         path.write_text(dump(tables))
 
 

@@ -1,6 +1,6 @@
 """Run everything that needs a GPU, in one go, and write dated results.
 
-    python benchmarks/prove_on_gpu.py                 # gpu tests, then all benchmarks
+    python benchmarks/prove_on_gpu.py                 # tests of the kernels, then all benchmarks
     python benchmarks/prove_on_gpu.py -k performer    # one family
 
 Writes benchmarks/results/<date>-<gpu>.json and .md. Needs only torch, triton, numpy, einops and pytest; peers that are
@@ -43,7 +43,7 @@ def markdown(date: str, tests: str, benchmarks: list[dict], command: str) -> str
     """The results as a page: where, with what, then a row a benchmark."""
     first = benchmarks[0]["extra_info"] if benchmarks else {}
     where = ", ".join(f"{key} {first[key]}" for key in ("hardware", "python", "torch", "triton") if key in first)
-    lines = [f"# {date}: {where}", "", f"`{command}`. GPU tests: {tests}", ""]
+    lines = [f"# {date}: {where}", "", f"`{command}`. Tests of the kernels: {tests}", ""]
     lines += ["| benchmark | shape | median ms | min ms | peak MiB | share of floor |", "|---|---|---|---|---|---|"]
     for item in sorted(benchmarks, key=lambda item: item["name"]):
         info, stats = item["extra_info"], item["stats"]
@@ -62,8 +62,10 @@ def main() -> int:
         print("prove_on_gpu: torch sees no GPU here; on a CPU run pytest benchmarks --benchmark-only", file=sys.stderr)
         return 2
     select = ["-k", arguments.k] if arguments.k else []
-    tests = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob("test_*_gpu.py"))]
-    tests_code, summary = pytest("-m", "gpu", "-q", *tests, *select)
+    families = [path.name for path in (ROOT / "kernels" / "medformer_kernels").iterdir() if (path / "ops.py").exists()]
+    tests = [str(path.relative_to(ROOT)) for name in families for path in (ROOT / "tests").glob(f"test_{name}*.py")]
+    # All tests of the kernels: what the interpreter runs without a GPU is compiled on one.
+    tests_code, summary = pytest("-q", "-p", "no:cacheprovider", *sorted(tests), "tests/test_attention.py", *select)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "benchmarks.json"
         benchmarks_code, _ = pytest("benchmarks", "--benchmark-only", f"--benchmark-json={report}", "-q", *select)

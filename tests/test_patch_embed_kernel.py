@@ -27,7 +27,8 @@ from medformer_kernels import (
     token_grid,
     z_score,
 )
-from medformer_kernels.patch_embed import ops, paths
+from medformer_kernels.patch_embed import choice, ops, paths
+from medformer_kernels.patch_embed.geometry import resolve
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("torch", "triton")
@@ -466,6 +467,27 @@ def test_choice_knows_tiles_training_and_layout():
     assert patch_embed_choice(x, weight.requires_grad_(), stride=2, padding=1).reason != forward.reason
     last = x.contiguous(memory_format=torch.channels_last_3d)
     assert patch_embed_choice(last, weight, stride=2, padding=1).path == "conv_channels_last"
+
+
+def test_choice_takes_the_kernel_where_it_was_measured_faster_and_never_against_a_wish(monkeypatch):
+    geometry = resolve((24, 24, 24), 3, stride=2, padding=1)
+    entry = {"channels": 64, "taps": 27, "width": 128, "tokens": 1728, "tiles": False}
+    times = {"conv": 2.0, "conv_channels_last": 3.0, "im2col": 4.0}
+    table = [entry | {"ms": times | {"fused": 1.0}, "step_ms": times | {"fused": 9.0}}]
+    monkeypatch.setattr(choice, "load_configs", lambda family: {"paths": {"sm_90 bfloat16": table}})
+    shape = {"channels": 64, "width": 128, "dtype": torch.bfloat16}
+
+    def path(backend: str, *, device: str = "sm_90", raw: bool = False, training: bool = False) -> str:
+        return choice.choose.__wrapped__(
+            geometry, **shape, raw=raw, device=device, backend=backend, training=training
+        ).path  # fmt: skip
+
+    assert path("auto") == "fused"
+    assert path("auto", training=True) == "conv"
+    assert path("auto", training=True, raw=True) == "fused"
+    assert path("torch") == "conv"
+    assert path("triton", training=True) == "fused"
+    assert path("auto", device="sm_80") == "fused"  # not measured
 
 
 def test_cover_sees_every_voxel_and_drop_does_not():

@@ -51,6 +51,7 @@ def cases(*, widths: tuple[int, ...] = WIDTHS, size: int = 128) -> Iterator[Case
             yield case(width, dtype, "channels last", 64, 3, 2)
             if width == max(WIDTHS):
                 yield case(1024, dtype, "channels first", 1, 16, 8)
+                yield case(1536, dtype, "channels last", 128, 3, 2)
 
 
 def floors() -> Iterator[Floor]:

@@ -145,18 +145,19 @@ def patch_embed_choice(
     raw = bool(flat) or not x.is_floating_point()
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else weight.dtype
     return choose(
-        geometry, channels=weight.shape[1], width=weight.shape[0], dtype=dtype, raw=raw, device=x.device.type,
+        geometry, channels=weight.shape[1], width=weight.shape[0], dtype=dtype, raw=raw, device=ops.device_name(x),
         backend=backend, training=weight.requires_grad and torch.is_grad_enabled(), channels_last=_last(x),
     )  # fmt: skip
 
 
 def _path(geometry: Geometry, backend: str, x: Tensor, weight: Tensor, windowed: bool, training: bool) -> str:
     """As `choose`, but in a compiled graph the measured choice is left to the operator, where sizes are numbers."""
-    if backend == "torch" and x.device.type == "cpu" and torch.compiler.is_compiling():
-        return "measured"
+    raw = windowed or not x.is_floating_point()
+    if torch.compiler.is_compiling() and backend != "triton" and not (raw and backend == "auto"):
+        return "measured" if backend == "auto" or x.device.type == "cpu" else "conv"
     return choose(
-        geometry, channels=weight.shape[1], width=weight.shape[0], dtype=weight.dtype, device=x.device.type,
-        raw=windowed or not x.is_floating_point(), backend=backend, training=training, channels_last=_last(x),
+        geometry, channels=weight.shape[1], width=weight.shape[0], dtype=weight.dtype, device=ops.device_name(x),
+        raw=raw, backend=backend, training=training, channels_last=_last(x),
     ).path  # fmt: skip
 
 
@@ -243,7 +244,7 @@ def _prepare(
     backend: str,
     path: str | None,
 ) -> tuple[Tensor, Geometry, list[float], str]:
-    """Checked: (x, geometry, window coefficients, resolved backend)."""
+    """Checked: (x, geometry, window coefficients, backend: 'auto' where both could run and none was asked for)."""
 
     def fail(message: str) -> None:
         raise ValueError(f"{function}: {message}")
@@ -286,7 +287,8 @@ def _prepare(
     like = weight if raw else x
     if torch.is_autocast_enabled(x.device.type):
         like = like.new_empty(0, dtype=torch.get_autocast_dtype(x.device.type))
-    return x, geometry, flat, resolve_backend(function, backend, like)
+    resolved = resolve_backend(function, backend, like)
+    return x, geometry, flat, "auto" if backend == "auto" and resolved == "triton" else resolved
 
 
 def _check_rows(

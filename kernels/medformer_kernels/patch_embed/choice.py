@@ -1,9 +1,10 @@
 """Which path computes a patch embedding, and why: by measurements shipped in configs/patch_embed.json.
 
-On a CPU none of convolution, channels-last convolution and gathering + matrix product is the fastest everywhere. The
-table holds the times of each over a lattice of shapes, forward alone and forward with backward; a new shape takes the
-winner of the nearest one, near in the logarithms of channels, taps, width and tokens. Patches that tile the volume
-have entries of their own, where gathering is a reshape. A volume that lies channels last stays so.
+Nothing is the fastest everywhere, not even on one device: convolution in either layout, gathering + matrix product,
+the Triton kernel on a GPU. For each device and dtype that was measured (`python benchmarks/bench_patch_embed.py
+--write`) the table holds the times of each over a lattice of shapes, forward alone and forward with backward; a new
+shape takes the winner of the nearest one, near in the logarithms of channels, taps, width and tokens. Patches that
+tile the volume have entries of their own, where gathering is a reshape. A volume that lies channels last stays so.
 """
 
 from __future__ import annotations
@@ -40,35 +41,37 @@ def choose(
     training: bool = False,
     channels_last: bool = False,
 ) -> Choice:
-    """`backend` as resolved; `raw`: voxels are windowed on load; `training`: a backward pass follows."""
+    """`device` is 'cpu' or the name of a GPU's architecture; `backend` 'triton', 'torch' or 'auto': either of them.
+
+    `raw`: voxels are windowed on load; `training`: a backward pass follows.
+    """
     if backend == "triton":
-        if geometry.tiles and not raw and device != "cpu":
-            return Choice("matmul", "kernel equals stride: one matrix product")
-        return Choice("fused", "the Triton kernel; no GPU measurement against the library is shipped yet")
-    if device != "cpu":
-        path = "matmul" if geometry.tiles else "conv"
-        return Choice(path, f"no measurement is shipped for torch on {device}")
-    taps = math.prod(geometry.kernel)
-    times, at = _nearest(dtype, geometry.tiles, training, channels, taps, width, geometry.tokens)
+        return Choice("fused", "backend='triton' was asked for")
+    if backend == "auto" and raw:
+        return Choice("fused", "the Triton kernel alone windows voxels on load")
+    table = load_configs("patch_embed")["paths"].get(f"{device} {'bfloat16' if dtype.itemsize == 2 else 'float32'}")
+    if table is None:
+        path = "matmul" if geometry.tiles else "fused" if backend == "auto" else "conv"
+        return Choice(path, f"nothing was measured on {device}")
+    entry = _nearest(table, geometry.tiles, channels, math.prod(geometry.kernel), width, geometry.tokens)
+    times = {
+        path: ms for path, ms in entry["step_ms" if training else "ms"].items() if path != "fused" or backend == "auto"
+    }
     path = min(times, key=lambda name: times[name])
     if channels_last and path == "conv":
         path = "conv_channels_last"
+    at = tuple(entry[name] for name in _SHAPE)
     shown = ", ".join(f"{name} {ms:g} ms" for name, ms in sorted(times.items(), key=lambda item: item[1]))
     return Choice(path, f"nearest measured shape (channels, taps, width, tokens) = {at}: {shown}")
 
 
-def _nearest(
-    dtype: torch.dtype, tiles: bool, training: bool, channels: int, taps: int, width: int, tokens: int
-) -> tuple[dict[str, float], tuple[int, int, int, int]]:
-    table = load_configs("patch_embed")["cpu_paths"]["bfloat16" if dtype.itemsize == 2 else "float32"]
+_SHAPE = ("channels", "taps", "width", "tokens")
 
+
+def _nearest(table: list[dict], tiles: bool, *wanted: int) -> dict:
     def distance(entry: dict) -> float:
-        shape = (entry["channels"], entry["taps"], entry["width"], entry["tokens"])
         # width and tokens scale all paths nearly alike; channels and taps decide
         weights = (1.0, 1.0, 0.5, 0.25)
-        wanted = (channels, taps, width, tokens)
-        return sum(w * abs(math.log2(a / b)) for w, a, b in zip(weights, shape, wanted, strict=True))
+        return sum(w * abs(math.log2(a / entry[b])) for w, a, b in zip(weights, wanted, _SHAPE, strict=True))
 
-    entry = min((entry for entry in table if entry["tiles"] == tiles), key=distance)
-    at = (entry["channels"], entry["taps"], entry["width"], entry["tokens"])
-    return entry["step_ms" if training else "ms"], at
+    return min((entry for entry in table if entry["tiles"] == tiles), key=distance)

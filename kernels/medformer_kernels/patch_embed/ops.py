@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from medformer_kernels._dispatch import chip_of, resolve_backend
 from medformer_kernels.patch_embed import paths
 from medformer_kernels.patch_embed.choice import choose
 from medformer_kernels.patch_embed.geometry import Geometry
@@ -26,14 +27,20 @@ def _implementation(path: str):
     return fused
 
 
+def device_name(x: Tensor) -> str:
+    """What the measurements call the device of `x`: 'cpu', 'sm_90', ..."""
+    return chip_of(x).arch if x.is_cuda else x.device.type
+
+
 def resolved(path: str, weight: Tensor, geometry: Geometry) -> str:
     """'measured' to the path that the measurements choose: here, where sizes are numbers even in a compiled graph."""
     if path != "measured":
         return path
     width, channels = weight.shape[:2]
+    backend = resolve_backend("patch_embed", "auto", weight)
     return choose(
-        geometry, channels=channels, width=width, dtype=weight.dtype, raw=False, device=weight.device.type,
-        backend="torch",
+        geometry, channels=channels, width=width, dtype=weight.dtype, raw=False, device=device_name(weight),
+        backend="auto" if backend == "triton" else "torch",
     ).path  # fmt: skip
 
 

@@ -109,8 +109,8 @@ def _prepare(
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
             raise ValueError(
-                f"{function}: seed is {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}; a tensor must be int64 "
-                f"of one element on {x.device}"
+                f"{function}: seed is {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}; a tensor must be "
+                f"int64 of one element on {x.device}"
             )
         return x, weights, seed.reshape(())
     if seed is None:

@@ -2,7 +2,8 @@
 
 h(u) is a bijection of 32-bit numbers (Wellons 2018, "lowbias32"). With the key of a branch,
 k = h(low(seed) ^ h(high(seed) + branch)), and of a sequence, k_s = h(k + s), its element e is dropped where
-h(k_s ^ h(e + 1)) < p 2^32, the whole sequence where h(k_s ^ h(0)) is below. What is dropped depends on nothing else: not on tiles, chunks or threads.
+h(k_s ^ h(e + 1)) < p 2^32, the whole sequence where h(k_s ^ h(0)) is below (both in steps of 2). What is dropped depends
+on nothing else: not on tiles, chunks or threads.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ _LOW = 0xFFFFFFFF
 
 
 def threshold(p: float) -> int:
-    """The 32-bit hashes below it are dropped."""
-    return min(round(p * 2**32), _LOW)
+    """The hashes whose upper 31 bits are below it are dropped."""
+    return min(round(p * 2**31), 2**31 - 1)
 
 
 def factor(
@@ -35,10 +36,10 @@ def factor(
     result = torch.ones((), device=device)
     if drop_path:
         whole = _hash(keys ^ _hash(torch.zeros_like(seed)))
-        result = result * ((whole >= threshold(drop_path)) / (1.0 - drop_path))
+        result = result * ((whole >> 1 >= threshold(drop_path)) / (1.0 - drop_path))
     if dropout:
         places = torch.arange(1, tokens * width + 1, device=device).view(1, tokens, width)
-        result = result * ((_hash(keys ^ _hash(places)) >= threshold(dropout)) / (1.0 - dropout))
+        result = result * ((_hash(keys ^ _hash(places)) >> 1 >= threshold(dropout)) / (1.0 - dropout))
     return result
 
 

@@ -8,6 +8,7 @@ the difference; the direction from tile to tile is the CSA header's SliceNormalV
 from __future__ import annotations
 
 import math
+import struct
 import warnings
 from dataclasses import dataclass
 
@@ -39,7 +40,7 @@ def mosaic_places(ds: Dataset, name: str) -> MosaicPlaces:
         header = csareader.get_csa_header(ds, "image")
         count = None if header is None else csareader.get_n_mosaic(header)
         normal = None if header is None else csareader.get_slice_normal(header)
-    except (csareader.CSAReadError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (csareader.CSAReadError, struct.error, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ScanError(f"{name}: Siemens mosaic whose CSA header does not parse; export the slices again") from error
     if not count or normal is None:
         raise ScanError(

@@ -183,7 +183,7 @@ def _modality_table(ds: FileDataset, array: np.ndarray, signed: bool, name: str)
     data = item.LUTData
     if isinstance(data, bytes):
         little = ds.original_encoding[1] is not False
-        wide = len(data) >= 2 * entries
+        wide = bits > 8 or len(data) >= 2 * entries
         data = np.frombuffer(data, ("<u2" if little else ">u2") if wide else "u1")
     values = np.atleast_1d(np.asarray(data)).astype(np.int64)
     if not 1 <= bits <= 16 or len(values) < entries:

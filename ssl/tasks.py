@@ -26,7 +26,7 @@ from torch import Tensor
 from medformer.data import ScanError, Volume, find_scans, normalise, read_volume
 from runs import UserError
 
-__all__ = ["Task", "drop_leaks", "few_shots", "fraction", "hashes_of", "read_task", "source_hash"]
+__all__ = ["Task", "drop_leaks", "few_shots", "fraction", "hashes_of", "read_task", "resize", "source_hash"]
 
 _SPLITS = ("train", "val", "test")
 _SPLIT = "U6"  # "leaked" is the longest
@@ -99,10 +99,10 @@ def read_task(path: Path, dims: int, size: tuple[int, ...] | None, seed: int, pr
         raise UserError(f"--task {path}: images of {len(shapes)} sizes; give --size, to which all are resized", 2)
     if size is not None and len(size) != dims:
         raise UserError(f"--size {size} must have the {dims} axes of the checkpoint's images", 2)
-    return task if size is None else replace(task, images=[_resize(image, size) for image in task.images])
+    return task if size is None else replace(task, images=[resize(image, size) for image in task.images])
 
 
-def _resize(image: Tensor, size: tuple[int, ...]) -> Tensor:
+def resize(image: Tensor, size: tuple[int, ...]) -> Tensor:
     if tuple(image.shape[1:]) == size:
         return image
     x = image[None].float()

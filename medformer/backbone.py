@@ -141,7 +141,8 @@ class Backbone(nn.Module):
         """
         depth = len(self.blocks)
         wanted = list(range(depth - layers, depth)) if isinstance(layers, int) else list(layers)
-        if not wanted or any(not -depth <= layer < depth for layer in wanted):
+        fits = 0 < layers <= depth if isinstance(layers, int) else all(-depth <= layer < depth for layer in wanted)
+        if not fits:
             raise IndexError(f"Backbone.get_intermediate_layers: layers={layers} must name some of {depth} blocks")
         return self._intermediate(x, [layer % depth for layer in wanted], mask, key_padding_mask, norm=norm)
 

@@ -1,13 +1,14 @@
 """Adds the tables of `tables` to a block of scores, and takes their gradients from it: no index of N x N, no atomics.
 
-A block is some query rows of one head against keys 0..n. `t` is (rows, columns) of those queries, `u` (columns, S) of
-the keys, columns as in `tables`.
+A block is some query rows of one head against keys 0..n. `t` is (rows, columns) of those queries, `u` of all keys:
+(S, buckets) or (columns of the grid, S), as each reads it best.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ class NoBias:
     """Content and absolute positions only."""
 
     queries: int
+    columns_first: ClassVar[bool] = False
+    """Whether `u` is (columns, S)."""
 
     def blocks(self, rows: int) -> Iterator[tuple[int, int]]:
         """Query rows that are done together, about `rows` of them."""
@@ -41,30 +44,57 @@ class NoBias:
 
 @dataclass(frozen=True, kw_only=True)
 class BucketBias(NoBias):
-    """bias(i, j) = T[i, buckets[i - j + S - 1]] + U[j, buckets[i - j + S - 1]]."""
+    """bias(i, j) = T[i, buckets[i - j + S - 1]] + U[j, buckets[i - j + S - 1]].
+
+    Far keys, whose distances all lie in the first or the last run of equal buckets, take one column of the tables.
+    """
 
     buckets: Tensor
     """(N + S - 1,) int64"""
+    first_run: int
+    """Equal entries at the start of `buckets`."""
+    last_run: int
 
-    def _index(self, s: Tensor, start: int) -> Tensor:
+    @classmethod
+    def of(cls, queries: int, buckets: Tensor) -> BucketBias:
+        changes = (buckets[1:] != buckets[:-1]).nonzero().flatten()
+        first, last = len(buckets), len(buckets)
+        if len(changes):
+            first, last = int(changes[0]) + 1, len(buckets) - 1 - int(changes[-1])
+        return cls(queries=queries, buckets=buckets, first_run=first, last_run=last)
+
+    def _parts(self, s: Tensor, start: int) -> tuple[int, int, int, int, Tensor]:
+        """(keys before the middle, keys up to its end, the bucket before, the bucket behind, index (rows, middle))."""
         rows, keys = s.shape
+        all_keys = len(self.buckets) + 1 - self.queries
+        low = min(keys, max(0, start - self.queries + self.last_run + 1))
+        high = min(keys, max(low, start + rows + all_keys - 1 - self.first_run))
         # Row r holds distances start + r - j, which fall with j.
-        falling = self.buckets.flip(0).unfold(0, keys, 1)
-        return falling[self.queries - start - rows : self.queries - start].flip(0)
+        falling = self.buckets.flip(0).unfold(0, all_keys, 1)[self.queries - start - rows : self.queries - start]
+        return low, high, int(self.buckets[-1]), int(self.buckets[0]), falling[:, low:high].flip(0)
 
     def add(self, s: Tensor, t: Tensor | None, u: Tensor | None, start: int) -> None:
-        index = self._index(s, start)
+        low, high, before, behind, index = self._parts(s, start)
         if t is not None:
-            s += t.gather(1, index)
+            s[:, :low] += t[:, before, None]
+            s[:, low:high] += t.gather(1, index)
+            s[:, high:] += t[:, behind, None]
         if u is not None:
-            s += u.gather(0, index)
+            s[:, :low] += u[:low, before]
+            s[:, low:high] += u[low:high].gather(1, index.mT.contiguous()).mT  # along rows of u: twice as fast
+            s[:, high:] += u[high : s.shape[1], behind]
 
     def take(self, ds: Tensor, dt: Tensor | None, du: Tensor | None, start: int) -> None:
-        index = self._index(ds, start)
+        low, high, before, behind, index = self._parts(ds, start)
+        middle = ds[:, low:high]
         if dt is not None:
-            dt.zero_().scatter_add_(1, index, ds)
+            dt.zero_().scatter_add_(1, index, middle)
+            dt[:, before] += ds[:, :low].sum(1)
+            dt[:, behind] += ds[:, high:].sum(1)
         if du is not None:
-            du.scatter_add_(0, index, ds)
+            du[low:high].scatter_add_(1, index.mT, middle.mT)
+            du[:low, before] += ds[:, :low].sum(0)
+            du[high : ds.shape[1], behind] += ds[:, high:].sum(0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +102,7 @@ class GridBias(NoBias):
     """Sums over an axis or broadcasts along it, for whole rows of x (or part of one)."""
 
     grid: Grid
+    columns_first: ClassVar[bool] = True
 
     def blocks(self, rows: int) -> Iterator[tuple[int, int]]:
         p, width = self.grid.prefix, self.grid.size[2]

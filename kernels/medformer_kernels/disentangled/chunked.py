@@ -23,7 +23,7 @@ _BLOCK = 1 << 18
 
 def _bias(q: Tensor, buckets: Tensor | None, grid: list[int]) -> NoBias:
     if buckets is not None:
-        return BucketBias(queries=q.shape[2], buckets=buckets.long())
+        return BucketBias.of(q.shape[2], buckets.long())
     if grid:
         prefix, gz, gy, gx = grid
         return GridBias(queries=q.shape[2], grid=Grid(size=(gz, gy, gx), prefix=prefix))
@@ -31,7 +31,7 @@ def _bias(q: Tensor, buckets: Tensor | None, grid: list[int]) -> NoBias:
 
 
 class _Head:
-    """One head of the inputs in the dtype of the sums, the scale folded in, and its blocks."""
+    """One head of the inputs in the dtype of the sums, and its blocks."""
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, t: Tensor | None, u: Tensor | None, mask: Tensor | None, scale: float,
@@ -40,13 +40,15 @@ class _Head:
         b, h = divmod(index, q.shape[1])
         exact = torch.promote_types(q.dtype, torch.float32)
         self.bias, self.index, self.causal, self.dropout, self.seed = bias, index, causal, dropout, seed
-        self.q, self.k, self.v = q[b, h].to(exact) * scale, k[b, h].to(exact), v[b, h].to(exact)
-        self.t = None if t is None else t[b, h].to(exact) * scale
-        self.u = None if u is None else (u[b, h].to(exact) * scale).mT.contiguous()
+        self.scale = scale
+        self.q, self.k, self.v = q[b, h].to(exact), k[b, h].to(exact), v[b, h].to(exact)
+        self.t, self.u = (None if x is None else x[b, h].to(exact) for x in (t, u))
         self.padded = None if mask is None else ~mask[b]
         if self.padded is not None:
             self.k, self.v = (x.masked_fill(self.padded[:, None], 0) for x in (self.k, self.v))
-            self.u = None if self.u is None else self.u.masked_fill(self.padded, 0)
+            self.u = None if self.u is None else self.u.masked_fill(self.padded[:, None], 0)
+        if self.u is not None and bias.columns_first:
+            self.u = self.u.mT.contiguous()
 
     def blocks(self) -> Iterator[tuple[int, int, int]]:
         """(first query, last query + 1, keys)."""
@@ -57,9 +59,8 @@ class _Head:
     def scores(self, start: int, stop: int, keys: int) -> Tensor:
         """Scores of the block, -inf where no key may be read."""
         s = self.q[start:stop] @ self.k[:keys].mT
-        self.bias.add(
-            s, None if self.t is None else self.t[start:stop], None if self.u is None else self.u[:, :keys], start
-        )
+        self.bias.add(s, None if self.t is None else self.t[start:stop], self.u, start)
+        s *= self.scale
         if self.causal:
             i, j = (torch.arange(a, b, device=s.device) for a, b in ((start, stop), (0, keys)))
             s.masked_fill_(j > i[:, None], -math.inf)
@@ -136,20 +137,15 @@ def backward(
                 dv_head[:keys].addmm_((p * kept).mT, do)
             else:
                 dv_head[:keys].addmm_(p.mT, do)
-            ds = dp.sub_(delta[start:stop, None]).mul_(p)
-            dq[b, h, start:stop] = (ds @ head.k[:keys]).mul_(scale)
+            ds = dp.sub_(delta[start:stop, None]).mul_(p).mul_(scale)
+            dq[b, h, start:stop] = ds @ head.k[:keys]
             dk_head[:keys].addmm_(ds.mT, head.q[start:stop])
-            bias.take(
-                ds,
-                None if dt_head is None else dt_head[start:stop],
-                None if du_head is None else du_head[:, :keys],
-                start,
-            )
+            bias.take(ds, None if dt_head is None else dt_head[start:stop], du_head, start)
         if head.padded is not None:
             dk_head, dv_head = (x.masked_fill_(head.padded[:, None], 0) for x in (dk_head, dv_head))
         dk[b, h], dv[b, h] = dk_head, dv_head
         if dt is not None and dt_head is not None:
-            dt[b, h] = dt_head.mul_(scale)
+            dt[b, h] = dt_head
         if du is not None and du_head is not None:
-            du[b, h] = du_head.mT * scale
+            du[b, h] = du_head.mT if bias.columns_first else du_head
     return dq, dk, dv, dt, du

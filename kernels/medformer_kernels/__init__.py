@@ -1,5 +1,12 @@
 """Fused Triton kernels for long sequences of tokens, each with a plain PyTorch reference beside it."""
 
+from medformer_kernels.disentangled import (
+    axis_expansion,
+    disentangled_attention,
+    disentangled_attention_reference,
+    disentangled_maps,
+    log_buckets,
+)
 from medformer_kernels.nystrom import (
     nystrom_attention,
     nystrom_attention_reference,
@@ -36,8 +43,13 @@ __all__ = [
     "PerformerState",
     "Window",
     "approximation_error",
+    "axis_expansion",
     "default_num_features",
+    "disentangled_attention",
+    "disentangled_attention_reference",
+    "disentangled_maps",
     "hu_window",
+    "log_buckets",
     "nystrom_attention",
     "nystrom_attention_reference",
     "nystrom_pinv",

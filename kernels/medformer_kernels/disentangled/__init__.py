@@ -22,6 +22,7 @@ from torch import Tensor
 from medformer_kernels._dispatch import resolve_backend
 from medformer_kernels.disentangled.arguments import Call, prepare
 from medformer_kernels.disentangled.buckets import axis_expansion, axis_rows, log_buckets
+from medformer_kernels.disentangled.maps import Maps, maps
 from medformer_kernels.disentangled.ops import disentangled_forward
 from medformer_kernels.disentangled.reference import reference
 from medformer_kernels.disentangled.tables import operands
@@ -34,10 +35,12 @@ if TYPE_CHECKING:
 __all__ = [
     "DEFAULT_TERMS",
     "TERMS",
+    "Maps",
     "axis_expansion",
     "axis_rows",
     "disentangled_attention",
     "disentangled_attention_reference",
+    "disentangled_maps",
     "log_buckets",
 ]
 
@@ -143,6 +146,25 @@ def disentangled_attention_reference(
         for call in calls
     ]  # fmt: skip
     return torch.cat(outs, 2)
+
+
+def disentangled_maps(
+    q: Float[Tensor, "B H N D"], k: Float[Tensor, "B H S D"], *, queries: Int[Tensor, " Q"], **arguments
+) -> Maps:
+    """Attention of chosen queries, and what each term adds to it; takes the arguments of `disentangled_attention`.
+
+    Raises:
+        ValueError: an argument does not fit, a query is no token, or the batch is packed (take one document).
+    """
+    arguments = {name: x for name, x in arguments.items() if name not in ("dropout", "seed", "backend")}
+    calls = prepare("disentangled_maps", q, k, k, **_DEFAULTS | arguments)
+    if len(calls) > 1:
+        raise ValueError(f"disentangled_maps: the batch packs {len(calls)} documents; pass one of them at a time")
+    tokens = q.shape[2]
+    if queries.ndim != 1 or queries.is_floating_point() or ((queries < 0) | (queries >= tokens)).any():
+        raise ValueError(f"disentangled_maps: queries={queries} must be whole numbers (Q,) from 0 to {tokens - 1}")
+    with torch.autocast(q.device.type, enabled=False):
+        return maps(calls[0], queries)
 
 
 _DEFAULTS = {

@@ -235,3 +235,9 @@ def attention_picture(
         "the class token, last block, mean of heads", color="#bbbbbb", ha="center", fontsize=9,
     )  # fmt: skip
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110, facecolor="black"))
+
+
+if __name__ == "__main__":  # python ssl/report.py CHECKPOINT SCAN...
+    import page
+
+    sys.exit(page.main())

@@ -1,0 +1,400 @@
+"""The page: what is packed into it, what a browser draws from it, and the server that takes scans."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import http.client
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+
+import drop
+import medformer
+import page
+from medformer.data import make_phantom, read_volume, write_dicom_series
+from runs import UserError
+
+SHAPE = (24, 32, 40)
+BALL = (16, 10, 28)  # zyx, off every middle, so that a mirrored picture is a wrong one
+
+
+def a_model(**changes: Any) -> medformer.Backbone:
+    torch.manual_seed(0)
+    changes = {"width": 24, "depth": 2, "heads": 2, "patch_size": 8, "patch_stride": 4, "patch_padding": 2} | changes
+    return medformer.tiny_3d(**changes).eval()
+
+
+def unpacked(text: str, dtype: str) -> np.ndarray:
+    return np.frombuffer(gzip.decompress(base64.b64decode(text)), dtype)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with curves and a probe beside it, and two scans."""
+    root = tmp_path_factory.mktemp("page")
+    medformer.save(a_model(), root / "backbone.safetensors")
+    lines = [json.dumps({"step": i, "loss": 7 - i / 50, "lr": None if i == 3 else 1e-3}) for i in range(100)]
+    (root / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 100, "lo')
+    about = {"task": "<b>organs", "kind": "classes", "names": ["liver", "<img src=x>"], "last": 1, "pool": True,
+             "size": [16] * 3, "width": 24}  # fmt: skip
+    tensors = {"mean": torch.zeros(48), "spread": torch.ones(48), "weight": torch.randn(2, 48), "bias": torch.zeros(2)}
+    save_file(tensors, root / "probe.safetensors", metadata={"medformer_probe": json.dumps(about)})
+    zyx = np.stack(np.meshgrid(*[np.arange(n) for n in SHAPE], indexing="ij"))
+    ball = ((zyx - np.array(BALL)[:, None, None, None]) ** 2).sum(0) <= 9
+    (root / "cases").mkdir()
+    for name, place in (("scan.nii.gz", root), ("case1.nii", root / "cases"), ("case2.nii", root / "cases")):
+        noise = np.random.default_rng(len(name)).normal(100, 10, SHAPE)
+        voxels = (noise + 900 * ball).astype(np.int16)
+        nib.save(nib.Nifti1Image(voxels.T, np.diag([1.0, 1.0, 2.0, 1.0])), place / name)
+    return root
+
+
+def test_the_page_holds_what_the_model_says(folder: Path) -> None:
+    model = a_model()
+    volume = read_volume(folder / "scan.nii.gz")
+    scan = page.Viewer(model, folder / "backbone.safetensors").scan(volume, "scan")
+    voxels = unpacked(scan["voxels"], "<i2").reshape(scan["shape"]) * scan["slope"] + scan["middle"]
+    np.testing.assert_allclose(voxels, volume.voxels, atol=scan["slope"])
+    with torch.no_grad():
+        x = torch.from_numpy(medformer.data.normalise(volume))[None, None]
+        features, rows = model.forward_features(x), model.attention_map(x)[0].flatten(1)
+    assert tuple(scan["grid"]) == features.grid
+    head = unpacked(scan["heads"][1]["values"], "u1") / 255
+    low, high = (v / rows.shape[1] for v in scan["heads"][1]["range"])
+    np.testing.assert_allclose(low + head * (high - low), rows[1].clamp(max=high), atol=(high - low) / 400)
+    codes = unpacked(scan["tokens"], "i1").reshape(-1, scan["rank"]).astype(float)
+    tokens = F.normalize(features.patches[0].double(), dim=1)
+    assert np.abs(codes @ codes[7] * scan["scale"] - (tokens @ tokens[7]).numpy()).max() <= max(
+        0.03, 1.5 * scan["error"]
+    )
+    assert scan["error"] < 0.05
+
+
+@pytest.mark.parametrize("rank_for", [1000, 24])
+def test_compressed_tokens_keep_their_cosines(rank_for: int) -> None:
+    torch.manual_seed(0)
+    tokens = F.normalize(torch.randn(400, 8) @ torch.randn(8, 96) + 0.01 * torch.randn(400, 96), dim=1).double()
+    codes, scale, error, share = page.compress(tokens, 400 * rank_for)
+    kept = torch.from_numpy(codes).double() @ torch.from_numpy(codes).double().T * scale
+    assert codes.shape[1] == min(rank_for, 64)
+    assert (kept - tokens @ tokens.T).abs().max() < 0.06
+    assert error <= (kept - tokens @ tokens.T).abs().max() + 1e-12
+    assert 0.99 < share <= 1 + 1e-9
+
+
+def test_a_scan_of_128_cubed_fits_in_20_mb(tmp_path: Path) -> None:
+    """Noise, which packs worst; 32,768 tokens."""
+    voxels = np.random.default_rng(0).normal(0, 300, (128, 128, 128)).astype(np.int16)
+    nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / "large.nii")
+    viewer = page.Viewer(a_model(depth=1, num_features=64), tmp_path / "m.safetensors")
+    size = page.write_page(viewer, [tmp_path / "large.nii"], tmp_path / "page.html")
+    assert size == (tmp_path / "page.html").stat().st_size < 20e6
+    assert "128, 128, 128" in (tmp_path / "page.html").read_text()
+
+
+def test_larger_scans_are_averaged_by_whole_factors() -> None:
+    voxels = np.arange(4 * 6 * 10, dtype=np.float32).reshape(4, 6, 10)
+    small, factors = page.reduce(voxels, 60)
+    assert np.prod(small.shape) <= 60
+    assert small.shape == tuple(-(-n // f) for n, f in zip(voxels.shape, factors, strict=True))
+    z, y, x = factors
+    assert small[0, 0, 0] == pytest.approx(voxels[:z, :y, :x].mean())
+
+
+def test_nothing_in_the_page_asks_the_network(folder: Path) -> None:
+    viewer = page.Viewer(a_model(), folder / "backbone.safetensors")
+    text = page.render(viewer, [viewer.scan(read_volume(folder / "scan.nii.gz"), "</script><b>{{data}}")])
+    assert "http://" not in text
+    assert "https://" not in text
+    assert "default-src 'none'" in text
+    assert "connect-src 'none'" in text
+    assert text.count("</script>") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{root}/none.safetensors", "x"], "none.safetensors is not a file"),
+        (["{root}", "{root}/none.nii"], "none.nii: no such file or folder"),
+        (["{root}"], "give at least one scan, or --serve"),
+        (["{root}", "{root}/metrics.jsonl"], "metrics.jsonl"),
+        (["{root}", "{root}/scan.nii.gz", "--probe", "{root}/backbone.safetensors"], "not a probe.safetensors"),
+        (["{root}", "{root}/scan.nii.gz", "--nonsense"], "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert page.main([a.format(root=folder) for a in arguments] + ["--out", str(tmp_path / "p.html")]) in (1, 2)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not (tmp_path / "p.html").exists()
+
+
+# ---- the server ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[tuple[int, str]]:
+    """Port and key of a server that takes up to 1 MB."""
+    viewer = page.Viewer(a_model(), folder / "backbone.safetensors")
+    running = drop.make_server(viewer, [], 0, limit=10**6)
+    thread = threading.Thread(target=running.serve_forever, daemon=True)
+    thread.start()
+    port = running.server_address[1]
+    key = json.loads(ask(port, "GET", "/")[1].split('id="data">')[1].split("</script>")[0])["serve"]
+    yield port, key
+    running.shutdown()
+    running.server_close()
+    thread.join()
+
+
+def ask(port: int, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+    answer = connection.getresponse()
+    return answer.status, answer.read().decode()
+
+
+def test_the_server_takes_nifti_and_a_zip_of_dicom(folder: Path, server: tuple[int, str], tmp_path: Path) -> None:
+    port, key = server
+    body = (folder / "scan.nii.gz").read_bytes()
+    status, text = ask(port, "POST", "/scan", body, X_Medformer=key, X_Name="one.nii.gz")
+    assert status == 200
+    assert json.loads(text)["shape"] == list(SHAPE)
+    write_dicom_series(make_phantom(0, shape=(10, 24, 24)), tmp_path / "series")
+    body = Path(shutil.make_archive(str(tmp_path / "series"), "zip", tmp_path / "series")).read_bytes()
+    status, text = ask(port, "POST", "/scan", body, X_Medformer=key, X_Name="series.zip")
+    assert status == 200
+    assert json.loads(text)["shape"] == [10, 24, 24]
+    assert json.loads(text)["units"] == "HU"
+
+
+def test_the_server_refuses_what_is_bad_or_foreign(server: tuple[int, str], tmp_path: Path) -> None:
+    port, key = server
+    assert ask(port, "POST", "/scan", b"x", X_Medformer="guess", X_Name="a.nii")[0] == 403
+    assert ask(port, "GET", "/", Host=f"evil.example:{port}")[0] == 403
+    assert ask(port, "GET", "/etc/passwd")[0] == 404
+    assert ask(port, "POST", "/scan", b"MZ", X_Medformer=key, X_Name="a.exe")[0] == 415
+    many = str(10**6 + 1)
+    assert ask(port, "POST", "/scan", b"", X_Medformer=key, X_Name="a.nii", Content_Length=many)[0] == 413
+    status, text = ask(port, "POST", "/scan", b"no scan at all", X_Medformer=key, X_Name="..%2F..%2Fa.nii")
+    assert status == 422
+    assert "\n" not in text
+    assert "/" not in text
+    status, text = ask(port, "POST", "/scan", b"PK\x03\x04 cut off", X_Medformer=key, X_Name="a.zip")
+    assert status == 422
+    assert "a.zip" in text
+
+
+def test_the_server_listens_on_this_machine_only(folder: Path) -> None:
+    running = drop.make_server(page.Viewer(a_model(), folder / "backbone.safetensors"), [], 0)
+    assert running.server_address[0] == "127.0.0.1"
+    running.server_close()
+
+
+# ---- in a browser --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync = pytest.importorskip("playwright.sync_api", reason="playwright is in the extra test")
+    found = next(
+        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+    )
+    if found is None:
+        pytest.skip("no chromium here; Debian: apt-get install chromium")
+    with sync.sync_playwright() as tool:
+        opened = tool.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def tab(browser: Any) -> Iterator[Any]:
+    """A tab that fails the test on any error of the page's script and on any request but to the page itself."""
+    opened = browser.new_page(viewport={"width": 1300, "height": 900})
+    troubles: list[str] = []
+    opened.on("pageerror", lambda error: troubles.append(str(error)))
+    opened.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
+    opened.on(
+        "request",
+        lambda r: None if r.url.startswith(("file:", "data:", "http://127.0.0.1")) else troubles.append(r.url),
+    )
+    yield opened
+    opened.close()
+    assert troubles == []
+
+
+def pixel(tab: Any, plane: str, at: tuple[float, float]) -> list[int]:
+    """RGB of a canvas at shares (across, down) of its size."""
+    return tab.evaluate(
+        """([plane, u, v]) => { const c = document.getElementById(plane);
+        return [...c.getContext('2d').getImageData(Math.floor(u * c.width), Math.floor(v * c.height), 1, 1).data].slice(0, 3) }""",
+        [plane, *at],
+    )
+
+
+def mean_colour(tab: Any, plane: str) -> list[float]:
+    return tab.evaluate(
+        """(plane) => { const c = document.getElementById(plane), d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
+        const s = [0, 0, 0]; for (let i = 0; i < d.length; i++) if (i % 4 < 3) s[i % 4] += d[i];
+        return s.map((v) => 4 * v / d.length) }""",
+        plane,
+    )
+
+
+def slices(tab: Any) -> list[int]:
+    return tab.evaluate("window.medformer.state.at")
+
+
+def test_a_browser_draws_and_obeys(folder: Path, tmp_path: Path, tab: Any) -> None:
+    out = tmp_path / "page.html"
+    flags = ["--probe", str(folder / "probe.safetensors"), "--cases", str(folder / "cases"), "--out", str(out)]
+    assert page.main([str(folder), str(folder / "scan.nii.gz"), *flags]) == 0
+    tab.goto(out.as_uri())
+    tab.wait_for_selector("#axial")
+
+    # Slices, where the ball is and nowhere else; the patient's right is on the left, the front above, the head above.
+    z, y, x = BALL
+    tab.select_option("#overlay", "none")
+    tab.fill("#centre", "500")
+    tab.fill("#width", "1000")
+    tab.keyboard.press("Tab")
+    tab.focus("#axial")
+    for _ in range(z - SHAPE[0] // 2):
+        tab.keyboard.press("ArrowUp")
+    assert slices(tab)[0] == z
+    here = ((SHAPE[2] - x - 0.3) / SHAPE[2], (SHAPE[1] - y - 0.3) / SHAPE[1])
+    assert min(pixel(tab, "axial", here)) > 220
+    mirrored = (1 - here[0], here[1])
+    assert max(pixel(tab, "axial", mirrored)) < 100
+    assert max(pixel(tab, "axial", (here[0], 1 - here[1]))) < 100
+    tab.keyboard.press("2")
+    for _ in range(SHAPE[1] // 2 - y):
+        tab.keyboard.press("ArrowDown")
+    assert min(pixel(tab, "coronal", (here[0], (SHAPE[0] - z - 0.3) / SHAPE[0]))) > 220
+    tab.hover("#sagittal")
+    tab.mouse.wheel(0, -300)
+    assert slices(tab)[2] == SHAPE[2] // 2 + 1
+    ratio = tab.evaluate("(() => { const c = document.getElementById('coronal'); return c.height / c.width })()")
+    assert ratio == pytest.approx(SHAPE[0] * 2.0 / SHAPE[2], rel=0.05)  # slices are 2 mm apart, pixels 1
+
+    # Window and level: narrow around the noise makes it visible; a drag changes the width.
+    before = mean_colour(tab, "axial")
+    tab.fill("#centre", "100")
+    tab.fill("#width", "20")
+    tab.keyboard.press("Tab")
+    assert mean_colour(tab, "axial")[0] > before[0] + 40
+    box = tab.locator("#axial").bounding_box()
+    tab.mouse.move(box["x"] + 20, box["y"] + 20)
+    tab.mouse.down()
+    tab.mouse.move(box["x"] + 120, box["y"] + 20, steps=4)
+    tab.mouse.up()
+    assert tab.evaluate("window.medformer.state.width") > 25
+    tab.focus("#axial")
+    tab.keyboard.press("r")
+
+    # Overlays: attention and colours change the picture, by as much as the slider says; opacity 0 is the plain scan.
+    plain = mean_colour(tab, "axial")
+    seen = {}
+    for key in ("head0", "head2", "pca"):
+        tab.select_option("#overlay", key)
+        seen[key] = mean_colour(tab, "axial")
+        assert np.abs(np.subtract(seen[key], plain)).max() > 3
+    assert seen["head0"] != seen["head2"]
+    tab.evaluate(
+        "(() => { const o = document.getElementById('opacity'); o.value = 0; o.dispatchEvent(new Event('input')) })()"
+    )
+    np.testing.assert_allclose(mean_colour(tab, "axial"), plain, atol=0.5)
+    tab.focus("#axial")
+    for _ in range(20):
+        tab.keyboard.press("]")
+    assert tab.evaluate("window.medformer.state.opacity") == pytest.approx(1)
+
+    # A click on the ball: its token, its similarity to all others as the model has it.
+    box = tab.locator("#axial").bounding_box()
+    tab.mouse.click(box["x"] + here[0] * box["width"], box["y"] + here[1] * box["height"])
+    assert slices(tab) == list(BALL)
+    token = tab.evaluate("window.medformer.state.token")
+    with torch.no_grad():
+        volume = read_volume(folder / "scan.nii.gz")
+        features = a_model().forward_features(torch.from_numpy(medformer.data.normalise(volume))[None, None])
+    assert token == [round((v - 1.5) / 4) for v in BALL]  # a patch of 8 every 4 from -2: its middle is at 4 i + 1.5
+    tokens = F.normalize(features.patches[0], dim=1)
+    mine = tokens @ tokens[int(np.ravel_multi_index(token, features.grid))]
+    drawn = tab.evaluate("Array.from(window.medformer.state.similar)")
+    assert np.abs(np.subtract(drawn, mine.numpy())).max() < 0.06
+    assert "similarity to token" in tab.text_content("#place")
+    tab.focus("#axial")
+    tab.keyboard.press("Escape")
+    assert tab.input_value("#overlay") == "pca"
+
+    # The side: the probe's answer and the cases, as text and never as markup; the curve.
+    assert tab.text_content("#answers h2") == "Answer: <b>organs"
+    assert set(tab.locator("#answers .bar span").all_text_contents()) == {"liver", "<img src=x>"}
+    assert sum(float(t.rstrip("%")) for t in tab.locator("#answers .bar b").all_text_contents()) == pytest.approx(
+        100, abs=0.2
+    )
+    captions = tab.locator("#nearest figcaption").all_text_contents()
+    assert {c.split()[1] for c in captions} == {"case1", "case2"}
+    assert all(-1 <= float(c.split()[0]) <= 1 for c in captions)
+    assert tab.evaluate("[...document.querySelectorAll('#nearest img')].every((i) => i.naturalWidth > 10)")
+    assert tab.locator("#series option").all_text_contents() == ["loss", "lr"]
+    assert max(mean_colour(tab, "curve")) > 0.5  # transparent black where nothing is drawn
+    tab.screenshot(path=str(tmp_path / "page.png"))
+    assert Image.open(tmp_path / "page.png").size == (1300, 900)
+
+
+def test_a_browser_shows_a_picture_upright(tmp_path: Path, tab: Any) -> None:
+    pixels = np.full((32, 48), 40, np.uint8)
+    pixels[4:12, 30:44] = 230  # above, right
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    torch.manual_seed(0)
+    medformer.save(medformer.tiny_2d(width=24, depth=1, heads=2), tmp_path / "backbone.safetensors")
+    assert page.main([str(tmp_path), str(tmp_path / "image.png"), "--out", str(tmp_path / "p.html")]) == 0
+    tab.goto((tmp_path / "p.html").as_uri())
+    tab.select_option("#overlay", "none")
+    assert min(pixel(tab, "axial", (37 / 48, 8 / 32))) > 200
+    assert max(pixel(tab, "axial", (10 / 48, 8 / 32))) < 100
+    assert max(pixel(tab, "axial", (37 / 48, 24 / 32))) < 100
+    assert tab.locator("#planes canvas").count() == 1
+    tab.locator("#axial").click(position={"x": 5, "y": 5})
+    assert tab.evaluate("window.medformer.state.token") == [0, 0, 0]
+
+
+def test_a_scan_can_be_dropped(folder: Path, server: tuple[int, str], tab: Any, tmp_path: Path) -> None:
+    tab.goto(f"http://127.0.0.1:{server[0]}/")
+    tab.set_input_files("#file", folder / "scan.nii.gz")
+    tab.wait_for_selector("#sagittal")
+    assert tab.text_content("#name") == "scan.nii.gz"
+    (tmp_path / "bad.exe").write_bytes(b"MZ")
+    assert tab.locator("#problem").text_content() == ""
+
+
+def test_a_bad_scan_is_refused_in_words(server: tuple[int, str], browser: Any, tmp_path: Path) -> None:
+    (tmp_path / "bad.nii").write_bytes(b"no scan")
+    opened = browser.new_page()
+    opened.goto(f"http://127.0.0.1:{server[0]}/")
+    opened.set_input_files("#file", tmp_path / "bad.nii")
+    opened.wait_for_function("document.getElementById('problem').textContent.startsWith('bad.nii')")
+    assert opened.locator("#planes canvas").count() == 0
+    opened.close()
+
+
+def test_probe_and_model_must_fit(folder: Path) -> None:
+    with pytest.raises(UserError, match="made for a 3D model of width 24, this one is 3D of width 48"):
+        page.read_probe(folder / "probe.safetensors", a_model(width=48))

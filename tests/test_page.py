@@ -6,6 +6,7 @@ import base64
 import gzip
 import http.client
 import json
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -230,31 +231,30 @@ def tab(browser: Any) -> Iterator[Any]:
     troubles: list[str] = []
     opened.on("pageerror", lambda error: troubles.append(str(error)))
     opened.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
-    opened.on(
-        "request",
-        lambda r: None if r.url.startswith(("file:", "data:", "http://127.0.0.1")) else troubles.append(r.url),
-    )
+    mine = ("file:", "data:", "http://127.0.0.1")
+    opened.on("request", lambda request: None if request.url.startswith(mine) else troubles.append(request.url))
     yield opened
     opened.close()
     assert troubles == []
 
 
-def pixel(tab: Any, plane: str, at: tuple[float, float]) -> list[int]:
+_PIXELS = """([plane, u, v]) => {
+    const c = document.getElementById(plane), context = c.getContext("2d");
+    const all = u === null, x = Math.floor(u * c.width), y = Math.floor(v * c.height);
+    const d = all ? context.getImageData(0, 0, c.width, c.height).data : context.getImageData(x, y, 1, 1).data;
+    const s = [0, 0, 0];
+    for (let i = 0; i < d.length; i++) if (i % 4 < 3) s[i % 4] += d[i];
+    return s.map((value) => 4 * value / d.length);
+}"""
+
+
+def pixel(tab: Any, plane: str, at: tuple[float, float]) -> list[float]:
     """RGB of a canvas at shares (across, down) of its size."""
-    return tab.evaluate(
-        """([plane, u, v]) => { const c = document.getElementById(plane);
-        return [...c.getContext('2d').getImageData(Math.floor(u * c.width), Math.floor(v * c.height), 1, 1).data].slice(0, 3) }""",
-        [plane, *at],
-    )
+    return tab.evaluate(_PIXELS, [plane, *at])
 
 
 def mean_colour(tab: Any, plane: str) -> list[float]:
-    return tab.evaluate(
-        """(plane) => { const c = document.getElementById(plane), d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
-        const s = [0, 0, 0]; for (let i = 0; i < d.length; i++) if (i % 4 < 3) s[i % 4] += d[i];
-        return s.map((v) => 4 * v / d.length) }""",
-        plane,
-    )
+    return tab.evaluate(_PIXELS, [plane, None, None])
 
 
 def slices(tab: Any) -> list[int]:
@@ -390,7 +390,7 @@ def test_a_bad_scan_is_refused_in_words(server: tuple[int, str], browser: Any, t
     opened = browser.new_page()
     opened.goto(f"http://127.0.0.1:{server[0]}/")
     opened.set_input_files("#file", tmp_path / "bad.nii")
-    opened.wait_for_function("document.getElementById('problem').textContent.startsWith('bad.nii')")
+    opened.locator("#problem", has_text=re.compile(r"^bad\.nii: ")).wait_for()
     assert opened.locator("#planes canvas").count() == 0
     opened.close()
 

@@ -3,17 +3,22 @@
 from medformer.attention import PerformerAttention, SoftmaxAttention
 from medformer.backbone import Backbone, BackboneConfig, Features
 from medformer.checkpoint import load, save
+from medformer.describe import Description, describe
+from medformer.embed import embed
 from medformer.expire_span import ExpireSpanAttention
+from medformer.foreign import load_resnet, load_vit
 from medformer.hopfield import HopfieldAttention, HopfieldLayer, HopfieldLookup, HopfieldPooling
 from medformer.moe import SwitchMLP, auxiliary_loss
 from medformer.nystrom_attention import NystromAttention
 from medformer.presets import base_2d, base_3d, small_2d, small_3d, tiny_2d, tiny_3d
 from medformer.resnet import ResNet, ResNetConfig
 from medformer.swap import swap_attention
+from medformer.transfer import freeze_for_transfer
 
 __all__ = [
     "Backbone",
     "BackboneConfig",
+    "Description",
     "ExpireSpanAttention",
     "Features",
     "HopfieldAttention",
@@ -29,7 +34,12 @@ __all__ = [
     "auxiliary_loss",
     "base_2d",
     "base_3d",
+    "describe",
+    "embed",
+    "freeze_for_transfer",
     "load",
+    "load_resnet",
+    "load_vit",
     "save",
     "small_2d",
     "small_3d",

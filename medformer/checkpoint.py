@@ -1,12 +1,14 @@
-"""Weights and config in one safetensors file."""
+"""Weights and config in one safetensors file, and a model card beside it."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import TypeAlias
 
 import safetensors
 import safetensors.torch
@@ -14,32 +16,41 @@ import torch
 from torch import Tensor
 
 from medformer.backbone import Backbone, BackboneConfig
+from medformer.card import write_card
+from medformer.resnet import ResNet, ResNetConfig
 
 __all__ = ["load", "save"]
 
 CONFIG_KEY = "medformer_config"
+KIND_KEY = "medformer_model"
+KINDS = {"Backbone": (Backbone, BackboneConfig), "ResNet": (ResNet, ResNetConfig)}
+HUB = "hf:"
+
+Model: TypeAlias = Backbone | ResNet
 
 
-def save(model: Backbone, path: str | os.PathLike[str]) -> None:
+def save(model: Model, path: str | os.PathLike[str], *, card: bool = True) -> None:
     """Write the weights (in their own dtype) and the config to one safetensors file.
 
     The file appears under its name only when it is complete: it is written beside it, flushed to the disk and
     renamed, so that a crash or a full disk leaves the previous file as it was.
 
     Args:
-        model: a `Backbone`, or one that went through `torch.compile`.
+        model: a `Backbone` or `ResNet`, or one that went through `torch.compile`.
         path: file to write, usually `*.safetensors`; its folder must exist.
+        card: also write `<name>.md`, what the model is and how to load it, with gaps for what only you know. A file of
+            that name is left as it is.
 
     Raises:
-        TypeError: `model` is not a `Backbone`.
+        TypeError: `model` is neither.
         OSError: the file cannot be written.
     """
     model = getattr(model, "_orig_mod", model)
-    if not isinstance(model, Backbone):
-        raise TypeError(f"medformer.save: {type(model).__name__} is not a Backbone; save its backbone")
+    if not isinstance(model, (Backbone, ResNet)):
+        raise TypeError(f"medformer.save: {type(model).__name__} is not a Backbone or ResNet; save its backbone")
     path = Path(path)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    metadata = {"format": "pt", CONFIG_KEY: json.dumps(asdict(model.config))}
+    metadata = {"format": "pt", KIND_KEY: type(model).__name__, CONFIG_KEY: json.dumps(asdict(model.config))}
     content = safetensors.torch.save(tensors, metadata=metadata)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -59,15 +70,19 @@ def save(model: Backbone, path: str | os.PathLike[str]) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+    if card:
+        write_card(model, path)
 
 
-def load(path: str | os.PathLike[str], *, strict: bool = True) -> Backbone:
-    """Rebuild a backbone from a file that `save` wrote, on the CPU, in the dtype it was saved in.
+def load(path: str | os.PathLike[str], *, strict: bool = True) -> Model:
+    """Rebuild a model from a file that `save` wrote, on the CPU, in the dtype it was saved in.
 
     Leaves torch's random generator as it was.
 
     Args:
-        path: file to read.
+        path: file to read; or `hf:owner/name` for `model.safetensors` of a repository of the Hugging Face hub
+            (`hf:owner/name/other.safetensors` for another file), which needs the huggingface_hub package. Nothing
+            else touches the network.
         strict: refuse a file whose tensors differ from the model in name or shape. False keeps the start
             value of every tensor that does not fit and warns once with their list.
 
@@ -76,9 +91,10 @@ def load(path: str | os.PathLike[str], *, strict: bool = True) -> Backbone:
         ValueError: not a medformer checkpoint, an unknown or impossible config, or (strict) tensors that do
             not fit.
     """
-    path = Path(path)
+    path = _from_hub(path) if isinstance(path, str) and path.startswith(HUB) else Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"medformer.load: {path} is not a file")
+        hint = "; a model of the Hugging Face hub is named hf:owner/name" if str(path).count("/") == 1 else ""
+        raise FileNotFoundError(f"medformer.load: {path} is not a file{hint}")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -90,8 +106,12 @@ def load(path: str | os.PathLike[str], *, strict: bool = True) -> Backbone:
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
         raise ValueError(f"medformer.load: {path} is damaged or not a safetensors file ({error})") from error
+    kind = metadata.get(KIND_KEY, "Backbone")  # files of before there was another
+    if kind not in KINDS:
+        raise ValueError(f"medformer.load: {path} holds a {kind}; medformer.load reads {' and '.join(KINDS)}")
+    build, config = KINDS[kind]
     with torch.random.fork_rng(devices=[]):
-        model = Backbone(_config_from(metadata[CONFIG_KEY], path))
+        model = build(_config_from(metadata[CONFIG_KEY], path, config))  # type: ignore[arg-type]
 
     expected = model.state_dict()
     problems = [f"{name} is missing" for name in expected.keys() - tensors.keys()]
@@ -111,20 +131,35 @@ def load(path: str | os.PathLike[str], *, strict: bool = True) -> Backbone:
     return model
 
 
-def _config_from(text: str, path: Path) -> BackboneConfig:
+def _from_hub(name: str) -> Path:
+    """The local copy of `hf:owner/name[/file]`, fetched by huggingface_hub where it has none."""
+    owner, _, rest = name.removeprefix(HUB).partition("/")
+    repository, _, file = rest.partition("/")
+    if not owner or not repository:
+        raise ValueError(f"medformer.load: {name} must be hf:owner/name or hf:owner/name/file.safetensors")
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise ValueError(f"medformer.load: {name} needs the huggingface_hub package; pip install huggingface_hub")
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(f"{owner}/{repository}", file or "model.safetensors"))
+
+
+def _config_from(
+    text: str, path: Path, kind: type[BackboneConfig] | type[ResNetConfig]
+) -> BackboneConfig | ResNetConfig:
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"medformer.load: the config in {path} is not JSON ({error})") from error
     if not isinstance(values, dict):
         raise ValueError(f"medformer.load: the config in {path} must be a JSON object")
-    unknown = sorted(values.keys() - {field.name for field in fields(BackboneConfig)})
+    unknown = sorted(values.keys() - {field.name for field in fields(kind)})
     if unknown:
         raise ValueError(
             f"medformer.load: the config in {path} has unknown fields {', '.join(unknown)}; "
             "it was written by another version of medformer"
         )
     try:
-        return BackboneConfig(**values)
+        return kind(**values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"medformer.load: the config in {path} is impossible: {error}") from error

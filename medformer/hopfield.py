@@ -31,7 +31,7 @@ def hopfield_retrieve(
     beta: Float[Tensor, " H"],
     *,
     steps: int | None = None,
-    tolerance: float = 1e-4,
+    tolerance: float | None = 1e-4,
     key_padding_mask: Bool[Tensor, "B S"] | None = None,
 ) -> Float[Tensor, "B H N Dv"]:
     """What each state retrieves.
@@ -45,13 +45,20 @@ def hopfield_retrieve(
         beta: inverse temperature of each head, of states and patterns as they are (1 / sqrt(D) is plain attention).
         steps: most updates before the reading; 0 for plain attention, None for as many as it takes (which
             `torch.compile` breaks its graph for).
-        tolerance: length of the change of a state at which it rests.
+        tolerance: length of the change of a state at which it rests; None: never, all `steps` are taken, and nobody
+            waits for a GPU to say that all rest.
         key_padding_mask: True where a stored pattern is real. Without one a state gives 0.
     """
+    if steps is None and tolerance is None:
+        raise ValueError("hopfield_retrieve: steps=None and tolerance=None would never end; give one of them")
     scaled = beta.to(state.dtype)[:, None, None]
     moving, step = None, 0
     while steps is None or step < steps:
         found = masked_attention(state * scaled, stored, stored, key_padding_mask, scale=1.0)
+        step += 1
+        if tolerance is None:
+            state = found
+            continue
         with torch.no_grad():
             exact = found.to(torch.promote_types(found.dtype, torch.float32))
             change = (exact - state).norm(dim=-1, keepdim=True)
@@ -59,9 +66,8 @@ def hopfield_retrieve(
             moves = change > (8 * torch.finfo(found.dtype).eps * exact.norm(dim=-1, keepdim=True)).clamp(min=tolerance)
         state = found if moving is None else torch.where(moving, found, state)
         moving = moves if moving is None else moving & moves
-        step += 1
         # With a limit a compiled graph takes all the steps, in which resting states stay where they are.
-        if (steps is None or not (torch.compiler.is_compiling() or state.is_meta)) and not moving.any():
+        if (steps is None or not torch.compiler.is_compiling()) and not moving.any():
             break
     return masked_attention(state * scaled, stored, values, key_padding_mask, scale=1.0)
 
@@ -84,7 +90,8 @@ class HopfieldAttention(SelfAttention):
     ) -> None:  # fmt: skip
         super().__init__(width, heads, qk_norm=qk_norm)
         _check(type(self).__name__, steps=steps, tolerance=tolerance, beta=beta)
-        self.steps, self.tolerance = steps, tolerance
+        self.steps = steps
+        self.tolerance: float | None = tolerance
         self.log_beta = nn.Parameter(_log_beta(heads, self.head_width, beta))
 
     def _attend(

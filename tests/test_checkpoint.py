@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.machinery
 import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +85,7 @@ def test_failed_save_keeps_the_previous_file(saved: Path, monkeypatch: pytest.Mo
     with pytest.raises(OSError, match=r"No space left on device.*model\.safetensors"):
         medformer.save(build(seed=1), saved)
     assert saved.read_bytes() == before
-    assert list(saved.parent.iterdir()) == [saved]
+    assert sorted(saved.parent.iterdir()) == [saved.with_suffix(".md"), saved]
 
 
 def test_saving_into_a_missing_folder_names_the_path(tmp_path: Path) -> None:
@@ -90,8 +93,59 @@ def test_saving_into_a_missing_folder_names_the_path(tmp_path: Path) -> None:
         medformer.save(build(), tmp_path / "none" / "model.safetensors")
 
 
+def test_card_says_what_is_known_and_keeps_what_was_filled_in(saved: Path) -> None:
+    card = saved.with_suffix(".md")
+    text = card.read_text()
+    for part in ("Backbone of", "| width | 24 |", 'medformer.load("model.safetensors")', "Not a medical device"):
+        assert part in text
+    assert "patch_stride" not in text  # a default
+    card.write_text("mine")
+    medformer.save(build(), saved)
+    assert card.read_text() == "mine"
+    medformer.save(build(), saved.parent / "bare.safetensors", card=False)
+    assert not (saved.parent / "bare.md").exists()
+
+
+def test_hub_names_are_fetched_by_their_package_and_only_when_asked(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def fetch(repository: str, file: str) -> str:
+        asked.append((repository, file))
+        return str(saved)
+
+    hub = types.ModuleType("huggingface_hub")
+    hub.hf_hub_download = fetch  # type: ignore[attr-defined]
+    hub.__spec__ = importlib.machinery.ModuleSpec("huggingface_hub", None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    assert medformer.load("hf:clinic/ct").config == build().config
+    medformer.load("hf:clinic/ct/small.safetensors")
+    assert asked == [("clinic/ct", "model.safetensors"), ("clinic/ct", "small.safetensors")]
+    with pytest.raises(FileNotFoundError, match="clinic/ct is not a file; a model of the Hugging Face hub is"):
+        medformer.load("clinic/ct")
+    assert len(asked) == 2
+    with pytest.raises(ValueError, match=r"hf:clinic must be hf:owner/name"):
+        medformer.load("hf:clinic")
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match="needs the huggingface_hub package; pip install"):
+        medformer.load("hf:clinic/ct")
+
+
+def test_files_of_before_there_was_another_model_are_backbones(saved: Path) -> None:
+    with safetensors.safe_open(saved, framework="pt") as file:
+        metadata = {key: value for key, value in file.metadata().items() if key != "medformer_model"}
+    tensors = safetensors.torch.load(saved.read_bytes())
+    saved.write_bytes(safetensors.torch.save(tensors, metadata=metadata))
+    assert isinstance(medformer.load(saved), Backbone)
+    metadata["medformer_model"] = "UNet"
+    saved.write_bytes(safetensors.torch.save(tensors, metadata=metadata))
+    with pytest.raises(ValueError, match=r"holds a UNet; medformer\.load reads Backbone and ResNet"):
+        medformer.load(saved)
+
+
 def test_only_backbones_are_saved(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="Linear is not a Backbone"):
+    with pytest.raises(TypeError, match="Linear is not a Backbone or ResNet"):
         medformer.save(torch.nn.Linear(2, 2), tmp_path / "x.safetensors")  # type: ignore[arg-type]
 
 

@@ -1,0 +1,62 @@
+"""The model card beside a checkpoint: what the file knows, and gaps for what only its author knows."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from medformer.backbone import Backbone
+    from medformer.resnet import ResNet
+
+__all__ = ["write_card"]
+
+
+def write_card(model: Backbone | ResNet, path: Path) -> Path:
+    """Write `<name>.md` beside the checkpoint `path`, unless there is one, which may have been filled in."""
+    card = path.with_suffix(".md")
+    if not card.exists():
+        card.write_text(_card(model, path.name))
+    return card
+
+
+def _card(model: Any, name: str) -> str:
+    config = model.config
+    volume = "volumes (B, {}, Z, Y, X)" if config.dims == 3 else "images (B, {}, Y, X)"
+    chosen = [
+        f"| {field.name} | {getattr(config, field.name)} |"
+        for field in fields(config)
+        if field.default is MISSING or getattr(config, field.name) != field.default
+    ]
+    rows = "\n".join(chosen) or "| (all) | defaults |"
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return f"""---
+library_name: medformer
+tags: [medical-imaging, feature-extraction]
+---
+
+# {name}
+
+A medformer {type(model).__name__} of {parameters:,} parameters for {config.dims}D {volume.format(config.in_channels)},
+which it maps to {config.width} features. What differs from the defaults of {type(config).__name__}:
+
+| field | value |
+|---|---|
+{rows}
+
+```python
+import medformer
+
+model = medformer.load("{name}").eval()
+features = model.forward_features(x)  # .cls, .patches, .grid
+```
+
+Not a medical device. Not stated by whoever saved this file, and to be filled in before it is shared:
+
+- Data it was trained on, their licence and consent; scanners, body parts, ages, sexes:
+- Input: spacing in mm, orientation, how grey values were scaled:
+- How it was trained, and for how long:
+- How it was evaluated, on whom, with confidence intervals; where it fails:
+- Licence of the weights:
+"""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import json
 import math
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -30,7 +32,10 @@ __all__ = [
     "write_whole",
 ]
 
-KEEP = 2  # checkpoints of a run
+KEEP = 2  # checkpoints of a run, beside the best
+# A checkpoint ends with this and the SHA-256 of all before it; readers of zip files pass over what follows the archive.
+# torch.load itself does not look at the checksums in the archive: a flipped bit would go unseen.
+_MARK = b"medformer-sha256"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -140,28 +145,67 @@ def _cannot_write(path: Path, error: OSError) -> str:
     return f"cannot write {path}: {error.strerror or error}; {way_out}"
 
 
-def save_checkpoint(run: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write `checkpoints/step-<step>.pt` whole or not at all, then drop all but the newest two.
+class _Hashed:
+    """What torch.save needs of a file, with the checksum of what went through."""
+
+    def __init__(self, file: io.BufferedWriter) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def save_checkpoint(run: Path, step: int, state: dict[str, Any], *, keep: int = KEEP, best: bool = False) -> Path:
+    """Write `checkpoints/step-<step>.pt` whole or not at all, with its checksum; then drop all but the newest `keep`.
+
+    `best`: this one is also `checkpoints/best.pt` from now on, which outlives it.
 
     Raises:
         UserError: naming the file and the last good checkpoint.
     """
     path = run / "checkpoints" / f"step-{step:08d}.pt"
+
+    def write(file: io.BufferedWriter) -> None:
+        hashed = _Hashed(file)
+        torch.save(state, hashed)  # pyright: ignore[reportArgumentType]
+        file.write(_MARK + hashed.digest.digest())
+
     try:
-        write_whole(path, lambda file: torch.save(state, file))
+        write_whole(path, write)
+        if best:
+            _link(path, path.with_name("best.pt"))
     except UserError as error:
-        good = checkpoints(run)
+        good = [p for p in checkpoints(run) if p != path]
         kept = f"; {good[-1].name} is safe, go on with --resume {run}" if good else ""
         raise UserError(f"{error}{kept}") from error
-    for old in checkpoints(run)[:-KEEP]:
+    for old in checkpoints(run)[:-keep]:
         old.unlink(missing_ok=True)
     return path
+
+
+def _link(path: Path, name: Path) -> None:
+    """A second name for a file, in place of what had it; a copy where the file system knows no links."""
+    draft = name.with_name(f".{name.name}.{os.getpid()}.partial")
+    with _naming(name):
+        try:
+            draft.unlink(missing_ok=True)
+            try:
+                os.link(path, draft)
+            except OSError:
+                shutil.copyfile(path, draft)
+            os.replace(draft, name)
+        finally:
+            draft.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
     """Read a checkpoint file, or the newest good one of a run folder; returns the run's folder and the state.
 
-    A damaged newest checkpoint is named aloud and the one before is taken.
+    A damaged newest checkpoint is named aloud and the one before is taken, `best.pt` last.
 
     Raises:
         UserError: nothing there to go on from.
@@ -171,12 +215,12 @@ def load_checkpoint(path: Path, say: Callable[[str], None]) -> tuple[Path, dict[
         if state is None:
             raise UserError(f"--resume {path}: {problem}")
         return path.parent.parent, state
-    found = checkpoints(path)
     if not path.is_dir():
         raise UserError(f"--resume {path}: no such run folder or checkpoint file", 2)
+    found = [*reversed(checkpoints(path)), *(path / "checkpoints").glob("best.pt")]
     if not found:
         raise UserError(f"--resume {path}: no checkpoint in {path / 'checkpoints'}; start it anew without --resume")
-    for candidate in reversed(found):
+    for candidate in found:
         state, problem = _read(candidate)
         if state is not None:
             return path, state
@@ -185,7 +229,10 @@ def load_checkpoint(path: Path, say: Callable[[str], None]) -> tuple[Path, dict[
 
 
 def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
+    """The state, or None and what is wrong with the file."""
     try:
+        if not _checksum_holds(path):
+            return None, "is damaged: its checksum does not match its content"
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except Exception as error:
         # Whatever the unpickler or the zip reader makes of a damaged file.
@@ -194,6 +241,19 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
     if not isinstance(state, dict) or state.get("format") != "medformer-run-1":
         return None, "is not a checkpoint of this trainer (checkpoints/step-*.pt of a run folder are)"
     return state, ""
+
+
+def _checksum_holds(path: Path) -> bool:
+    """True also without a checksum: what was cut off there is found by torch.load."""
+    end = len(_MARK) + hashlib.sha256().digest_size
+    with open(path, "rb") as file:
+        left = max(0, os.fstat(file.fileno()).st_size - end)
+        digest = hashlib.sha256()
+        while left and (part := file.read(min(left, 2**22))):
+            digest.update(part)
+            left -= len(part)
+        tail = file.read(end)
+    return not tail.startswith(_MARK) or tail == _MARK + digest.digest()
 
 
 class Metrics:

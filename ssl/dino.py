@@ -1,30 +1,34 @@
 """DINO: a student learns to match the sharpened, centred output of its own moving average.
 
 Source: Caron et al. 2021, "Emerging Properties in Self-Supervised Vision Transformers", algorithm 1 and appendix;
-facebookresearch/dino for what the paper leaves open. Differs: sizes and momentum default to small batches, and the
-centre starts at the mean of the first step's logits, not at 0, so that the loss starts near ln K and not below it.
-Axes: V views, T teacher (global) views, B scans, K prototypes.
+facebookresearch/dino for what the paper leaves open; Oquab et al. 2023 (DINOv2) for Sinkhorn, KoLeo and masked patches.
+Differs: sizes and momentum default to small batches, and the centre starts at the mean of the first step's logits, not
+at 0, so that the loss starts near ln K and not below it. The loss itself: `dino_loss.py`.
+Axes: V views, T teacher (global) views, B scans, K prototypes, C width, D bottleneck.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import cutmix
+from collapse import CollapseWatch
+from dino_loss import Centre, DinoLoss, koleo, masked_patch_loss
+from ema import update_average
 from schedules import cosine, linear
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
 
-__all__ = ["CollapseWatch", "Dino", "DinoConfig", "DinoHead", "DinoLoss", "Student", "update_teacher"]
+__all__ = ["Dino", "DinoConfig", "DinoHead", "Seen", "Student", "block_masks"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +54,21 @@ class DinoConfig:
     remembers about 1 / (1 - momentum) steps: that must stay well below --steps. Short runs on small batches need
     about 0.99 (0.95 collapsed in tests), runs of 10,000 steps or more 0.996 to 0.9995 (the smaller the batch, the
     larger)."""
+    balance: Literal["centre", "sinkhorn"] = "centre"
+    """What keeps the teacher from one answer for all: centre (a moving mean is subtracted) or sinkhorn (each batch
+    uses all prototypes alike; wants batches of 32 scans and more) [centre; DINOv2: sinkhorn]."""
     centre_momentum: float = 0.8
     """Share of itself that the centre keeps each step [0.9]. The faster the teacher, the faster its centre has to
     be. 0 to 1."""
     freeze_last: int = 10
     """Steps at the start during which the prototypes do not move [one epoch]. 0 or more."""
+    koleo: float = 0.0
+    """Weight of the KoLeo loss, which spreads the scans of a batch out [DINOv2: 0.1]. 0 turns it off."""
+    masked_patches: float = 0.0
+    """Weight of the iBOT loss: the student sees global views with masked patches and answers what the teacher says
+    there [DINOv2: 1.0]. Needs --model.mask_token. 0 turns it off."""
+    mask_share: tuple[float, float] = (0.1, 0.5)
+    """Share of patches masked in a masked view, lowest and highest; half of the global views are masked."""
 
     def __post_init__(self) -> None:
         if self.prototypes < 2:
@@ -68,8 +82,12 @@ class DinoConfig:
         for name in ("momentum", "centre_momentum", "teacher_temp_warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--dino.{name} {getattr(self, name)} must lie between 0 and 1")
-        if self.freeze_last < 0:
-            raise ValueError(f"--dino.freeze_last {self.freeze_last} must be 0 or more")
+        for name in ("freeze_last", "koleo", "masked_patches"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"--dino.{name} {getattr(self, name)} must be 0 or more")
+        low, high = self.mask_share
+        if not 0 < low <= high < 1:
+            raise ValueError(f"--dino.mask_share {low},{high} must be a lowest above 0 and a highest below 1")
 
 
 class DinoHead(nn.Module):
@@ -93,9 +111,27 @@ class DinoHead(nn.Module):
                 nn.init.zeros_(layer.bias)
         self.prototypes = nn.Parameter(torch.randn(config.prototypes, config.bottleneck))
 
-    def forward(self, x: Float[Tensor, "B C"]) -> Float[Tensor, "B K"]:
-        x = F.normalize(self.mlp(x).float(), dim=-1)
-        return F.linear(x, F.normalize(self.prototypes, dim=-1))
+    def forward(self, x: Float[Tensor, "N C"]) -> Float[Tensor, "N K"]:
+        return F.linear(self.features(x), self.directions())
+
+    def features(self, x: Float[Tensor, "N C"]) -> Float[Tensor, "N D"]:
+        """Unit vectors, before the prototypes."""
+        return F.normalize(self.mlp(x).float(), dim=-1)
+
+    def directions(self) -> Float[Tensor, "K D"]:
+        """The prototypes as unit vectors."""
+        return F.normalize(self.prototypes, dim=-1)
+
+
+class Seen(NamedTuple):
+    """What the student makes of its views."""
+
+    logits: Float[Tensor, "M K"]
+    """Of each view."""
+    cls: Float[Tensor, "N C"]
+    """Class tokens of the global views, before the head."""
+    patches: Float[Tensor, "P K"] | None
+    """Logits of the masked patches, where a mask was given."""
 
 
 class Student(nn.Module):
@@ -108,111 +144,68 @@ class Student(nn.Module):
         self.backbone = backbone
         self.head = head
 
-    def forward(self, *views: Float[Tensor, "N 1 Z Y X"]) -> Float[Tensor, "M K"]:
-        return self.head(torch.cat([self.backbone(v) for v in views]))
+    def forward(self, *views: Float[Tensor, "N 1 *size"], mask: Bool[Tensor, "N tokens"] | None = None) -> Seen:
+        """`mask`: patches of the first views that the student does not see."""
+        if mask is None:
+            cls = [self.backbone(v) for v in views]
+            return Seen(self.head(torch.cat(cls)), cls[0], None)
+        features = cast(Any, self.backbone).forward_features(views[0], mask=mask)
+        cls = [features.cls, *(self.backbone(v) for v in views[1:])]
+        hidden = features.patches[mask]
+        logits = self.head(torch.cat([*cls, hidden]))
+        return Seen(logits[: len(logits) - len(hidden)], cls[0], logits[len(logits) - len(hidden) :])
 
 
-class DinoLoss(nn.Module):
-    """Cross entropy from each teacher view to every other student view, and the centre that prevents collapse.
+def block_masks(count: int, grid: tuple[int, ...], share: tuple[float, float], device: torch.device) -> Tensor:
+    """[count, tokens] bool: every second view has a random share of its patches masked, in blocks of 2 an axis.
 
-    ::
-
-        p = softmax((t - c) / tau_t)                  # t, p: [T, B, K]; no gradient
-        q = log_softmax(s / tau_s)                    # s, q: [V, B, K]; the first T views are the teacher's
-        loss = -mean(p[i] . q[j] for i in range(T) for j in range(V) if i != j)
-        # once per optimiser step, after the loss:
-        c = m * c + (1 - m) * mean(t over views, scans, micro-batches and ranks)
-
-    Source: Caron et al. 2021, algorithm 1. Everything is computed in float32, also under autocast.
+    Blocks, because patches overlap: a patch masked alone is told by its neighbours. Draws from torch's generator.
     """
-
-    centre: Tensor
-
-    def __init__(self, config: DinoConfig) -> None:
-        super().__init__()
-        self.student_temp = config.student_temp
-        self.centre_momentum = config.centre_momentum
-        self.register_buffer("centre", torch.zeros(config.prototypes))
-        # The sum of this step's teacher logits, with their count as the last entry: one all-reduce for both.
-        self._pending: Tensor | None = None
-
-    def forward(
-        self, student: Float[Tensor, "V B K"], teacher: Float[Tensor, "T B K"], teacher_temp: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss and its parts: `entropy` H(p), `kl` (loss = entropy + kl), `marginal` H(mean of p)."""
-        with torch.autocast(student.device.type, enabled=False):
-            teacher = teacher.detach().float()
-            p_log = F.log_softmax((teacher - self.centre) / teacher_temp, dim=-1)
-            p = p_log.exp()
-            q_log = F.log_softmax(student.float() / self.student_temp, dim=-1)
-            terms = -torch.einsum("tbk,vbk->tvb", p, q_log)
-            views, targets = student.shape[0], teacher.shape[0]
-            if views < 2:
-                raise ValueError(f"DinoLoss: {views} view(s) of a scan leave nothing to compare; give at least 2")
-            same = torch.eye(targets, views, dtype=torch.bool, device=terms.device)
-            loss = terms.masked_fill(same[..., None], 0.0).sum() / ((targets * views - targets) * student.shape[1])
-            entropy = -(p * p_log).sum(-1).mean()
-            marginal = p.mean((0, 1))
-            stats = {
-                "entropy": entropy,
-                "kl": loss.detach() - entropy,
-                "marginal": -(marginal * marginal.clamp_min(1e-30).log()).sum(),
-            }
-            self.observe(teacher)
-        return loss, stats
-
-    @torch.no_grad()
-    def observe(self, teacher: Float[Tensor, "T B K"]) -> None:
-        """Count these logits in the next move of the centre."""
-        logits = teacher.detach().float().flatten(0, 1)
-        pending = torch.cat([logits.sum(0), logits.new_tensor([float(len(logits))])])
-        self._pending = pending if self._pending is None else self._pending + pending
-
-    @torch.no_grad()
-    def update_centre(self, momentum: float | None = None) -> None:
-        """Move the centre by everything seen since the last call, on all ranks."""
-        if self._pending is None:
-            raise RuntimeError("DinoLoss.update_centre: no logits were seen since the last update")
-        pending, self._pending = self._pending, None
-        if dist.is_initialized():
-            dist.all_reduce(pending)
-        self.centre.lerp_(pending[:-1] / pending[-1], 1 - (self.centre_momentum if momentum is None else momentum))
-
-    def discard(self) -> None:
-        """Forget the logits of a step that was skipped."""
-        self._pending = None
-
-
-@torch.no_grad()
-def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher = momentum * teacher + (1 - momentum) * student, parameters only; call after the optimiser step.
-
-    Buffers (Performer's random features) are copied, not averaged: the mean of two random bases is no basis.
-    """
-    old: list[Tensor] = list(teacher.parameters())
-    new: list[Tensor] = list(student.parameters())
-    torch._foreach_lerp_(old, new, 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
-    for kept, fresh in zip(teacher.buffers(), student.buffers(), strict=True):
-        kept.copy_(fresh)
+    coarse = [(n + 1) // 2 for n in grid]
+    noise = torch.rand(count, 1, *coarse, device=device)
+    noise = F.interpolate(noise, scale_factor=2.0, mode="nearest").flatten(1)
+    noise = noise.view(count, *(2 * n for n in coarse))[(slice(None), *(slice(n) for n in grid))].flatten(1)
+    shares = share[0] + (share[1] - share[0]) * torch.rand(count, device=device)
+    wanted = (shares * noise.shape[1]).long().clamp_min(1)
+    wanted[1::2] = 0
+    ranks = noise.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
+    return ranks < wanted[:, None]
 
 
 class Dino(nn.Module):
-    """Student, teacher, loss and schedules. The trainer calls `loss`, `before_step`, then `after_step`."""
+    """Student, teacher, loss and schedules; a `methods.Method`."""
 
-    def __init__(self, backbone: nn.Module, width: int, config: DinoConfig, steps: int) -> None:
-        """`backbone` maps [B, 1, Z, Y, X] to [B, width]; `steps` is the length of all schedules."""
+    headline = "teacher_entropy"
+    last_layers = ("head",)
+    look_steps = 1
+
+    def __init__(self, backbone: nn.Module, width: int, config: DinoConfig, steps: int, *, cutmix: float = 0.0) -> None:
+        """`backbone` maps [B, 1, *size] to [B, width]; `steps` is the length of all schedules."""
         super().__init__()
         self.config = config
+        self.cutmix = cutmix
         self.steps = steps
         self.student = Student(backbone, DinoHead(width, config))
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
-        self.criterion = DinoLoss(config)
+        self.criterion = DinoLoss(config.student_temp, balanced=config.balance == "sinkhorn")
+        self.centre = Centre(config.prototypes)
+        self.patch_centre = Centre(config.prototypes) if config.masked_patches else None
+        self.collapse = CollapseWatch(config.prototypes)
 
     def train(self, mode: bool = True) -> Dino:
         """The teacher stays in evaluation mode: its targets have no drop path."""
         super().train(mode)
         self.teacher.eval()
         return self
+
+    @property
+    def encoder(self) -> nn.Module:
+        """What is kept of training, looked at and evaluated: the teacher's backbone."""
+        return self.teacher.backbone
+
+    @property
+    def summary(self) -> str:
+        return f"the loss starts at ln K = {math.log(self.config.prototypes):.3f}"
 
     def teacher_temp(self, step: int) -> float:
         c = self.config
@@ -221,10 +214,13 @@ class Dino(nn.Module):
     def momentum(self, step: int) -> float:
         return cosine(step, self.steps, self.config.momentum, 1.0)
 
+    def schedules(self, step: int) -> dict[str, float]:
+        return {"momentum": self.momentum(step), "teacher_temp": self.teacher_temp(step)}
+
     @torch.no_grad()
-    def look(self, views: list[Float[Tensor, "N 1 Z Y X"]]) -> None:
+    def look(self, views: list[Float[Tensor, "N 1 *size"]]) -> None:
         """Show the teacher a micro-batch of the first optimiser step, before that step; then call `start`."""
-        self.criterion.observe(self.teacher(views[0]).unflatten(0, (2, -1)))
+        self._teach(views[0], masked=None)
 
     def start(self) -> None:
         """Put the centre where the teacher is.
@@ -232,22 +228,58 @@ class Dino(nn.Module):
         From 0 the centre would need 1 / (1 - centre_momentum) steps to arrive, during which the loss measures
         nothing but that.
         """
-        self.criterion.update_centre(momentum=0.0)
+        self.centre.update(self.teacher.head.directions(), momentum=0.0)
+
+    @torch.no_grad()
+    def _teach(self, views: Tensor, masked: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The teacher's logits of the views and, at `masked`, of their patches; the centres take note."""
+        head = self.teacher.head
+        if masked is None:
+            patches = None
+            cls = head.features(self.teacher.backbone(views))
+        else:
+            found = cast(Any, self.teacher.backbone).forward_features(views)
+            cls, patches = head.features(found.cls), head.features(found.patches[masked])
+        self.centre.observe(cls)
+        if self.patch_centre is not None and patches is not None:
+            self.patch_centre.observe(patches)
+        with torch.autocast(views.device.type, enabled=False):
+            directions = head.directions()
+            return F.linear(cls, directions), None if patches is None else F.linear(patches, directions)
 
     def loss(
-        self, student: nn.Module, views: list[Float[Tensor, "N 1 Z Y X"]], step: int
+        self, student: nn.Module, views: list[Float[Tensor, "N 1 *size"]], step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`views[0]`: the two global views of each scan, [2 * B, ...], view by view; `views[1:]`: local ones alike.
 
         `student` is `self.student`, or the same wrapped for several processes.
         """
-        scans = len(views[0]) // 2
-        with torch.no_grad():
-            targets = self.teacher(views[0])
-        logits = student(*views)
-        return self.criterion(
-            logits.unflatten(0, (-1, scans)), targets.unflatten(0, (2, scans)), self.teacher_temp(step)
+        config, near = self.config, views[0]
+        scans, temp = len(near) // 2, self.teacher_temp(step)
+        mask = None
+        if self.patch_centre is not None:
+            grid = cast(Any, self.student.backbone).grid_of(near.shape[2:])
+            mask = block_masks(len(near), grid, config.mask_share, near.device)
+        targets, patch_targets = self._teach(near, mask)
+        mix = None
+        if self.cutmix:
+            attention = cast(Any, self.teacher.backbone).attention_map(near).mean(1)
+            near, partner, share = cutmix.attentive(near, attention, self.cutmix, views=2)
+            mix = (partner[:scans], share[:scans])
+        seen: Seen = student(near, *views[1:], **({} if mask is None else {"mask": mask}))
+        loss, parts = self.criterion(
+            seen.logits.unflatten(0, (-1, scans)), targets.unflatten(0, (2, scans)), self.centre.value, temp, mix
         )
+        if config.koleo:
+            parts["koleo"] = (koleo(seen.cls[:scans]) + koleo(seen.cls[scans:])) / 2
+            loss = loss + config.koleo * parts["koleo"]
+        if mask is not None and self.patch_centre is not None:
+            assert patch_targets is not None
+            assert seen.patches is not None
+            p = self.criterion.targets(patch_targets, self.patch_centre.value, temp)
+            parts["patch_loss"] = masked_patch_loss(seen.patches, p, mask, config.student_temp)
+            loss = loss + config.masked_patches * parts["patch_loss"]
+        return loss, {name: part.detach() for name, part in parts.items()}
 
     def before_step(self, step: int) -> None:
         """After backward, before clipping and the optimiser: hold the prototypes still at the start."""
@@ -256,41 +288,26 @@ class Dino(nn.Module):
             self.student.head.prototypes.grad = None
 
     def after_step(self, step: int) -> None:
-        """After the optimiser: move the centre and the teacher."""
-        self.criterion.update_centre()
-        update_teacher(self.teacher, self.student, self.momentum(step))
+        """After the optimiser: move the centres, by the prototypes that gave the logits, then the teacher."""
+        directions = self.teacher.head.directions()
+        for centre in (self.centre, self.patch_centre):
+            if centre is not None:
+                centre.update(directions, self.config.centre_momentum)
+        update_average(self.teacher, self.student, self.momentum(step))
 
     def skip_step(self) -> None:
-        self.criterion.discard()
+        for centre in (self.centre, self.patch_centre):
+            if centre is not None:
+                centre.discard()
 
+    def watch(self, loss: float, parts: dict[str, float]) -> str | None:
+        """A warning where training has collapsed."""
+        entropy = parts["teacher_entropy"]
+        return self.collapse(parts["kl"] + entropy, entropy, parts["marginal_entropy"])
 
-class CollapseWatch:
-    """Says, once, that training has collapsed and which way. Looks at the mean of the last `window` steps.
+    def save(self, path: Path) -> str:
+        """Write the encoder into the run's folder; returns the file's name."""
+        import medformer
 
-    Uniform: every scan gets the same even answer; the loss sticks at ln K (8.3178 for K = 4096).
-    Single: every scan gets the same prototype; the teacher's mean answer has no entropy left.
-    """
-
-    def __init__(self, prototypes: int, window: int = 100) -> None:
-        self.ceiling = math.log(prototypes)
-        self.recent: deque[tuple[float, float, float]] = deque(maxlen=window)
-        self.warned = False
-
-    def __call__(self, loss: float, entropy: float, marginal: float) -> str | None:
-        self.recent.append((loss, entropy, marginal))
-        if self.warned or len(self.recent) < (self.recent.maxlen or 0):
-            return None
-        loss, entropy, marginal = (sum(column) / len(self.recent) for column in zip(*self.recent, strict=True))
-        message = None
-        if abs(loss - self.ceiling) < 0.002 * self.ceiling and entropy > 0.99 * self.ceiling:
-            message = (
-                f"collapse: the loss has stuck at ln K = {self.ceiling:.4f}, the teacher answers evenly for every "
-                "scan; lower --dino.teacher_temp or raise --optim.lr"
-            )
-        elif marginal < 0.02 * self.ceiling:
-            message = (
-                f"collapse: the teacher gives every scan the same prototype (entropy {marginal:.3f} of "
-                f"{self.ceiling:.3f}); raise --dino.teacher_temp, or lower --dino.centre_momentum or --optim.lr"
-            )
-        self.warned = message is not None
-        return message
+        medformer.save(cast(medformer.Backbone, self.encoder), path / "backbone.safetensors")
+        return "backbone.safetensors"

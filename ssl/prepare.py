@@ -36,8 +36,11 @@ class DataConfig:
     """Which scans to train on."""
 
     root: str | None = None
-    """Folder of .nii, .nii.gz and DICOM files, nested and mixed with anything; default: the scans that come with
-    the dependencies."""
+    """Folder of .nii, .nii.gz and DICOM files, nested and mixed with anything (with --model.dims 2: of PNG and JPEG
+    images, or an .npz file with train_images); several, parted by a colon; default: the scans that come with the
+    dependencies."""
+    weights: tuple[float, ...] | None = None
+    """How often each of several roots is shown, relative to the others, for instance 1,2; default: by its scans."""
     cache: str | None = None
     """Folder for the normalised copies (2 bytes a voxel), shared by all runs; default: runs/cache."""
     small: Literal["auto", "skip", "pad"] = "auto"
@@ -49,6 +52,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.held_out < 0:
             raise ValueError(f"--data.held_out {self.held_out} must be 0 or more")
+        if self.weights is not None and not all(w > 0 for w in self.weights):
+            raise ValueError(f"--data.weights {self.weights} must all be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,13 +246,17 @@ def load(path: str) -> np.ndarray:
 class Crops(Dataset[Plan]):
     """Sample number to the views drawn for it."""
 
-    def __init__(self, scans: list[Stored], views: ViewsConfig, seed: int) -> None:
+    def __init__(
+        self, scans: list[Stored], views: ViewsConfig, seed: int, order: Callable[[int], int] | None = None
+    ) -> None:
+        """`order` gives the scan of a sample; None: a permutation of all scans each epoch."""
         self.scans = scans
         self.views = views
         self.seed = seed
+        self.order = order
 
     def __getitem__(self, sample: int) -> Plan:
-        number = sample_scan(self.seed, sample, len(self.scans))
+        number = self.order(sample) if self.order else sample_scan(self.seed, sample, len(self.scans))
         scan = self.scans[number]
         return draw(
             load(scan.path),
@@ -257,6 +266,7 @@ class Crops(Dataset[Plan]):
             self.views,
             (self.seed, 3, sample),
             number,
+            scan.modality,
         )
 
 

@@ -28,22 +28,26 @@ _LISTED = 12  # scans named before "and N more"
 class Meter:
     """A progress bar in a terminal; elsewhere a line every few seconds."""
 
-    def __init__(self, total: int, done: int, scans_per_step: int, tty: bool | None = None) -> None:
+    def __init__(
+        self, total: int, done: int, scans_per_step: int, tty: bool | None = None, figure: str = "teacher entropy"
+    ) -> None:
+        """`figure` names the second number that is shown."""
+        self.figure = figure
         self.total, self.done, self.scans = total, done, scans_per_step
         self.before = self.spoke = time.monotonic()
-        self.loss = self.entropy = self.step_s = math.nan
+        self.loss = self.second = self.step_s = math.nan
         tty = sys.stdout.isatty() if tty is None else tty
         layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix} [{elapsed}, {remaining} left]"
         self.bar = tqdm(total=total, initial=done, desc="step", bar_format=layout, **_terminal()) if tty else None
 
-    def __call__(self, loss: float, entropy: float) -> None:
+    def __call__(self, loss: float, second: float) -> None:
         """One step is done."""
         self.done += 1
         now = time.monotonic()
-        self.loss, self.entropy = _smooth(self.loss, loss, 0.1), _smooth(self.entropy, entropy, 0.1)
+        self.loss, self.second = _smooth(self.loss, loss, 0.1), _smooth(self.second, second, 0.1)
         self.step_s = _smooth(self.step_s, max(now - self.before, 1e-9), 0.05)
         self.before = now
-        figures = f"loss {self.loss:.3f}, teacher entropy {self.entropy:.2f}, {self.scans / self.step_s:.1f} scans/s"
+        figures = f"loss {self.loss:.3f}, {self.figure} {self.second:.2f}, {self.scans / self.step_s:.1f} scans/s"
         if self.bar is not None:
             self.bar.set_postfix_str(figures, refresh=False)
             self.bar.update()
@@ -131,20 +135,25 @@ def list_skipped(skipped: list[tuple[str, str]], run: Path, say: Callable[[str],
         say(f"  and {len(skipped) - _LISTED} more, in {run / 'skipped.txt'}")
 
 
-def closing(run: Path, steps: int, picture: bool, say: Callable[[str], None]) -> None:
+def closing(run: Path, steps: int, weights: str, picture: str | None, say: Callable[[str], None]) -> None:
     """What the run left, and what to do with it."""
-    look = "\n  attention.png         where its class token looks in a scan" if picture else ""
+    backbone = weights == "backbone.safetensors"
+    what = "weights of the backbone" if backbone else "weights and codebook"
+    shows = "where the class token looks in a scan" if backbone else "scans, the half that was shown, completions"
+    look = f"\n  {picture:21} {shows}" if picture else ""
+    load = f'medformer.load("{run}/{weights}").eval()' if backbone else f'ImageGPT.load("{run}/{weights}").eval()'
+    name = "medformer" if backbone else "medformer.image_gpt"
     say(f"""\
 {run}/
-  backbone.safetensors  weights of the teacher's backbone{look}
+  {weights:21} {what}{look}
   config.yaml           every setting, ready for --config
   metrics.jsonl         one line a step; tensorboard/ has the same
   checkpoints/          the last two, to go on from
 Next:
   on your own scans     python ssl/train.py --data.root DIR
   go on for longer      python ssl/train.py --resume {run} --steps {2 * steps}
-  in Python             import medformer
-                        backbone = medformer.load("{run}/backbone.safetensors").eval()
+  in Python             {"import medformer" if backbone else f"from {name} import ImageGPT"}
+                        model = {load}
   curves                tensorboard --logdir {run.parent}""")
 
 

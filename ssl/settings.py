@@ -8,43 +8,59 @@ import difflib
 import re
 import typing
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import jsonargparse
 import yaml
 
+from byol import ByolConfig
 from dino import DinoConfig
+from igpt import IgptConfig, model_config
 from medformer import BackboneConfig
+from online import OnlineConfig
+from optim import OptimConfig
 from prepare import DataConfig
 from runs import UserError
-from schedules import OptimConfig
+from sizes import METHODS, defaults_of
 from views import ViewsConfig
 
-__all__ = ["MAY_CHANGE", "TrainConfig", "as_dict", "changes", "flat", "parse", "to_yaml"]
+__all__ = ["MAY_CHANGE", "TrainConfig", "as_dict", "changes", "flat", "from_dict", "parse", "to_yaml"]
 
 # docstring_parse_attribute_docstrings: the text under each field becomes its flag's help.
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 # A resumed run may set these anew and still be the same run.
-MAY_CHANGE = ("checkpoint_activations", "data.cache", "device", "log_every", "out", "resume", "save_every", "workers")
+MAY_CHANGE = (
+    "checkpoint_activations", "data.cache", "device", "dry_run", "log_every", "online.every", "online.task", "out",
+    "picture_every", "replay", "resume", "save_every", "workers",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Self-supervised pretraining of a 3D backbone."""
+    """Self-supervised pretraining of a backbone on 3D scans or 2D images."""
 
+    method: Literal["dino", "byol", "igpt"] = "dino"
+    """What to train with: DINO, BYOL or Image-GPT."""
+    size: Literal["mini", "tiny", "small", "base"] = "mini"
+    """Sets width, depth, patches, crops, batch, head and schedule together; every flag given wins over it. mini: two
+    minutes on a CPU. tiny: an evening on one GPU. small: ViT-S, days on one GPU. base: ViT-B, several GPUs."""
     data: DataConfig = field(default_factory=DataConfig)
     model: BackboneConfig = field(
         default_factory=lambda: BackboneConfig(width=96, depth=4, heads=3, patch_stride=6, patch_padding=1)
     )
     views: ViewsConfig = field(default_factory=ViewsConfig)
     dino: DinoConfig = field(default_factory=DinoConfig)
+    byol: ByolConfig = field(default_factory=ByolConfig)
+    igpt: IgptConfig = field(default_factory=IgptConfig)
+    online: OnlineConfig = field(default_factory=OnlineConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     steps: int = 200
     """Optimiser steps of the whole run; all schedules stretch over it. 1 or more."""
     batch_size: int = 8
-    """Scans in one forward pass of one process; each gives 2 global and --views.local_views local views."""
+    """Scans in one forward pass of one process; each gives --views.global_views and --views.local_views views."""
     accumulate: int = 1
     """Forward passes per optimiser step. Scans per step: batch_size x accumulate x processes."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -66,20 +82,60 @@ class TrainConfig:
     log_every: int = 1
     """Optimiser steps between lines in metrics.jsonl and points in TensorBoard. 1 or more."""
     max_bad_steps: int = 5
-    """Steps in a row with a NaN or Inf loss or gradient before the run gives up; each is skipped. 1 or more."""
+    """Steps in a row with a NaN or Inf loss or gradient before the run gives up; each is skipped, and the first ones
+    are kept in bad/ for --replay. 1 or more."""
+    picture_every: int = 0
+    """Optimiser steps between pictures (attention, or completions of Image-GPT) in pictures/ and TensorBoard; 0: one
+    at the end."""
+    dry_run: bool = False
+    """Only build the model, time a few steps on random voxels here, and print parameters, memory and seconds."""
+    replay: str | None = None
+    """A file of a run's bad/ folder: run that step again and say where the first NaN or Inf comes from."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "save_every", "log_every", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
-        for name in ("seed", "workers"):
+        for name in ("seed", "workers", "picture_every"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"--{name} {getattr(self, name)} must be 0 or more")
-        if self.model.dims != 3 or self.model.in_channels != 1:
+        if self.model.in_channels != 1:
+            raise ValueError(f"--model.in_channels {self.model.in_channels}: this trainer takes one channel; use 1")
+        self._check_views()
+
+    def _check_views(self) -> None:
+        views, method, dims = self.views, self.method, self.model.dims
+        wanted = 1 if method == "igpt" else 2
+        if views.global_views != wanted:
+            raise ValueError(f"--views.global_views {views.global_views}: {method} takes {wanted}")
+        if method != "dino" and views.local_views:
+            raise ValueError(f"--views.local_views {views.local_views}: {method} has no local views; use 0")
+        for name in ("global_size", "local_size") if views.local_views else ("global_size",):
+            size = getattr(views, name)
+            shown = "x".join(map(str, size))
+            if dims == 2 and size[0] != 1:
+                raise ValueError(
+                    f"--views.{name} {shown}: --model.dims 2 takes views of one slice; use 1x{size[1]}x{size[2]}"
+                )
+            kernel = self.model.kernel if dims == 3 else (1, *self.model.kernel)
+            if method != "igpt" and any(n < k for n, k in zip(size, kernel, strict=True)):
+                raise ValueError(f"--views.{name} {shown} is below --model.patch_size {'x'.join(map(str, kernel))}")
+        if views.cutmix and (method == "igpt" or self.batch_size < 2 or not self.model.class_token):
             raise ValueError(
-                f"--model.dims {self.model.dims} --model.in_channels {self.model.in_channels}: "
-                "this trainer takes 3D scans of one channel; use 3 and 1"
+                f"--views.cutmix {views.cutmix} needs dino or byol, --batch_size 2 or more and --model.class_token; "
+                "use 0"
             )
+        if method == "byol" and self.byol.norm == "batch" and self.batch_size < 2:
+            raise ValueError(
+                f"--byol.norm batch with --batch_size {self.batch_size}: BatchNorm needs 2 or more scans; use "
+                "--byol.norm group"
+            )
+        if method == "dino" and self.dino.masked_patches and not self.model.mask_token:
+            raise ValueError(f"--dino.masked_patches {self.dino.masked_patches} needs --model.mask_token true")
+        if method == "dino" and self.dino.koleo and self.batch_size < 2:
+            raise ValueError(f"--dino.koleo {self.dino.koleo} needs --batch_size 2 or more")
+        if method == "igpt":
+            model_config(self.model, self.igpt, views.global_size, "")  # says what does not fit
 
 
 class _Parser(jsonargparse.ArgumentParser):
@@ -108,15 +164,15 @@ def _known_flags(argv: list[str], parser: argparse.ArgumentParser) -> None:
 def _parser() -> _Parser:
     parser = _Parser(
         prog="python ssl/train.py",
-        usage="python ssl/train.py [dino] [--config FILE] [--data.root DIR] [--resume RUN] [--steps N] ...",
-        description="Pretrain a 3D backbone on unlabelled scans. Without arguments: a run of about two minutes on "
-        "the scans that come with the dependencies. On your own: --data.root DIR.",
+        usage="python ssl/train.py [dino|byol|igpt] [--size S] [--config FILE] [--data.root DIR] [--resume RUN] ...",
+        description="Pretrain a backbone on unlabelled scans or images. Without arguments: a run of about two minutes "
+        "on the scans that come with the dependencies. On your own: --data.root DIR.",
         epilog="Lists are written 24x32x32, 24,32,32 or [24, 32, 32]. "
         "Several processes: torchrun --nproc-per-node 2 ssl/train.py ...",
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these settings; flags after it win.")
-    parser.add_argument("method", nargs="?", default="dino", choices=["dino"], help="What to train with.")
-    parser.add_class_arguments(TrainConfig, as_group=False)
+    parser.add_argument("method", nargs="?", default="dino", choices=list(METHODS), help="What to train with.")
+    parser.add_class_arguments(TrainConfig, as_group=False, skip={"method"})
     return parser
 
 
@@ -127,10 +183,18 @@ def parse(argv: list[str], saved: dict[str, Any] | None = None) -> TrainConfig:
         UserError: with exit code 2, for anything wrong in the flags or the file.
     """
     parser = _parser()
-    if saved is not None:
-        parser.set_defaults(flat(saved))
     argv = _readable(argv)
     _known_flags(argv, parser)
+    if saved is not None:
+        parser.set_defaults(flat(saved))
+    else:
+        chosen = _choices(argv)
+        try:
+            parser.set_defaults(defaults_of(chosen["method"], chosen["size"], chosen["dims"]))
+        except (ValueError, KeyError):
+            pass  # the parser itself says what is wrong with method, size or dims
+        else:
+            parser.set_defaults(method=chosen["method"])
     try:
         values = parser.parse_args(argv).as_dict()
     except UserError:
@@ -141,6 +205,29 @@ def parse(argv: list[str], saved: dict[str, Any] | None = None) -> TrainConfig:
         return _build(TrainConfig, values)
     except (ValueError, TypeError) as error:
         raise UserError(_one_line(str(error)), 2) from error
+
+
+def _choices(argv: list[str]) -> dict[str, Any]:
+    """Method, size and dims, on which other defaults depend, from the flags or the file they name."""
+    chosen: dict[str, Any] = {"method": "dino", "size": "mini", "dims": 3}
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    flags = {name: value for name, value in pairwise(words) if name.startswith("--")}
+    if "--config" in flags and Path(flags["--config"]).is_file():
+        try:
+            content = yaml.safe_load(Path(flags["--config"]).read_text())
+        except (yaml.YAMLError, UnicodeDecodeError):
+            content = None  # the parser says so
+        if isinstance(content, dict):
+            chosen |= {name: content[name] for name in ("method", "size") if name in content}
+            if isinstance(model := content.get("model"), dict):
+                chosen["dims"] = model.get("dims", 3)
+    chosen["size"] = flags.get("--size", chosen["size"])
+    if "--model.dims" in flags:
+        chosen["dims"] = int(flags["--model.dims"]) if flags["--model.dims"].isdigit() else 0
+    for before, word in pairwise(["", *words]):
+        if word in METHODS and not before.startswith("--"):
+            chosen["method"] = word
+    return chosen
 
 
 def _readable(argv: list[str]) -> list[str]:
@@ -164,7 +251,7 @@ def _build(cls: type, values: dict[str, Any]) -> Any:
     known = {f.name for f in dataclasses.fields(cls)}
     arguments = {}
     for name, value in values.items():
-        if cls is TrainConfig and name in ("config", "method"):
+        if cls is TrainConfig and name == "config":
             continue
         if name not in known:
             raise ValueError(f"unknown setting {name} of {cls.__name__}")
@@ -175,6 +262,11 @@ def _build(cls: type, values: dict[str, Any]) -> Any:
             value = tuple(value)
         arguments[name] = value
     return cls(**arguments)
+
+
+def from_dict(values: dict[str, Any]) -> TrainConfig:
+    """The config that `as_dict` made these values of."""
+    return _build(TrainConfig, values)
 
 
 def as_dict(config: Any) -> dict[str, Any]:
@@ -207,7 +299,7 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, An
 
 def to_yaml(config: TrainConfig) -> str:
     """The resolved config as a file for --config; the run's own folder is left out, so that it can be used again."""
-    values = as_dict(dataclasses.replace(config, out=None, resume=None))
+    values = as_dict(dataclasses.replace(config, out=None, resume=None, dry_run=False, replay=None))
     return "# python ssl/train.py --config THIS_FILE\n" + yaml.safe_dump(
         values, sort_keys=False, default_flow_style=None
     )

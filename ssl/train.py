@@ -1,4 +1,4 @@
-"""Pretrain a 3D backbone on unlabelled scans. `python ssl/train.py --help` explains every flag.
+"""Pretrain a backbone on unlabelled scans or images. `python ssl/train.py [dino|byol|igpt] --help` explains every flag.
 
 One process, or several: `torchrun --nproc-per-node 2 ssl/train.py ...`. The loop is `train`, below, in one piece.
 """
@@ -28,20 +28,29 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import medformer
+import methods
+import online
+import pictures
+import replay
 import report
 import runs
 import settings
-from dino import CollapseWatch, Dino
-from prepare import Crops, Prepared, loader, prepare, sample_scan
+from optim import adaptive_clip, clip_per_tensor, make_optimiser
+from prepare import Crops, Prepared, loader
+from roots import Order, gather, voxel_scale
 from runs import UserError
-from schedules import clip_per_tensor, cosine, parameter_groups
+from schedules import cosine
 from settings import TrainConfig
-from views import render
+from views import Plan, render
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Scans may take hours to read the first time; the other processes wait for the first one that long.
 _PATIENCE = timedelta(days=2)
+# Settings that decide the shape of the weights, besides --model's.
+_SHAPE = (
+    "method", "size", "dino.prototypes", "dino.hidden", "dino.bottleneck", "byol.hidden", "byol.projection",
+    "byol.norm", "igpt.colours", "igpt.patch", "igpt.order", "igpt.objective",
+)  # fmt: skip
 
 
 class Place(NamedTuple):
@@ -90,6 +99,10 @@ def _run(argv: list[str], rank: int, ranks: int) -> int:
     began = time.monotonic()
     say = print if rank == 0 else _silent
     config = settings.parse(argv)
+    if config.replay is not None:
+        return replay.run(Path(config.replay), config.device)
+    if config.dry_run:
+        return replay.dry_run(config, _device(config))
     state: dict[str, Any] | None = None
     run: Path | None = None
     if config.resume is not None:
@@ -106,14 +119,14 @@ def _run(argv: list[str], rank: int, ranks: int) -> int:
 
     home = run.parent if run else Path(config.out).parent if config.out else Path("runs")
     cache = Path(config.data.cache) if config.data.cache else home / "cache"
-    prepared = _prepare(config, cache, rank, ranks)
+    prepared, order = _prepare(config, cache, rank, ranks)
     report.describe(prepared, config.data.root is None, say)
     if rank == 0 and run is None:
         run = runs.new_run(config.out)
     stop = Stop()
     with ExitStack() as at_end:
         at_end.callback(stop.restore)
-        code = train(config, prepared, run, state, Place(device, rank, ranks), stop, at_end)
+        code = train(config, prepared, order, run, state, Place(device, rank, ranks), stop, at_end)
     say(f"{report.duration(time.monotonic() - began)} in all")
     return code
 
@@ -122,8 +135,9 @@ def _merge(argv: list[str], state: dict[str, Any], say: Any) -> TrainConfig:
     """The checkpoint's settings with the given flags on top; UserError where that is another model."""
     config = settings.parse(argv, saved=state["config"])
     changed = settings.changes(state["config"], settings.as_dict(config))
-    shape = ("dino.prototypes", "dino.hidden", "dino.bottleneck")
-    other = [f"{n} is {a} there, {b} here" for n, (a, b) in changed.items() if n.startswith("model.") or n in shape]
+    other = [f"{n} is {a} there, {b} here" for n, (a, b) in changed.items() if n.startswith("model.") or n in _SHAPE]
+    if config.method == "igpt" and "views.global_size" in changed:
+        other.append("views.global_size is {} there, {} here".format(*changed["views.global_size"]))
     if other:
         raise UserError(f"--resume {config.resume} is of another model: {'; '.join(other)}; drop these or start anew")
     for name, (old, new) in changed.items():
@@ -153,12 +167,12 @@ def _device(config: TrainConfig) -> torch.device:
     return device
 
 
-def _prepare(config: TrainConfig, cache: Path, rank: int, ranks: int) -> Prepared:
+def _prepare(config: TrainConfig, cache: Path, rank: int, ranks: int) -> tuple[Prepared, Order]:
     """The first process reads the scans, the others wait and get its list."""
     result: list[Any] = [None]
     if rank == 0:
         try:
-            result = [prepare(config.data, config.views, cache, config.seed, report.reading)]
+            result = [gather(config.data, config.views, config.model.dims, cache, config.seed, report.reading)]
         except UserError as error:
             result = [error]
     if ranks > 1:
@@ -172,6 +186,7 @@ def _prepare(config: TrainConfig, cache: Path, rank: int, ranks: int) -> Prepare
 def train(
     config: TrainConfig,
     prepared: Prepared,
+    order: Order,
     run: Path | None,
     state: dict[str, Any] | None,
     place: Place,
@@ -186,14 +201,11 @@ def train(
     device, rank, ranks = place
     say: Callable[[str], None] = _silent if run is None else print
     torch.manual_seed(config.seed)
-    backbone = medformer.Backbone(config.model)
-    method = Dino(backbone, config.model.width, config.dino, config.steps).to(device)
-    backbone.checkpoint_activations = config.checkpoint_activations
-    optimiser = torch.optim.AdamW(
-        parameter_groups(method.student), lr=config.optim.lr, betas=(config.optim.beta1, config.optim.beta2), fused=True
-    )
+    scale = voxel_scale(prepared)
+    method = methods.make(config, scale).to(device)
+    optimiser = make_optimiser(method.student, config.optim)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-    crops = Crops(prepared.train, config.views, config.seed)
+    crops = Crops(prepared.train, config.views, config.seed, order)
     first, sample, bad, bad_in_a_row = 0, 0, 0, 0
     if state is not None:
         method.load_state_dict(state["method"])
@@ -208,32 +220,37 @@ def train(
         )
     warmup = round(config.optim.warmup * config.steps)
     scans_per_step = config.accumulate * config.batch_size * ranks
-    ceiling = math.log(config.dino.prototypes)
     say(
-        f"DINO, {sum(p.numel() for p in backbone.parameters()) / 1e6:.2f} M parameters, {config.precision} on {device}"
+        f"{config.method}, {methods.parameters_of(method) / 1e6:.2f} M parameters, {config.precision} on {device}"
         f"{f' x {ranks} processes' if ranks > 1 else ''}, {scans_per_step} scans a step, "
-        f"{2 + config.views.local_views} views a scan; the loss starts at ln K = {ceiling:.3f}"
+        f"{config.views.global_views + config.views.local_views} views a scan; {method.summary}"
     )
     if first:
         say(f"going on at step {first} of {config.steps}")
-    metrics = meter = None
+    metrics = meter = labelled = None
     if run is not None:
+        if config.online.task is not None:
+            labelled = online.read_labelled(config.online, config.views, config.model.dims)
         runs.write_whole(run / "config.yaml", lambda file: file.write(settings.to_yaml(config).encode()))
         metrics = runs.Metrics(run, first)
-        meter = report.Meter(config.steps, first, scans_per_step)
+        meter = report.Meter(config.steps, first, scans_per_step, figure=method.headline.replace("_", " "))
         at_end.callback(metrics.close)
         at_end.callback(meter.close)
         say = meter.say
-    watch = CollapseWatch(config.dino.prototypes)
     workers = config.workers if config.workers is not None else 4 if device.type == "cuda" else 0
     feed = partial(
         loader, crops, accumulate=config.accumulate, batch=config.batch_size, rank=rank, ranks=ranks,
         pin=device.type == "cuda",
     )  # fmt: skip
     autocast = partial(torch.autocast, device.type, _DTYPES[config.precision], enabled=config.precision != "fp32")
-    if state is None:
-        for plans in feed(steps=1):
-            views = render(plans, config.views, device)
+
+    def cut(plans: Plan) -> list[torch.Tensor]:
+        views = render(plans, config.views, device)
+        return [v.squeeze(2) for v in views] if config.model.dims == 2 else views
+
+    if state is None and method.look_steps:
+        for plans in feed(steps=method.look_steps):
+            views = cut(plans)
             with autocast():
                 method.look(views)
         method.start()
@@ -253,34 +270,48 @@ def train(
         })  # fmt: skip
         saved = step
 
+    def evaluate(step: int) -> dict[str, float]:
+        if labelled is None:
+            return {}
+        figures = online.measure(method.encoder, labelled, config.online.neighbours)
+        say(f"after {step} steps: " + ", ".join(f"{n.replace('_', ' ')} {v:.3f}" for n, v in figures.items()))
+        return figures
+
+    untrained = {f"untrained_{name}": value for name, value in evaluate(0).items()} if first == 0 else {}
     method.train()
     for step in range(first, config.steps):
         lr = cosine(step, config.steps, config.optim.lr, config.optim.final_lr, warmup=warmup)
         decay = cosine(step, config.steps, config.optim.weight_decay, config.optim.final_weight_decay)
         for group in optimiser.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
             group["weight_decay"] = decay if group["decay"] else 0.0
 
-        totals = torch.zeros(5, device=device)  # loss, entropy, kl, marginal, asked to stop
+        totals, names, seen = None, [], []
         for micro in range(config.accumulate):
-            # Drop path draws from torch's generator: seeded per step, it needs no place in the checkpoint.
+            # Drop path and masks draw from torch's generator: seeded per step, it needs no place in the checkpoint.
             torch.manual_seed(_seed(config.seed, step, micro, rank))
-            views = render(next(batches), config.views, device)
+            seen.append(next(batches))
+            views = cut(seen[-1])
             last = micro == config.accumulate - 1
             with student.no_sync() if ranks > 1 and not last else nullcontext():  # type: ignore[operator]
                 with autocast():
                     loss, parts = method.loss(student, views, step)
                 scaler.scale(loss / config.accumulate).backward()
-            values = [loss.detach(), parts["entropy"], parts["kl"], parts["marginal"]]
-            totals[:4] += torch.stack(values) / config.accumulate
+            names = list(parts)
+            values = torch.stack([loss.detach(), *parts.values()]) / config.accumulate
+            totals = values if totals is None else totals + values
         scaler.unscale_(optimiser)
         method.before_step(step)
         norm = clip_per_tensor(method.student.parameters(), config.optim.clip)
-        totals[4] = float(stop.signal > 0)
+        if config.optim.agc:
+            adaptive_clip(method.student, config.optim.agc, skip=method.last_layers)
+        assert totals is not None
+        totals = torch.cat([totals, totals.new_tensor([float(stop.signal > 0)])])
         if ranks > 1:
             dist.all_reduce(totals)
             totals /= ranks
-        mean_loss, entropy, kl, marginal, asked = totals.tolist()
+        mean_loss, *means, asked = totals.tolist()
+        figures = dict(zip(names, means, strict=True))
 
         # fp16 overflows of the gradient alone are the scaler's business: it skips and lowers its scale.
         usable = math.isfinite(mean_loss) and (scaler.is_enabled() or math.isfinite(norm.item()))
@@ -296,30 +327,40 @@ def train(
         sample += scans_per_step
         if not usable:
             bad += 1
-            names = _names(prepared, config.seed, range(sample - scans_per_step, sample))
-            say(f"WARNING: step {step} skipped, loss {mean_loss}, gradient norm {norm.item()}; scans: {names}")
+            scans = _names(prepared, order, range(sample - scans_per_step, sample))
+            say(f"WARNING: step {step} skipped, loss {mean_loss}, gradient norm {norm.item()}; scans: {scans}")
+            if run is not None and bad <= config.max_bad_steps:
+                file = replay.save(run, config, scale, method, seen, step, scans)
+                say(f"its batch is kept: python ssl/train.py --replay {file}")
             if bad_in_a_row >= config.max_bad_steps:
                 raise UserError(
-                    f"{bad_in_a_row} steps in a row had a loss or gradient that is not finite, the last on {names}; "
+                    f"{bad_in_a_row} steps in a row had a loss or gradient that is not finite, the last on {scans}; "
                     "lower --optim.lr, use --precision fp32 or look at these scans"
                 )
+        done = step + 1
+        measured = untrained if step == first else {}
+        if (config.online.every and done % config.online.every == 0) or done == config.steps:
+            measured = {**measured, **evaluate(done)}
         if metrics is not None and meter is not None:
             now = time.monotonic()
-            if step % config.log_every == 0 or step == config.steps - 1:
+            if step % config.log_every == 0 or done == config.steps or measured:
                 metrics.write(step, {
-                    "loss": mean_loss, "teacher_entropy": entropy, "kl": kl, "marginal_entropy": marginal,
-                    "gradient_norm": norm.item(), "lr": lr, "weight_decay": decay, "momentum": method.momentum(step),
-                    "teacher_temp": method.teacher_temp(step), "skipped_steps": bad,
+                    "loss": mean_loss, **figures, "gradient_norm": norm.item(), "lr": lr, "weight_decay": decay,
+                    **method.schedules(step), "skipped_steps": bad, **measured,
                     "scans_per_s": scans_per_step / max(now - clock, 1e-9),
                 })  # fmt: skip
             clock = now
-            meter(mean_loss, entropy)
-        collapse = watch(mean_loss, entropy, marginal)
+            meter(mean_loss, figures[method.headline])
+        collapse = method.watch(mean_loss, figures)
         if collapse:
             say(f"WARNING: step {step}: {collapse}")
-        if (step + 1) % config.save_every == 0 or step + 1 == config.steps or asked:
-            save(step + 1)
-        if asked and step + 1 < config.steps:
+        if run is not None and config.picture_every and done % config.picture_every == 0 and done < config.steps:
+            path = run / "pictures" / f"step-{done:08d}.png"
+            if pictures.draw(config, prepared, method, path, f"after {done} steps") and metrics is not None:
+                pictures.to_board(metrics, path, done)
+        if done % config.save_every == 0 or done == config.steps or asked:
+            save(done)
+        if asked and done < config.steps:
             break
     else:
         step = config.steps - 1
@@ -336,34 +377,27 @@ def train(
     return 0
 
 
-def _finish(config: TrainConfig, prepared: Prepared, run: Path, method: Dino, loss: float | None) -> None:
-    teacher = method.teacher.backbone
-    assert isinstance(teacher, medformer.Backbone)
+def _finish(config: TrainConfig, prepared: Prepared, run: Path, method: methods.Method, loss: float | None) -> None:
     try:
-        medformer.save(teacher, run / "backbone.safetensors")
+        weights = method.save(run)
     except OSError as error:
-        raise UserError(
-            f"cannot write {run / 'backbone.safetensors'}: {error.strerror}; make room and --resume {run}"
-        ) from error
-    if config.model.class_token:
-        held = bool(prepared.held_out)
-        scan = (prepared.held_out or prepared.train)[0]
-        caption = f"{'Held-out' if held else 'Training'} scan after {config.steps} steps"
-        z, y, x = (4 * n for n in config.views.global_size)
-        report.attention_picture(teacher, scan, run / "attention.png", caption=caption, limit=(z, y, x))
+        where = error.filename or run
+        raise UserError(f"cannot write {where}: {error.strerror}; make room and --resume {run}") from error
+    picture = run / ("completions.png" if config.method == "igpt" else "attention.png")
+    drawn = pictures.draw(config, prepared, method, picture, f"after {config.steps} steps")
     report.list_skipped(prepared.skipped, run, print)
     if loss is not None:
-        print(f"loss {math.log(config.dino.prototypes):.3f} (ln K) -> {loss:.3f}")
-    report.closing(run, config.steps, config.model.class_token, print)
+        print(f"loss {loss:.3f} at the end; {method.summary}")
+    report.closing(run, config.steps, weights, picture.name if drawn else None, print)
 
 
 def _seed(*numbers: int) -> int:
     return int(np.random.SeedSequence((*numbers, 4)).generate_state(1, np.uint32)[0])
 
 
-def _names(prepared: Prepared, seed: int, samples: range) -> str:
+def _names(prepared: Prepared, order: Order, samples: range) -> str:
     """The scans of some samples."""
-    names = sorted({prepared.train[sample_scan(seed, s, len(prepared.train))].name for s in samples})
+    names = sorted({prepared.train[order(s)].name for s in samples})
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 

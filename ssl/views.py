@@ -1,11 +1,12 @@
-"""3D multi-crop: two global and several local views of a scan, cut and changed on the training device.
+"""Multi-crop: global and local views of a scan or image, cut and changed on the training device.
 
 Two halves. `draw` runs beside the data (numpy, one call a sample) and decides everything random; it sees only a small
-region of the scan. `render` runs on the training device (torch, batched) and does the arithmetic: crop, resize,
-flip, contrast, blur, noise. Both depend on the sample's own seed and on nothing else, so a sample looks the same in
-any batch, on any worker and after any restart.
+region of the scan. `render` runs on the training device (torch, batched) and does the arithmetic: crop, resize, flip
+here, warps and intensities in `augment.py`. Both depend on the sample's own seed and on nothing else, so a sample looks
+the same in any batch, on any worker and after any restart.
 
-Axes are Z, Y, X; a box is `start, size` in voxels of the region, both fractional.
+Axes are Z, Y, X; a box is `start, size` in voxels of the region, both fractional. An image is a scan of one slice, and
+its views are 1 x Y x X.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import augment
+
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 __all__ = ["Plan", "ViewsConfig", "draw", "region_size", "render", "through_plane_axis"]
 
 _TRIES = 4  # boxes drawn in search of one that holds more than air
-_BLUR_RADIUS = 3  # voxels either side
+_CT_RANGE = (-2.0, 2.0)  # of normalised CT: HU -1000 to 1000 over 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +35,14 @@ class ViewsConfig:
     """Crops and augmentations. Sizes and per-axis values are in z,y,x order."""
 
     global_size: tuple[int, int, int] = (24, 32, 32)
-    """Voxels of each of the two global views: z,y,x, for instance 24x32x32. Scans below it are skipped or padded."""
+    """Voxels of each global view: z,y,x, for instance 24x32x32, or 1x96x96 for images. Scans below it are skipped or
+    padded."""
     local_size: tuple[int, int, int] = (16, 16, 16)
     """Voxels of each local view: z,y,x."""
+    global_views: int = 2
+    """Global views of each scan: 2 for dino and byol, 1 for igpt."""
     local_views: int = 2
-    """Local views of each scan (the two global ones come on top) [8 in the paper, 2D]. 0 or more."""
+    """Local views of each scan (the global ones come on top) [8 in the paper, 2D]. 0 or more; 0 for byol and igpt."""
     global_scale: tuple[float, float] = (0.75, 1.5)
     """In-plane zoom of the global views: voxels of the scan per voxel of the view, lowest and highest. Above 0."""
     local_scale: tuple[float, float] = (0.6, 1.2)
@@ -46,15 +52,33 @@ class ViewsConfig:
     min_foreground: float = 0.2
     """Share of a view that should be tissue rather than air; up to four places are tried. 0 to 1."""
     flip: tuple[float, float, float] = (0.0, 0.0, 0.5)
-    """Chance of a flip along z, y and x. 0 to 1 each."""
+    """Chance of a flip along z (feet to head), y (back to front) and x (left to right). 0 to 1 each; 0,0,0 where the
+    side matters."""
+    rotate: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Largest turn about z (in the axial plane), y and x, in degrees of the patient, whatever the voxels. 0 to 180."""
+    shear: float = 0.0
+    """Largest shear, in millimetres per millimetre. 0 to 0.5."""
+    elastic: float = 0.0
+    """Deviation of a smooth random displacement, in voxels of the view. 0 or more."""
     contrast: float = 0.3
     """Largest relative change of contrast, and the largest shift of brightness in standard deviations. 0 to 0.9."""
     gamma: float = 0.3
     """Largest change of ln gamma, applied between each view's darkest and brightest voxel. 0 or more."""
     noise: float = 0.15
-    """Largest standard deviation of added Gaussian noise, in standard deviations of the view. 0 or more."""
+    """Largest standard deviation of added noise, in standard deviations of the view. 0 or more."""
+    rician: bool = False
+    """Noise of MR scans is Rician, as in magnitude images, instead of Gaussian."""
+    bias: float = 0.0
+    """Largest deviation of the logarithm of a smooth bias field, for scans that are not CT. 0 to 1."""
+    window: float = 0.0
+    """Largest move inwards of either end of the HU window of CT scans, as a share of its width. 0 to 0.45."""
+    coarse: float = 1.0
+    """Largest loss of resolution: cells of this many voxels are averaged, for a quarter of the views. 1 or more."""
     blur: float = 1.0
     """Largest width (sigma) of the Gaussian blur, in voxels of the view; used for half of the views. 0 to 1.5."""
+    cutmix: float = 0.0
+    """Attentive CutMix: share of a global view that is replaced by the cells of another scan to which the teacher pays
+    most attention; targets are mixed alike [6/49 = 0.12]. 0 turns it off; at most 0.5."""
 
     def __post_init__(self) -> None:
         for name in ("global_size", "local_size"):
@@ -64,14 +88,28 @@ class ViewsConfig:
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 raise ValueError(f"--views.{name} {low},{high} must be a lowest above 0 and a highest not below it")
+        if self.global_views not in (1, 2):
+            raise ValueError(f"--views.global_views {self.global_views} must be 1 or 2")
         if self.local_views < 0:
             raise ValueError(f"--views.local_views {self.local_views} must be 0 or more")
         for name, chances in (("flip", self.flip), ("min_foreground", (self.min_foreground,))):
             if not all(0 <= chance <= 1 for chance in chances):
                 raise ValueError(f"--views.{name} {chances} must lie between 0 and 1")
-        for name, top in (("contrast", 0.9), ("gamma", math.inf), ("noise", math.inf), ("blur", 1.5)):
+        if not all(0 <= degrees <= 180 for degrees in self.rotate):
+            raise ValueError(f"--views.rotate {self.rotate} must lie between 0 and 180 degrees")
+        if not self.coarse >= 1:
+            raise ValueError(f"--views.coarse {self.coarse} must be at least 1")
+        for name, top in (
+            ("contrast", 0.9), ("gamma", math.inf), ("noise", math.inf), ("blur", 1.5), ("shear", 0.5),
+            ("elastic", math.inf), ("bias", 1.0), ("window", 0.45), ("cutmix", 0.5),
+        ):  # fmt: skip
             if not 0 <= getattr(self, name) <= top:
                 raise ValueError(f"--views.{name} {getattr(self, name)} must lie between 0 and {top}")
+
+    @property
+    def warps(self) -> bool:
+        """Whether views are turned, sheared or bent at all."""
+        return any(self.rotate) or self.shear > 0 or self.elastic > 0
 
 
 class Plan(NamedTuple):
@@ -86,7 +124,9 @@ class Plan(NamedTuple):
     flips: np.ndarray
     """1 where a view is flipped, [V, 3]."""
     intensity: np.ndarray
-    """contrast, brightness, gamma, noise, blur of each view, [V, 5]."""
+    """`augment.CHANGES` of each view, [V, P]."""
+    warp: np.ndarray
+    """Of each view: output voxel (zyx, from its middle) to input voxel, [V, 3, 3]."""
     seed: np.ndarray
     """Seed of the sample's noise, int64."""
     scan: np.ndarray
@@ -121,6 +161,7 @@ def draw(
     config: ViewsConfig,
     seed: tuple[int, ...],
     scan: int = 0,
+    modality: str = "unknown",
 ) -> Plan:
     """Decide the views of one sample.
 
@@ -141,30 +182,50 @@ def draw(
 
     through = through_plane_axis(spacing_mm)
     tissue = region[::2, ::2, ::2] > threshold
-    boxes = np.empty((2 + config.local_views, 6), np.float32)
+    near = config.global_views
+    boxes = np.empty((near + config.local_views, 6), np.float32)
     for i in range(len(boxes)):
-        size = np.array(config.global_size if i < 2 else config.local_size)
-        boxes[i] = _box(
-            rng, size, config.global_scale if i < 2 else config.local_scale, through, extent, tissue, config
-        )
+        size = np.array(config.global_size if i < near else config.local_size)
+        scale = config.global_scale if i < near else config.local_scale
+        boxes[i] = _box(rng, size, scale, through, extent, tissue, config)
 
     # The order of these draws is part of a run's identity: changing it changes every view of every seed.
     flips = (rng.random((len(boxes), 3)) < config.flip).astype(np.float32)
     u = rng.random((len(boxes), 6)).astype(np.float32)
-    intensity = np.stack(
-        [
-            1 + config.contrast * (2 * u[:, 0] - 1),
-            config.contrast * (2 * u[:, 1] - 1),
-            np.exp(config.gamma * (2 * u[:, 2] - 1)),
-            config.noise * u[:, 3],
-            config.blur * u[:, 4] * (u[:, 5] < 0.5),
-        ],
-        axis=1,
-    ).astype(np.float32)
+    changes = {
+        "contrast": 1 + config.contrast * (2 * u[:, 0] - 1),
+        "brightness": config.contrast * (2 * u[:, 1] - 1),
+        "gamma": np.exp(config.gamma * (2 * u[:, 2] - 1)),
+        "noise": config.noise * u[:, 3],
+        "blur": config.blur * u[:, 4] * (u[:, 5] < 0.5),
+    }
+    noise_seed = np.array(rng.integers(2**62), np.int64)
+    u = rng.random((len(boxes), 6)).astype(np.float32)
+    ct, width = modality == "CT", _CT_RANGE[1] - _CT_RANGE[0]
+    jitter = config.window * width if ct else 0.0
+    changes |= {
+        "rician": np.full(len(boxes), float(config.rician and modality == "MR")),
+        "bias": config.bias * u[:, 0] * (not ct),
+        # 0, 0 leaves the window alone.
+        "window_low": (_CT_RANGE[0] + jitter * u[:, 1]) * (jitter > 0),
+        "window_high": (_CT_RANGE[1] - jitter * u[:, 2]) * (jitter > 0),
+        "coarse": 1 + (config.coarse - 1) * u[:, 3] * (u[:, 4] < 0.25),
+        "elastic": config.elastic * u[:, 5],
+    }
+    intensity = np.stack([changes[name] for name in augment.CHANGES], axis=1).astype(np.float32)
+    sizes = np.array([config.global_size if i < near else config.local_size for i in range(len(boxes))])
+    mm = np.array(spacing_mm) * boxes[:, 3:] / sizes
+    warps = np.stack([_warp(rng, config, view_mm) for view_mm in mm]).astype(np.float32)
     filled = np.zeros(limit, np.float16)
     filled[tuple(slice(0, n) for n in extent)] = region
-    noise_seed = np.array(rng.integers(2**62), np.int64)
-    return Plan(filled, extent, boxes, flips, intensity, noise_seed, np.array(scan, np.int64))
+    return Plan(filled, extent, boxes, flips, intensity, warps, noise_seed, np.array(scan, np.int64))
+
+
+def _warp(rng: np.random.Generator, config: ViewsConfig, mm: np.ndarray) -> np.ndarray:
+    """A turn and a shear in millimetres, as a matrix of voxels of `mm` millimetres."""
+    turn = np.array(augment.rotation(tuple(np.array(config.rotate) * rng.uniform(-1, 1, 3))))
+    shear = np.eye(3) + config.shear * np.triu(rng.uniform(-1, 1, (3, 3)), 1)
+    return (turn @ shear) * mm[None, :] / mm[:, None]
 
 
 def _box(
@@ -199,17 +260,25 @@ def render(plans: Plan, config: ViewsConfig, device: torch.device) -> list[Float
     region = torch.as_tensor(plans.region).to(device, non_blocking=True).float()
     extent = torch.as_tensor(plans.extent).to(device)
     boxes, flips, intensity = (torch.as_tensor(t).to(device) for t in (plans.boxes, plans.flips, plans.intensity))
-    sizes = [config.global_size] * 2 + [config.local_size] * config.local_views
-    noise = _noise(torch.as_tensor(plans.seed), sum(math.prod(size) for size in sizes), device)
-    groups = [(0, 2, config.global_size, 0)]
+    warps = torch.as_tensor(plans.warp).to(device)
+    groups = [(0, config.global_views, config.global_size)]
     if config.local_views:
-        groups.append((2, len(sizes), config.local_size, 2 * math.prod(config.global_size)))
+        groups.append((config.global_views, config.global_views + config.local_views, config.local_size))
+    grains = 2 if config.rician else 1
+    fields = augment.field_numbers() if config.warps or config.bias else 0
+    counts = [(last - first) * (grains * math.prod(size) + fields) for first, last, size in groups]
+    noise = _noise(torch.as_tensor(plans.seed), sum(counts), device).split(counts, dim=1)
     views = []
-    for first, last, size, offset in groups:
-        count = last - first
-        x = _crop(region, extent, boxes[:, first:last], flips[:, first:last], size)  # [B, v, Z, Y, X]
-        grain = noise[:, offset : offset + count * math.prod(size)].view(x.shape)
-        x = _change(x.flatten(0, 1), intensity[:, first:last].flatten(0, 1), grain.flatten(0, 1))
+    for (first, last, size), numbers in zip(groups, noise, strict=True):
+        count, voxels = last - first, math.prod(size)
+        x = _crop(region, extent, boxes[:, first:last], flips[:, first:last], size).flatten(0, 1)  # [B * v, Z, Y, X]
+        rows = intensity[:, first:last].flatten(0, 1)
+        grain, *second = numbers[:, : count * voxels * grains].unflatten(1, (grains, count, *size)).unbind(1)
+        knots = numbers[:, count * voxels * grains :].unflatten(1, (count, fields)).flatten(0, 1)
+        if config.warps:
+            x = augment.warp(x, warps[:, first:last].flatten(0, 1), rows[:, augment.CHANGES.index("elastic")], knots)
+        second_grain = second[0].flatten(0, 1) if second else None
+        x = augment.change(x, rows, grain.flatten(0, 1), second_grain, knots)
         views.append(x.unflatten(0, (-1, count)).transpose(0, 1).flatten(0, 1).unsqueeze(1).contiguous())
     return views
 
@@ -257,27 +326,3 @@ def _resize_matrix(start: Tensor, length: Tensor, flip: Tensor, out: int, extent
     weights = (1 - (source - at[..., None]).abs() / step.clamp_min(1)[..., None]).clamp_min(0)
     weights = weights * (source < extent[:, None, None, None])
     return weights / weights.sum(-1, keepdim=True)
-
-
-def _change(x: Float[Tensor, "N Z Y X"], intensity: Float[Tensor, "N 5"], grain: Tensor) -> Tensor:
-    contrast, brightness, gamma, noise, blur = (v[:, None, None, None] for v in intensity.unbind(1))
-    x = _blur(x, blur)
-    low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
-    span = (high - low).clamp_min(1e-6)
-    x = low + span * ((x - low) / span).clamp(0, 1) ** gamma
-    mean = x.mean((1, 2, 3), keepdim=True)
-    spread = x.std((1, 2, 3), correction=0, keepdim=True)
-    return mean + (x - mean) * contrast + spread * (brightness + noise * grain)
-
-
-def _blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian along each axis with the sample's own width, as a sum of shifted copies; sigma 0 changes nothing."""
-    taps = torch.arange(-_BLUR_RADIUS, _BLUR_RADIUS + 1, device=x.device, dtype=x.dtype)
-    weights = torch.exp(-0.5 * (taps / sigma.flatten(1).clamp_min(1e-3)) ** 2)
-    weights = weights / weights.sum(1, keepdim=True)
-    for axis in (1, 2, 3):
-        length = x.shape[axis]
-        at = torch.arange(-_BLUR_RADIUS, length + _BLUR_RADIUS, device=x.device).clamp(0, length - 1)
-        padded = x.index_select(axis, at)
-        x = sum(weights[:, k, None, None, None] * padded.narrow(axis, k, length) for k in range(2 * _BLUR_RADIUS + 1))  # type: ignore[assignment]
-    return x

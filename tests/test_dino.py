@@ -10,7 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino import CollapseWatch, Dino, DinoConfig, DinoHead, DinoLoss, update_teacher
+from collapse import CollapseWatch
+from dino import Dino, DinoConfig, DinoHead, block_masks
+from dino_loss import Centre, DinoLoss, koleo, masked_patch_loss, sinkhorn
+from ema import update_average
+from medformer import Backbone, BackboneConfig
 
 CONFIG = DinoConfig(prototypes=16, hidden=12, bottleneck=8, freeze_last=2, centre_momentum=0.9)
 
@@ -52,22 +56,25 @@ def by_hand(student: Tensor, teacher: Tensor, centre: Tensor, teacher_temp: floa
     return total / terms
 
 
+ZERO = torch.zeros(16)
+
+
 def test_loss_and_gradient_match_the_definition() -> None:
     torch.manual_seed(0)
-    criterion = DinoLoss(CONFIG)
-    criterion.centre.normal_(std=0.1)
+    centre = torch.randn(16) * 0.1
     student = torch.randn(5, 3, 16, requires_grad=True)
     teacher = torch.randn(2, 3, 16)
-    loss, _ = criterion(student, teacher, 0.05)
-    expected = by_hand(student, teacher, criterion.centre, 0.05)
+    loss, _ = DinoLoss(0.1)(student, teacher, centre, 0.05)
+    expected = by_hand(student, teacher, centre, 0.05)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(*(torch.autograd.grad(x, student)[0] for x in (loss, expected)))
 
 
 def test_loss_of_even_answers_is_ln_k() -> None:
-    loss, parts = DinoLoss(DinoConfig(prototypes=4096))(torch.zeros(4, 2, 4096), torch.zeros(2, 2, 4096), 0.04)
+    zero = torch.zeros(4096)
+    loss, parts = DinoLoss(0.1)(torch.zeros(4, 2, 4096), torch.zeros(2, 2, 4096), zero, 0.04)
     assert loss.item() == pytest.approx(8.3178, abs=1e-4)
-    assert parts["entropy"].item() == pytest.approx(math.log(4096), abs=1e-4)
+    assert parts["teacher_entropy"].item() == pytest.approx(math.log(4096), abs=1e-4)
 
 
 def test_a_view_is_never_compared_with_itself() -> None:
@@ -75,62 +82,154 @@ def test_a_view_is_never_compared_with_itself() -> None:
     student = torch.randn(2, 3, 16)
     near = student.clone()
     near[0] = teacher[0] * 100  # would make the (0, 0) term tiny
-    crossed = by_hand(near, teacher, torch.zeros(16), 0.05)
-    torch.testing.assert_close(DinoLoss(CONFIG)(near, teacher, 0.05)[0], crossed)
+    crossed = by_hand(near, teacher, ZERO, 0.05)
+    torch.testing.assert_close(DinoLoss(0.1)(near, teacher, ZERO, 0.05)[0], crossed)
 
 
 def test_entropy_and_kl_add_up_to_the_loss() -> None:
     student, teacher = torch.randn(6, 3, 16), torch.randn(2, 3, 16)
-    loss, parts = DinoLoss(CONFIG)(student, teacher, 0.07)
-    assert (parts["entropy"] + parts["kl"]).item() == pytest.approx(loss.item(), rel=1e-5)
+    loss, parts = DinoLoss(0.1)(student, teacher, ZERO, 0.07)
+    assert (parts["teacher_entropy"] + parts["kl"]).item() == pytest.approx(loss.item(), rel=1e-5)
     assert parts["kl"].item() > 0
-    assert parts["marginal"] >= parts["entropy"]
+    assert parts["marginal_entropy"] >= parts["teacher_entropy"]
 
 
 def test_teacher_logits_get_no_gradient() -> None:
     teacher = torch.randn(2, 3, 16, requires_grad=True)
-    loss, _ = DinoLoss(CONFIG)(torch.randn(4, 3, 16, requires_grad=True), teacher, 0.05)
+    loss, _ = DinoLoss(0.1)(torch.randn(4, 3, 16, requires_grad=True), teacher, ZERO, 0.05)
     loss.backward()
     assert teacher.grad is None
 
 
 def test_loss_is_computed_in_float32_under_autocast() -> None:
     student, teacher = torch.randn(4, 3, 16), torch.randn(2, 3, 16)
-    plain, _ = DinoLoss(CONFIG)(student, teacher, 0.05)
+    plain, _ = DinoLoss(0.1)(student, teacher, ZERO, 0.05)
     with torch.autocast("cpu", torch.bfloat16):
-        mixed, _ = DinoLoss(CONFIG)(student, teacher, 0.05)
+        mixed, _ = DinoLoss(0.1)(student, teacher, ZERO, 0.05)
     assert mixed.dtype == torch.float32
     assert torch.equal(plain, mixed)
 
 
-def test_centre_moves_after_the_loss_by_the_mean_of_the_teacher() -> None:
-    criterion = DinoLoss(CONFIG)
-    teacher = torch.randn(2, 3, 16)
-    criterion(torch.randn(4, 3, 16), teacher, 0.05)
-    assert torch.equal(criterion.centre, torch.zeros(16))
-    criterion.update_centre()
-    torch.testing.assert_close(criterion.centre, 0.1 * teacher.mean((0, 1)))
+def test_centre_is_the_mean_of_the_logits_without_the_logits() -> None:
+    method = make()
+    scans = views_of(torch.randn(3, 1, 4, 4, 4))
+    method.loss(method.student, scans, 0)
+    assert torch.equal(method.centre.value, torch.zeros(16))  # moves after the loss
+    logits = method.teacher(scans[0]).logits
+    method.after_step(0)
+    torch.testing.assert_close(method.centre.value, 0.1 * logits.mean(0))
 
 
 def test_centre_moves_once_for_several_micro_batches() -> None:
-    parts, whole = DinoLoss(CONFIG), DinoLoss(CONFIG)
-    student, teacher = torch.randn(4, 6, 16), torch.randn(2, 6, 16)
-    whole(student, teacher, 0.05)
-    for half in (slice(0, 3), slice(3, 6)):
-        parts(student[:, half], teacher[:, half], 0.05)
-        assert not parts.centre.any()
-    for criterion in (parts, whole):
-        criterion.update_centre()
-    torch.testing.assert_close(parts.centre, whole.centre)
+    parts, whole = Centre(16), Centre(16)
+    features, prototypes = torch.randn(12, 8), torch.randn(16, 8)
+    whole.observe(features)
+    for half in features.chunk(2):
+        parts.observe(half)
+        assert not parts.value.any()
+    for centre in (parts, whole):
+        centre.update(prototypes, 0.9)
+    torch.testing.assert_close(parts.value, whole.value)
 
 
 def test_a_skipped_step_leaves_no_trace_in_the_centre() -> None:
-    criterion = DinoLoss(CONFIG)
-    criterion(torch.randn(4, 3, 16), torch.full((2, 3, 16), float("nan")), 0.05)
-    criterion.discard()
-    criterion(torch.randn(4, 3, 16), torch.ones(2, 3, 16), 0.05)
-    criterion.update_centre()
-    torch.testing.assert_close(criterion.centre, torch.full((16,), 0.1))
+    centre = Centre(16)
+    centre.observe(torch.full((2, 8), float("nan")))
+    centre.discard()
+    centre.observe(torch.ones(2, 8))
+    centre.update(torch.ones(16, 8) / 8, 0.9)
+    torch.testing.assert_close(centre.value, torch.full((16,), 0.1))
+
+
+def test_sinkhorn_matches_its_definition_and_balances_the_prototypes() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(12, 5, dtype=torch.float64) / 4
+    q = (logits / 0.1).exp()
+    for _ in range(3):
+        q = q / q.sum(0) * (12 / 5)
+        q = q / q.sum(1, keepdim=True)
+    torch.testing.assert_close(sinkhorn(logits, 0.1).double(), q, atol=1e-5, rtol=1e-4)
+    balanced = sinkhorn(logits, 0.1, iterations=50)
+    torch.testing.assert_close(balanced.sum(1), torch.ones(12))
+    torch.testing.assert_close(balanced.sum(0), torch.full((5,), 12 / 5), rtol=1e-3, atol=1e-3)
+    assert sinkhorn(torch.full((4, 3), 1e4), 0.04).isfinite().all()
+
+
+def test_koleo_matches_its_definition() -> None:
+    x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    unit = x / x.norm(dim=1, keepdim=True)
+    gaps = [min(float((unit.detach()[i] - unit.detach()[j]).norm()) for j in range(6) if j != i) for i in range(6)]
+    assert koleo(x).item() == pytest.approx(-sum(math.log(g) for g in gaps) / 6, rel=1e-4)
+    close = torch.ones(3, 4).requires_grad_()
+    (gradient,) = torch.autograd.grad(koleo(close), close)
+    assert gradient.isfinite().all()  # also for rows that are the same
+    with pytest.raises(ValueError, match="no neighbour"):
+        koleo(x[:1])
+
+
+def test_masked_patch_loss_counts_each_view_alike() -> None:
+    torch.manual_seed(0)
+    mask = torch.tensor([[1, 1, 1, 0], [0, 0, 0, 0], [0, 1, 0, 0]], dtype=torch.bool)
+    student, p = torch.randn(4, 16), torch.randn(4, 16).softmax(-1)
+    terms = -(p * (student / 0.1).log_softmax(-1)).sum(-1)
+    torch.testing.assert_close(masked_patch_loss(student, p, mask, 0.1), (terms[:3].mean() + terms[3]) / 2)
+    assert masked_patch_loss(student[:0], p[:0], mask & False, 0.1) == 0
+
+
+def test_half_of_the_views_are_masked_in_blocks_within_the_share() -> None:
+    torch.manual_seed(0)
+    mask = block_masks(8, (6, 6, 5), (0.2, 0.4), torch.device("cpu"))
+    shares = mask.float().mean(1)
+    assert mask.shape == (8, 180)
+    assert (shares[1::2] == 0).all()
+    assert ((shares[::2] > 0.18) & (shares[::2] <= 0.4)).all()
+    grid = mask[0].view(6, 6, 5)
+    pairs = grid[0::2] == grid[1::2]
+    assert pairs.float().mean() > 0.9  # both halves of a block go together
+
+
+def test_the_student_tells_masked_patches_it_does_not_see() -> None:
+    torch.manual_seed(0)
+    config = DinoConfig(prototypes=16, hidden=12, bottleneck=8, masked_patches=1.0, koleo=0.1, freeze_last=0)
+    backbone = Backbone(
+        BackboneConfig(width=24, depth=1, heads=2, patch_size=4, patch_stride=4, patch_padding=0, mask_token=True)
+    )
+    method = Dino(backbone, 24, config, 20)
+    views = [torch.randn(4, 1, 8, 8, 8), torch.randn(2, 1, 4, 4, 4)]
+    loss, parts = method.loss(method.student, views, 0)
+    loss.backward()
+    assert {"patch_loss", "koleo"} <= parts.keys()
+    assert parts["patch_loss"] > 0
+    total = parts["teacher_entropy"] + parts["kl"] + parts["patch_loss"] + 0.1 * parts["koleo"]
+    torch.testing.assert_close(loss.detach(), total)
+    assert backbone.mask_token is not None
+    assert backbone.mask_token.grad is not None
+    assert backbone.mask_token.grad.any()
+    method.after_step(0)
+    assert method.patch_centre is not None
+    assert method.patch_centre.value.any()
+
+
+def test_sinkhorn_targets_replace_the_centre() -> None:
+    method = make(DinoConfig(prototypes=16, hidden=12, bottleneck=8, balance="sinkhorn"))
+    scans = views_of(torch.randn(4, 1, 4, 4, 4))
+    _, parts = method.loss(method.student, scans, 0)
+    logits = method.teacher(scans[0]).logits
+    p = sinkhorn(logits, method.teacher_temp(0))
+    torch.testing.assert_close(parts["teacher_entropy"], torch.special.entr(p).sum(-1).mean())
+
+
+def test_mixed_targets_are_the_mean_of_both_scans_targets() -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(3, 2, 16), torch.randn(2, 2, 16)
+    partner, share = torch.tensor([1, 0]), torch.tensor([0.25, 0.25])
+    mixed, _ = DinoLoss(0.1)(student, teacher, ZERO, 0.05, (partner, share))
+    p = (teacher / 0.05).softmax(-1)
+    q = (student / 0.1).log_softmax(-1)
+    blend = 0.75 * p + 0.25 * p[:, [1, 0]]
+    pairs = [(blend[0], q[1]), (blend[1], q[0]), (p[0], q[2]), (p[1], q[2])]
+    expected = torch.stack([-(a * b).sum(-1).mean() for a, b in pairs]).mean()
+    torch.testing.assert_close(mixed, expected)
 
 
 def test_head_answers_with_cosines_and_has_no_batch_norm() -> None:
@@ -155,7 +254,7 @@ def test_head_has_the_published_number_of_parameters() -> None:
 def test_teacher_averages_parameters_and_copies_buffers() -> None:
     student, teacher = Pool(), Pool()
     old, new, basis = teacher.mix.weight.clone(), student.mix.weight.clone(), student.basis.clone()
-    update_teacher(teacher, student, 0.9)
+    update_average(teacher, student, 0.9)
     torch.testing.assert_close(teacher.mix.weight, 0.9 * old + 0.1 * new)
     assert torch.equal(teacher.basis, basis)
     assert torch.equal(student.mix.weight, new)
@@ -200,7 +299,7 @@ def test_accumulated_halves_equal_the_whole_batch() -> None:
             (loss / parts).backward()
         method.after_step(5)
     whole, halves = methods
-    torch.testing.assert_close(whole.criterion.centre, halves.criterion.centre)
+    torch.testing.assert_close(whole.centre.value, halves.centre.value)
     for a, b in zip(whole.student.parameters(), halves.student.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
 
@@ -224,8 +323,8 @@ def test_centre_starts_where_the_teacher_is() -> None:
     for views in batches:
         method.look(views)
     method.start()
-    logits = torch.cat([method.teacher(views[0]) for views in batches])
-    torch.testing.assert_close(method.criterion.centre, logits.mean(0))
+    logits = torch.cat([method.teacher(views[0]).logits for views in batches])
+    torch.testing.assert_close(method.centre.value, logits.mean(0))
 
 
 def test_schedules_run_from_start_to_end() -> None:
@@ -240,16 +339,16 @@ def test_state_dict_holds_student_teacher_and_centre() -> None:
     method, other = make(), make()
     for p in method.parameters():
         p.data.normal_()
-    method.criterion.centre.normal_()
+    method.centre.value.normal_()
     other.load_state_dict(method.state_dict())
     x = torch.randn(2, 1, 4, 4, 4)
-    assert torch.equal(other.teacher(x), method.teacher(x))
-    assert torch.equal(other.criterion.centre, method.criterion.centre)
+    assert torch.equal(other.teacher(x).logits, method.teacher(x).logits)
+    assert torch.equal(other.centre.value, method.centre.value)
 
 
 def test_one_view_alone_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 2"):
-        DinoLoss(CONFIG)(torch.zeros(1, 2, 16), torch.zeros(1, 2, 16), 0.05)
+        DinoLoss(0.1)(torch.zeros(1, 2, 16), torch.zeros(1, 2, 16), ZERO, 0.05)
 
 
 def said(watch: CollapseWatch, loss: float, entropy: float, marginal: float) -> list[str]:
@@ -271,6 +370,35 @@ def test_healthy_training_is_no_collapse() -> None:
     assert not said(CollapseWatch(4096), 1.0, 0.1, 2.0)
 
 
+def collapse_of(steps: int, **settings: Any) -> str:
+    """What is said within 200 steps of real training that is made to collapse."""
+    torch.manual_seed(0)
+    method = make(DinoConfig(**{"prototypes": 16, "hidden": 12, "bottleneck": 8, "freeze_last": 0, **settings}), steps)
+    optimiser = torch.optim.AdamW(method.student.parameters(), lr=5e-3)
+    scans = torch.randn(16, 1, 4, 4, 4)
+    for step in range(steps):
+        views = views_of(scans[torch.randperm(16)[:8]])
+        loss, parts = method.loss(method.student, views, step)
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        method.after_step(step)
+        said = method.watch(loss.item(), {name: part.item() for name, part in parts.items()})
+        if said:
+            return said
+    return ""
+
+
+def test_collapse_to_one_prototype_is_told_within_200_steps() -> None:
+    # A centre that never moves.
+    assert "same prototype" in collapse_of(200, centre_momentum=1.0, teacher_temp=0.02, teacher_temp_start=0.02)
+
+
+def test_collapse_to_even_answers_is_told_within_200_steps() -> None:
+    # A teacher too soft to say anything.
+    assert "evenly" in collapse_of(200, teacher_temp=20.0, teacher_temp_start=20.0, student_temp=1.0)
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("prototypes", 1), ("teacher_temp", 0.0), ("momentum", 1.1), ("freeze_last", -1), ("hidden", 0)]
 )
@@ -281,7 +409,7 @@ def test_impossible_settings_name_their_flag(name: str, value: Any) -> None:
 
 def test_cross_entropy_is_torch_cross_entropy_with_soft_targets() -> None:
     student, teacher = torch.randn(2, 3, 16), torch.randn(2, 3, 16)
-    loss, _ = DinoLoss(CONFIG)(student, teacher, 0.05)
+    loss, _ = DinoLoss(0.1)(student, teacher, ZERO, 0.05)
     one = F.cross_entropy(student[1] / 0.1, (teacher[0] / 0.05).softmax(-1))
     two = F.cross_entropy(student[0] / 0.1, (teacher[1] / 0.05).softmax(-1))
     torch.testing.assert_close(loss, (one + two) / 2)

@@ -61,7 +61,8 @@ def test_help_explains_every_flag_with_its_default(capsys: pytest.CaptureFixture
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     flat = settings.flat(settings.as_dict(TrainConfig()))
-    for name in flat:
+    assert "[dino|byol|igpt]" in text
+    for name in flat.keys() - {"method"}:
         entry = " ".join(text.split(f"  --{name} ", 1)[1].split("\n  --", 1)[0].split())
         assert "default: " in entry, name
         assert len(entry.split("(type")[0].split()) > 4, name
@@ -75,8 +76,16 @@ def test_help_explains_every_flag_with_its_default(capsys: pytest.CaptureFixture
         (["--steps=many"], 2, "--steps"),
         (["--steps=0"], 2, "--steps 0 must be at least 1"),
         (["--views.global_size=16x16"], 2, "--views.global_size"),
+        (["--views.global_size=4x16x16"], 2, "--views.global_size 4x16x16 is below --model.patch_size 8x8x8"),
         (["--model.heads=5"], 2, "--model.heads=5 must divide width=24"),
-        (["--model.dims=2"], 2, "takes 3D scans"),
+        (["--model.dims=2"], 2, "--views.global_size 16x16x16: --model.dims 2 takes views of one slice; use 1x16x16"),
+        (["--size=huge"], 2, "--size"),
+        (["byol"], 2, "--views.local_views 1: byol has no local views; use 0"),
+        (["byol", "--views.local_views=0", "--byol.norm=batch", "--batch_size=1"], 2, "BatchNorm needs 2 or more"),
+        (["--dino.masked_patches=1"], 2, "needs --model.mask_token true"),
+        (["--views.cutmix=0.1", "--batch_size=1"], 2, "--views.cutmix 0.1 needs"),
+        (["--data.weights=1,2"], 2, "2 numbers for 1 roots"),
+        (["--replay=nowhere.pt"], 1, "--replay nowhere.pt"),
         (["--precision=fp16"], 2, "--precision fp16 needs a GPU"),
         (["--device=gpu"], 2, "--device gpu"),
         (["--config=nowhere.yaml"], 2, "nowhere.yaml"),
@@ -122,7 +131,24 @@ def test_accumulated_micro_batches_train_like_one_batch(trainer: Any, tmp_path: 
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("flags", [["--precision=bf16"], ["--checkpoint_activations"], ["--model.attention=softmax"]])
+BYOL = ["byol", "--views.local_views=0", "--byol.hidden=32", "--byol.projection=16"]
+IGPT = [
+    "igpt", "--views.local_views=0", "--igpt.colours=16", "--igpt.patch=4x4x4", "--igpt.fit_steps=2",
+    "--views.global_views=1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--precision=bf16"], ["--checkpoint_activations"], ["--model.attention=softmax"],
+        ["--dino.balance=sinkhorn", "--dino.koleo=0.1", "--dino.masked_patches=1", "--model.mask_token=true"],
+        ["--views.cutmix=0.12", "--views.rotate=10,5,5", "--views.elastic=1", "--views.bias=0.3", "--views.coarse=2"],
+        ["--optim.agc=0.01", "--optim.layer_decay=0.9", "--optim.patch_lr=0.2"],
+        BYOL, [*BYOL, "--byol.norm=batch", "--views.cutmix=0.12"], [*BYOL, "--optim.name=adamw", "--precision=bf16"],
+        IGPT, [*IGPT, "--igpt.objective=bert", "--igpt.order=morton"], [*IGPT, "--model.attention=softmax"],
+    ],
+)  # fmt: skip
 def test_variants_train(trainer: Any, tmp_path: Path, flags: list[str]) -> None:
     assert trainer(tmp_path / "run", "--steps=2", *flags) == 0
     assert all(math.isfinite(loss) for loss in trainer.losses(tmp_path / "run"))
@@ -154,6 +180,13 @@ def test_a_step_with_nan_touches_no_weight_and_is_counted(
     assert "step 1 skipped" in said
     assert "scan" in said.split("step 1 skipped")[1].splitlines()[0]
     assert "2 steps were skipped" in said
+    kept = tmp_path / "run" / "bad" / "step-00000001.pt"
+    assert f"--replay {kept}" in said
+    assert train.main([f"--replay={kept}"]) == 0
+    again = capsys.readouterr().out
+    assert "step 1, scans: scan" in again
+    assert "loss nan" in again
+    assert "weights that are not finite: none" in again
     assert [line["loss"] is None for line in trainer.lines(tmp_path / "run")] == [False, True, True, False]
     assert trainer.lines(tmp_path / "run")[-1]["skipped_steps"] == 2
     backbone = medformer.load(tmp_path / "run" / "backbone.safetensors")

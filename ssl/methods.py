@@ -1,0 +1,87 @@
+"""What the loop in `train.py` asks of a method, and how each is made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import medformer
+from byol import Byol
+from dino import Dino
+from igpt import Igpt, model_config
+from runs import UserError
+from settings import TrainConfig
+
+__all__ = ["Method", "make", "parameters_of"]
+
+
+class Method(Protocol):
+    """An `nn.Module` whose state is all that a checkpoint keeps of it.
+
+    The loop calls `look` on the first `look_steps` steps' batches and `start` once; then, each step, `loss` for each
+    micro-batch, `before_step` after backward, and `after_step` after the optimiser, or `skip_step` in place of both
+    optimiser and `after_step` where the loss was not finite.
+    """
+
+    student: nn.Module
+    """What the optimiser trains; in several processes `loss` gets it wrapped."""
+    headline: str
+    """The part of the loss that the progress line shows."""
+    look_steps: int
+    last_layers: tuple[str, ...]
+    """Children of `student` that adaptive gradient clipping leaves alone."""
+
+    @property
+    def encoder(self) -> nn.Module: ...
+    @property
+    def summary(self) -> str: ...
+    def look(self, views: list[Tensor]) -> None: ...
+    def start(self) -> None: ...
+    def loss(self, student: nn.Module, views: list[Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]: ...
+    def before_step(self, step: int) -> None: ...
+    def after_step(self, step: int) -> None: ...
+    def skip_step(self) -> None: ...
+    def schedules(self, step: int) -> dict[str, float]: ...
+    def watch(self, loss: float, parts: dict[str, float]) -> str | None: ...
+    def save(self, path: Path) -> str: ...
+
+    # Of nn.Module:
+    def train(self, mode: bool = True) -> Any: ...
+    def to(self, *args: Any) -> Any: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: Any) -> Any: ...
+
+
+def make(config: TrainConfig, scale: str) -> Method:
+    """The method that `config` names, with fresh weights from torch's generator.
+
+    `scale` says what the voxels are ("HU / 500", "z-score"): part of what an Image-GPT's codebook has to fit.
+    """
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    if config.method == "igpt":
+        shape = model_config(config.model, config.igpt, config.views.global_size, scale)
+        method: Any = Igpt(shape, config.igpt, config.seed)
+        method.student.checkpoint_activations = config.checkpoint_activations
+        return method
+    backbone = medformer.Backbone(config.model)
+    backbone.checkpoint_activations = config.checkpoint_activations
+    cutmix, width = config.views.cutmix, config.model.width
+    if config.method == "dino":
+        return Dino(backbone, width, config.dino, config.steps, cutmix=cutmix)
+    if config.byol.norm == "sync" and config.batch_size * ranks < 2:
+        raise UserError(
+            "--byol.norm sync with 1 scan a step: BatchNorm needs 2 or more; raise --batch_size or use --byol.norm group",
+            2,
+        )
+    # The target draws weights of its own; the random features follow the config's seed and are the same.
+    return Byol(backbone, medformer.Backbone(config.model), width, config.byol, config.steps, cutmix=cutmix)
+
+
+def parameters_of(method: Method) -> int:
+    """Trained parameters of what is kept: the backbone, or Image-GPT."""
+    kept = method.student.backbone if hasattr(method.student, "backbone") else method.student
+    assert isinstance(kept, nn.Module)
+    return sum(p.numel() for p in kept.parameters())

@@ -1,0 +1,79 @@
+"""What `--size`, the method and the dimension change of the default settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["METHODS", "SIZES", "defaults_of"]
+
+# What differs from the defaults, first by method, then by --size; a file given with --config and flags win over both.
+METHODS: dict[str, dict[str, Any]] = {
+    "dino": {},
+    "byol": {
+        "views.local_views": 0, "optim.name": "lars", "optim.lr": 0.2, "optim.final_lr": 0.0,
+        "optim.weight_decay": 1.5e-6, "optim.final_weight_decay": 1.5e-6, "optim.clip": 0.0,
+    },
+    "igpt": {
+        # Grey values must mean the same in every view: nothing but the place, the zoom and the side is random.
+        "views.global_views": 1, "views.local_views": 0, "views.global_size": (12, 20, 20),
+        "views.global_scale": (1.5, 2.5), "views.through_plane_scale": (1.0, 1.5), "views.contrast": 0.0,
+        "views.gamma": 0.0, "views.noise": 0.0, "views.blur": 0.0, "optim.lr": 2e-3, "optim.weight_decay": 0.01,
+        "optim.final_weight_decay": 0.01, "optim.beta2": 0.95,
+    },
+}  # fmt: skip
+_WIDTHS = {
+    "tiny": {"model.width": 192, "model.depth": 6, "model.heads": 3},
+    "small": {"model.width": 384, "model.depth": 12, "model.heads": 6},
+    "base": {"model.width": 768, "model.depth": 12, "model.heads": 12},
+}
+_SCHEDULES: dict[str, dict[str, Any]] = {
+    "tiny": {"steps": 10_000, "batch_size": 16, "dino.prototypes": 4096, "dino.momentum": 0.996, "byol.momentum": 0.99},
+    "small": {
+        "steps": 50_000, "batch_size": 32, "precision": "bf16", "dino.prototypes": 16_384, "dino.hidden": 2048,
+        "dino.momentum": 0.998, "byol.momentum": 0.996, "byol.hidden": 4096, "byol.projection": 256,
+    },
+    "base": {
+        "steps": 125_000, "batch_size": 64, "precision": "bf16", "dino.prototypes": 65_536, "dino.hidden": 2048,
+        "dino.momentum": 0.9985, "byol.momentum": 0.996, "byol.hidden": 4096, "byol.projection": 256,
+    },
+}  # fmt: skip
+_STRETCH = {"dino.centre_momentum": 0.9, "dino.teacher_temp": 0.07, "dino.freeze_last": 500, "save_every": 1000}
+_PATCHES = {3: {"model.patch_size": 8, "model.patch_stride": 4, "model.patch_padding": 2},
+            2: {"model.patch_size": 16, "model.patch_stride": 8, "model.patch_padding": 4}}  # fmt: skip
+_CROPS: dict[int, dict[str, dict[str, Any]]] = {
+    3: {
+        "tiny": {"views.global_size": (48, 48, 48), "views.local_size": (24, 24, 24), "views.local_views": 4},
+        "small": {"views.global_size": (64, 64, 64), "views.local_size": (32, 32, 32), "views.local_views": 6},
+        "base": {"views.global_size": (96, 96, 96), "views.local_size": (48, 48, 48), "views.local_views": 8},
+    },
+    2: {
+        "mini": {"views.global_size": (1, 48, 48), "views.local_size": (1, 24, 24), "model.attention": "softmax",
+                 "model.patch_size": 8, "model.patch_stride": 6, "model.patch_padding": 0},
+        "tiny": {"views.global_size": (1, 96, 96), "views.local_size": (1, 48, 48), "views.local_views": 4},
+        "small": {"views.global_size": (1, 224, 224), "views.local_size": (1, 96, 96), "views.local_views": 6},
+        "base": {"views.global_size": (1, 224, 224), "views.local_size": (1, 96, 96), "views.local_views": 8},
+    },
+}  # fmt: skip
+# An image's tokens are few enough for Image-GPT at 32^3 / 2^3 = 4096, or 64^2 / 2^2 = 1024.
+_SEQUENCES: dict[int, dict[str, Any]] = {
+    3: {"views.global_size": (32, 32, 32), "views.local_views": 0},
+    2: {"views.global_size": (1, 64, 64), "views.local_views": 0, "igpt.patch": (1, 2, 2)},
+}
+SIZES = ("mini", "tiny", "small", "base")
+
+
+def defaults_of(method: str, size: str, dims: int) -> dict[str, Any]:
+    """Settings by dotted name that method, size and dimension change; ValueError for an unknown method or size."""
+    if method not in METHODS or size not in SIZES:
+        raise ValueError(f"--size {size}, method {method}: must be of {', '.join(SIZES)} and {', '.join(METHODS)}")
+    values: dict[str, Any] = {}
+    if size != "mini":
+        values |= _WIDTHS[size] | _SCHEDULES[size] | _STRETCH | _PATCHES[dims]
+    values |= _CROPS[dims].get(size, {})
+    for name, value in METHODS[method].items():
+        # A size's crops win over the method's, but the number of views and what is done to them do not.
+        if name != "views.global_size" or (dims == 3 and size == "mini"):
+            values[name] = value
+    if method == "igpt" and (size != "mini" or dims == 2):
+        values |= _SEQUENCES[dims]
+    return values

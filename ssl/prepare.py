@@ -295,13 +295,18 @@ def loader(
     ranks: int = 1,
     workers: int = 0,
     pin: bool = False,
+    timeout: float = 0,
 ) -> DataLoader[Plan]:
-    """Micro-batches of `steps` optimiser steps from sample `origin` on, in order, with any number of workers."""
+    """Micro-batches of `steps` optimiser steps from sample `origin` on, in order, with any number of workers.
+
+    A batch that workers do not deliver within `timeout` seconds (0: no limit) is a RuntimeError.
+    """
     return DataLoader(
         crops,
         batch_sampler=_Batches(steps, origin, accumulate, batch, rank, ranks),  # type: ignore[arg-type]
         num_workers=workers,
         pin_memory=pin,
+        timeout=timeout if workers else 0,
         worker_init_fn=_quiet_worker,
         # Its own generator, so that making a loader never moves torch's.
         generator=torch.Generator().manual_seed(0),

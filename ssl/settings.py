@@ -33,8 +33,8 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 # A resumed run may set these anew and still be the same run.
 MAY_CHANGE = (
-    "checkpoint_activations", "data.cache", "device", "dry_run", "log_every", "online.every", "online.task", "out",
-    "picture_every", "replay", "resume", "save_every", "workers",
+    "checkpoint_activations", "data.cache", "device", "dry_run", "keep", "loader_timeout", "log_every", "online.every",
+    "online.task", "out", "picture_every", "replay", "resume", "save_every", "workers",
 )  # fmt: skip
 
 
@@ -78,7 +78,12 @@ class TrainConfig:
     resume: str | None = None
     """Go on with a run: its folder, one checkpoint file, or auto for the newest folder in runs/."""
     save_every: int = 100
-    """Optimiser steps between checkpoints (the last two are kept); one more is written at the end. 1 or more."""
+    """Optimiser steps between checkpoints; one more is written at the end. 1 or more."""
+    keep: int = 2
+    """Checkpoints that are kept: the newest so many, and best.pt, the one with the highest knn_accuracy where --online
+    measures it (the loss of these methods says little). 1 or more."""
+    loader_timeout: int = 600
+    """Seconds without a batch from the workers after which the run ends, naming the scans; 0 waits for ever."""
     log_every: int = 1
     """Optimiser steps between lines in metrics.jsonl and points in TensorBoard. 1 or more."""
     max_bad_steps: int = 5
@@ -93,10 +98,10 @@ class TrainConfig:
     """A file of a run's bad/ folder: run that step again and say where the first NaN or Inf comes from."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "save_every", "log_every", "max_bad_steps"):
+        for name in ("steps", "batch_size", "accumulate", "save_every", "keep", "log_every", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
-        for name in ("seed", "workers", "picture_every"):
+        for name in ("seed", "workers", "picture_every", "loader_timeout"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"--{name} {getattr(self, name)} must be 0 or more")
         if self.model.in_channels != 1:

@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import methods
 import online
+import peers
 import pictures
 import replay
 import report
@@ -62,11 +63,11 @@ class Place(NamedTuple):
 
 
 class Stop:
-    """Ctrl-C and SIGTERM ask for a checkpoint and an end; a second Ctrl-C ends at once."""
+    """Ctrl-C, SIGTERM and SIGUSR1 ask for a checkpoint and an end; a second Ctrl-C ends at once."""
 
     def __init__(self) -> None:
         self.signal = 0
-        self._before = {n: signal.signal(n, self._asked) for n in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {n: signal.signal(n, self._asked) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
 
     def _asked(self, number: int, _frame: object) -> None:
         self.signal = number
@@ -78,14 +79,21 @@ class Stop:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run; returns the exit code: 0 done, 1 data or disk, 2 usage, 128 + n stopped by signal n."""
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """Run; returns the exit code: 0 done, 1 data or disk, 2 usage, 75 another process was lost, 128 + n stopped by
+    signal n after a checkpoint. 75 and 128 + n: start again with --resume."""
+    rank, ranks = 0, 1
     try:
+        rank, ranks = peers.from_environment()
         return _run(sys.argv[1:] if argv is None else argv, rank, ranks)
     except UserError as error:
-        if rank == 0:
-            runs.complain(str(error))
+        if rank == 0 or isinstance(error, peers.LocalError):
+            runs.complain(str(error) if ranks == 1 else f"process {rank}: {error}")
         return error.code
+    except RuntimeError as error:
+        if not peers.is_loss(error):
+            raise
+        runs.complain(f"process {rank}: another process of this run was lost; start all of them again with --resume")
+        return peers.LOST
     except KeyboardInterrupt:  # before training began, or twice
         if rank == 0:
             runs.complain("stopped by Ctrl-C")
@@ -116,12 +124,16 @@ def _run(argv: list[str], rank: int, ranks: int) -> int:
     device = _device(config)
     if ranks > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        told = {n: v for n, v in settings.flat(settings.as_dict(config)).items() if n not in settings.MAY_CHANGE}
+        peers.agree(told | {"torch": torch.__version__, "checkpoint": state and state["step"]})
 
     home = run.parent if run else Path(config.out).parent if config.out else Path("runs")
     cache = Path(config.data.cache) if config.data.cache else home / "cache"
     prepared, order = _prepare(config, cache, rank, ranks)
     report.describe(prepared, config.data.root is None, say)
-    if rank == 0 and run is None:
+    if rank > 0:
+        run = None  # the first process alone writes
+    elif run is None:
         run = runs.new_run(config.out)
     stop = Stop()
     with ExitStack() as at_end:
@@ -206,20 +218,25 @@ def train(
     optimiser = make_optimiser(method.student, config.optim)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     crops = Crops(prepared.train, config.views, config.seed, order)
-    first, sample, bad, bad_in_a_row = 0, 0, 0, 0
+    first, sample, bad, bad_in_a_row, best = 0, 0, 0, 0, -1.0
+    scans_per_step = config.accumulate * config.batch_size * ranks
     if state is not None:
         method.load_state_dict(state["method"])
         optimiser.load_state_dict(state["optimiser"])
         scaler.load_state_dict(state["scaler"])
         first, sample, bad, bad_in_a_row = (state[n] for n in ("step", "sample", "bad", "bad_in_a_row"))
+        best = state.get("best", best)
         _compare_scans(state["scans"], prepared.fingerprint(), say)
+        before = state.get("scans_per_step", scans_per_step)
+        if before != scans_per_step:
+            say(f"WARNING: {scans_per_step} scans a step (accumulate x batch_size x processes) from here on, {before} "
+                "before; the order of samples goes on, the schedules count steps")  # fmt: skip
     student: nn.Module = method.student
     if ranks > 1:
         student = DistributedDataParallel(
             student, broadcast_buffers=False, find_unused_parameters=config.model.mask_token
         )
     warmup = round(config.optim.warmup * config.steps)
-    scans_per_step = config.accumulate * config.batch_size * ranks
     say(
         f"{config.method}, {methods.parameters_of(method) / 1e6:.2f} M parameters, {config.precision} on {device}"
         f"{f' x {ranks} processes' if ranks > 1 else ''}, {scans_per_step} scans a step, "
@@ -240,7 +257,7 @@ def train(
     workers = config.workers if config.workers is not None else 4 if device.type == "cuda" else 0
     feed = partial(
         loader, crops, accumulate=config.accumulate, batch=config.batch_size, rank=rank, ranks=ranks,
-        pin=device.type == "cuda",
+        pin=device.type == "cuda", timeout=config.loader_timeout,
     )  # fmt: skip
     autocast = partial(torch.autocast, device.type, _DTYPES[config.precision], enabled=config.precision != "fp32")
 
@@ -258,7 +275,7 @@ def train(
     saved = first
     clock = time.monotonic()
 
-    def save(step: int) -> None:
+    def save(step: int, better: bool) -> None:
         nonlocal saved
         if run is None or metrics is None or step == saved:
             return
@@ -266,8 +283,9 @@ def train(
         runs.save_checkpoint(run, step, {
             "format": "medformer-run-1", "step": step, "config": settings.as_dict(config),
             "method": method.state_dict(), "optimiser": optimiser.state_dict(), "scaler": scaler.state_dict(),
-            "scans": prepared.fingerprint(), "sample": sample, "bad": bad, "bad_in_a_row": bad_in_a_row,
-        })  # fmt: skip
+            "scans": prepared.fingerprint(), "sample": sample, "bad": bad, "bad_in_a_row": bad_in_a_row, "best": best,
+            "scans_per_step": scans_per_step,
+        }, keep=config.keep, best=better)  # fmt: skip
         saved = step
 
     def evaluate(step: int) -> dict[str, float]:
@@ -290,7 +308,8 @@ def train(
         for micro in range(config.accumulate):
             # Drop path and masks draw from torch's generator: seeded per step, it needs no place in the checkpoint.
             torch.manual_seed(_seed(config.seed, step, micro, rank))
-            seen.append(next(batches))
+            at = sample + (micro * ranks + rank) * config.batch_size
+            seen.append(peers.due(batches, partial(_names, prepared, order, range(at, at + config.batch_size))))
             views = cut(seen[-1])
             last = micro == config.accumulate - 1
             with student.no_sync() if ranks > 1 and not last else nullcontext():  # type: ignore[operator]
@@ -358,8 +377,10 @@ def train(
             path = run / "pictures" / f"step-{done:08d}.png"
             if pictures.draw(config, prepared, method, path, f"after {done} steps") and metrics is not None:
                 pictures.to_board(metrics, path, done)
-        if done % config.save_every == 0 or done == config.steps or asked:
-            save(done)
+        better = measured.get("knn_accuracy", -1.0) > best
+        best = max(best, measured.get("knn_accuracy", -1.0))
+        if done % config.save_every == 0 or done == config.steps or asked or better:
+            save(done, better)
         if asked and done < config.steps:
             break
     else:

@@ -1,0 +1,91 @@
+"""Processes that train as one: who they are, that they were told the same, and what it looks like to lose one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from runs import UserError
+
+__all__ = ["LOST", "LocalError", "agree", "due", "from_environment", "is_loss"]
+
+T = TypeVar("T")
+LOST = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed later
+# What collectives say when the other side is gone or silent (gloo, NCCL, the store).
+_GONE = (
+    "Connection closed by peer", "Connection reset", "Broken pipe", "Timed out waiting", "Application timeout",
+    "ncclRemoteError", "NCCL communicator was aborted", "Socket Timeout", "failed to connect", "Connection refused",
+)  # fmt: skip
+
+
+class LocalError(UserError):
+    """A UserError of this process alone, which the first one cannot report."""
+
+
+def from_environment() -> tuple[int, int]:
+    """RANK and WORLD_SIZE as torchrun or a scheduler's script sets them; 0 and 1 without.
+
+    Raises:
+        UserError: they are no numbers, or the rank is not one of the world.
+    """
+    found = {}
+    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")):
+        text = os.environ.get(name, default)
+        if not text.isdecimal():
+            raise UserError(f"{name}={text!r} in the environment must be a whole number; start with torchrun", 2)
+        found[name] = int(text)
+    rank, ranks = found["RANK"], found["WORLD_SIZE"]
+    if rank >= max(1, ranks):
+        raise UserError(f"RANK={rank} must be below WORLD_SIZE={ranks}; start with torchrun", 2)
+    return rank, ranks
+
+
+def agree(values: Mapping[str, Any]) -> None:
+    """Check that all processes hold the same values; nothing to do in one process alone.
+
+    Raises:
+        UserError: on every process, naming what differs and where.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    mine = json.dumps(dict(values), sort_keys=True, default=str)
+    digests: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(digests, hashlib.sha256(mine.encode()).hexdigest())
+    if len(set(digests)) == 1:
+        return
+    everyone: list[Any] = [None] * len(digests)
+    dist.all_gather_object(everyone, json.loads(mine))
+    other = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
+    first, second = everyone[0], everyone[other]
+    names = [n for n in sorted(first.keys() | second.keys()) if first.get(n) != second.get(n)]
+    listed = "; ".join(f"{n} is {first.get(n)} in process 0, {second.get(n)} in process {other}" for n in names[:5])
+    raise UserError(f"the processes of this run differ: {listed}; start all of them with the same flags and code", 2)
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether `error` is how a process notices that another one died or hangs."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _GONE)
+
+
+def due(batches: Iterator[T], named: Callable[[], str]) -> T:
+    """The next batch; `named` tells which scans it should hold.
+
+    Raises:
+        LocalError: a worker hangs, died, or could not read its scan.
+    """
+    try:
+        return next(batches)
+    except (OSError, ValueError, RuntimeError) as error:
+        text = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        if "timed out" in text:
+            what = "no batch from the loader's workers within --loader_timeout"
+        elif "exited unexpectedly" in text or "killed by signal" in text:
+            what = f"a worker of the loader died ({text[:160]})"
+        else:
+            what = f"a batch cannot be cut: {text[:240]}"
+        raise LocalError(f"{what}; scans due: {named()}; mend or remove them, then --resume") from error

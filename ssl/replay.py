@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import cost
 import methods
 import runs
 import settings
@@ -116,6 +117,14 @@ def dry_run(config: TrainConfig, device: torch.device) -> int:
     print(f"parameters: {methods.parameters_of(method) / 1e6:.2f} M, {trained / 1e6:.2f} M with its head")
     print("views a step: " + ", ".join("x".join(map(str, shape)) for shape in shapes))
     method.train()
+    work = None
+    if config.gpus:
+        with cost.counting(method) as work:
+            with autocast:
+                loss, _ = method.loss(method.student, views, 0)
+            loss.backward()
+        method.skip_step()
+        optimiser.zero_grad(set_to_none=True)
     times: list[float] = []
     for step in range(1 + _TIMED):
         began = time.monotonic()
@@ -140,4 +149,7 @@ def dry_run(config: TrainConfig, device: torch.device) -> int:
     kind = "of the GPU" if device.type == "cuda" else "of this process"
     print(f"memory: {memory / 2**30:.2f} GiB {kind} at most")
     print(f"time: {seconds:.2f} s a step, {seconds * config.steps / 3600:.1f} h for {config.steps} steps, without data")
+    if work is not None:
+        scans, local = config.accumulate * config.batch_size, cost.here(work, seconds / config.accumulate)
+        print(cost.table(work, config.gpus, accumulate=config.accumulate, scans=scans, local=local))
     return 0

@@ -33,8 +33,8 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 # A resumed run may set these anew and still be the same run.
 MAY_CHANGE = (
-    "checkpoint_activations", "data.cache", "device", "dry_run", "keep", "loader_timeout", "log_every", "online.every",
-    "online.task", "out", "picture_every", "replay", "resume", "save_every", "workers",
+    "checkpoint_activations", "data.cache", "device", "dry_run", "gpus", "keep", "loader_timeout", "log_every",
+    "online.every", "online.task", "out", "picture_every", "replay", "resume", "save_every", "workers",
 )  # fmt: skip
 
 
@@ -94,6 +94,9 @@ class TrainConfig:
     at the end."""
     dry_run: bool = False
     """Only build the model, time a few steps on random voxels here, and print parameters, memory and seconds."""
+    gpus: int = 0
+    """With --dry_run: estimate a step on so many GPUs too (seconds, memory, bytes sent), from what a step here does and
+    the assumptions of ssl/cost.py. 0: no."""
     replay: str | None = None
     """A file of a run's bad/ folder: run that step again and say where the first NaN or Inf comes from."""
 
@@ -101,7 +104,7 @@ class TrainConfig:
         for name in ("steps", "batch_size", "accumulate", "save_every", "keep", "log_every", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
-        for name in ("seed", "workers", "picture_every", "loader_timeout"):
+        for name in ("seed", "workers", "picture_every", "loader_timeout", "gpus"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"--{name} {getattr(self, name)} must be 0 or more")
         if self.model.in_channels != 1:
@@ -304,7 +307,7 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, An
 
 def to_yaml(config: TrainConfig) -> str:
     """The resolved config as a file for --config; the run's own folder is left out, so that it can be used again."""
-    values = as_dict(dataclasses.replace(config, out=None, resume=None, dry_run=False, replay=None))
+    values = as_dict(dataclasses.replace(config, out=None, resume=None, dry_run=False, gpus=0, replay=None))
     return "# python ssl/train.py --config THIS_FILE\n" + yaml.safe_dump(
         values, sort_keys=False, default_flow_style=None
     )

@@ -5,7 +5,7 @@ Axes: V views, T teacher (global) views, B scans, K prototypes, C width, P maske
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
@@ -166,13 +166,21 @@ def masked_patch_loss(
 def koleo(cls: Float[Tensor, "B C"]) -> Tensor:
     """-mean(log(distance to the nearest other row)) of the L2-normalised rows; spreads the batch out. float32.
 
-    For class tokens before the head, one view at a time: views of one scan may lie close.
-    Source: Sablayrolles et al. 2019; facebookresearch/dinov2 `koleo_loss`.
+    For class tokens before the head, one view at a time: views of one scan may lie close. Neighbours are looked for
+    over the rows of all processes.
+    Source: Sablayrolles et al. 2019; facebookresearch/dinov2 `koleo_loss` (whose neighbours are those of one process).
     """
-    if len(cls) < 2:
-        raise ValueError(f"koleo: {len(cls)} row has no neighbour; give at least 2 scans a batch, or turn it off")
     with torch.autocast(cls.device.type, enabled=False):
         x = F.normalize(cls.float(), dim=-1, eps=1e-8)
+        everyone, own = x, torch.arange(len(x), device=x.device)
+        if dist.is_initialized():
+            from torch.distributed.nn.functional import all_reduce  # passes gradients on
+
+            before, ranks = dist.get_rank() * len(x), dist.get_world_size()
+            everyone = cast(Tensor, all_reduce(F.pad(x, (0, 0, before, ranks * len(x) - len(x) - before))))
+            own = own + before
+        if len(everyone) < 2:
+            raise ValueError(f"koleo: {len(cls)} row has no neighbour; give at least 2 scans a batch, or turn it off")
         with torch.no_grad():
-            nearest = (x @ x.T).fill_diagonal_(-2.0).argmax(1)
-        return -(torch.linalg.vector_norm(x - x[nearest] + 1e-8, dim=-1) + 1e-8).log().mean()
+            nearest = (x @ everyone.T).scatter_(1, own[:, None], -2.0).argmax(1)
+        return -(torch.linalg.vector_norm(x - everyone[nearest] + 1e-8, dim=-1) + 1e-8).log().mean()

@@ -7,6 +7,7 @@ chunked        PyTorch, flat memory            bias           tables added to bl
 wide           PyTorch's fused attention over wider queries and keys
 fused          Triton launches                 kernels        the Triton kernels
 ops            `torch.library` operators over these, with their gradients
+prefix         class and register tokens beside the kernels
 maps           attention maps and the share of each term
 dropout        which weights are kept
 """
@@ -24,6 +25,7 @@ from medformer_kernels.disentangled.arguments import Call, prepare
 from medformer_kernels.disentangled.buckets import axis_expansion, axis_rows, log_buckets
 from medformer_kernels.disentangled.maps import Maps, maps
 from medformer_kernels.disentangled.ops import disentangled_forward
+from medformer_kernels.disentangled.prefix import attend_with_prefix
 from medformer_kernels.disentangled.reference import reference
 from medformer_kernels.disentangled.tables import operands
 from medformer_kernels.disentangled.terms import DEFAULT_TERMS, TERMS
@@ -124,9 +126,12 @@ def _attend(call: Call, backend: str) -> Tensor:
     buckets = call.buckets if x.t is not None or x.u is not None else None
     if backend == "torch" and call.q.is_cuda and buckets is None and call.dropout == 0:
         return wide(x, call.v, call.grid, scale=call.scale, causal=call.causal, key_padding_mask=call.mask)
+    if backend == "triton" and call.grid is not None and call.grid.prefix:
+        return attend_with_prefix(call, x)
     grid = [] if call.grid is None else [call.grid.prefix, *call.grid.size]
     return disentangled_forward(
-        x.q, x.k, call.v, x.t, x.u, buckets, call.mask, call.seed, grid, call.scale, call.causal, call.dropout, backend
+        x.q, x.k, call.v, x.t, x.u, buckets, call.mask, call.seed, grid, call.scale, call.causal, call.dropout, 0,
+        backend,
     )[0]  # fmt: skip
 
 

@@ -35,11 +35,18 @@ class _Head:
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, t: Tensor | None, u: Tensor | None, mask: Tensor | None, scale: float,
-        bias: NoBias, index: int, causal: bool, dropout: float, seed: Tensor | None,
+        bias: NoBias, index: int, causal: bool, dropout: float, seed: Tensor | None, offset: int,
     ) -> None:  # fmt: skip
         b, h = divmod(index, q.shape[1])
         exact = torch.promote_types(q.dtype, torch.float32)
-        self.bias, self.index, self.causal, self.dropout, self.seed = bias, index, causal, dropout, seed
+        self.bias, self.index, self.causal, self.dropout, self.seed, self.offset = (
+            bias,
+            index,
+            causal,
+            dropout,
+            seed,
+            offset,
+        )
         self.scale = scale
         self.q, self.k, self.v = q[b, h].to(exact), k[b, h].to(exact), v[b, h].to(exact)
         self.t, self.u = (None if x is None else x[b, h].to(exact) for x in (t, u))
@@ -71,7 +78,15 @@ class _Head:
     def dropped(self, s: Tensor, start: int) -> Tensor:
         """0 or 1 / (1 - dropout) for each weight of the block."""
         assert self.seed is not None
-        keep = keep_mask(self.seed, self.dropout, tuple(s.shape), s.device, head0=self.index, row0=start)
+        keep = keep_mask(
+            self.seed,
+            self.dropout,
+            tuple(s.shape),
+            s.device,
+            head0=self.index,
+            row0=start + self.offset,
+            key0=self.offset,
+        )
         return keep.to(s.dtype) / (1 - self.dropout)
 
 
@@ -82,7 +97,7 @@ def _weights(s: Tensor, lse: Tensor) -> Tensor:
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, t: Tensor | None, u: Tensor | None, buckets: Tensor | None, mask: Tensor | None,
-    seed: Tensor | None, grid: list[int], scale: float, causal: bool, dropout: float,
+    seed: Tensor | None, grid: list[int], scale: float, causal: bool, dropout: float, offset: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out in the dtype of q, lse): see `ops.disentangled_forward`."""
     batch, heads, queries, _ = q.shape
@@ -91,7 +106,7 @@ def forward(
     lse = q.new_empty((batch, heads, queries), dtype=exact)
     bias = _bias(q, buckets, grid)
     for index in range(batch * heads):
-        head = _Head(q, k, v, t, u, mask, scale, bias, index, causal, dropout, seed)
+        head = _Head(q, k, v, t, u, mask, scale, bias, index, causal, dropout, seed, offset)
         out_head, lse_head = out.flatten(0, 1)[index], lse.flatten(0, 1)[index]
         for start, stop, keys in head.blocks():
             s = head.scores(start, stop, keys)
@@ -109,7 +124,7 @@ def forward(
 def backward(
     q: Tensor, k: Tensor, v: Tensor, t: Tensor | None, u: Tensor | None, buckets: Tensor | None, mask: Tensor | None,
     seed: Tensor | None, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, grid: list[int], scale: float,
-    causal: bool, dropout: float,
+    causal: bool, dropout: float, offset: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(dq, dk, dv, dt, du): see `ops.disentangled_backward`."""
     batch, heads, *_ = q.shape
@@ -119,7 +134,7 @@ def backward(
     bias = _bias(q, buckets, grid)
     for index in range(batch * heads):
         b, h = divmod(index, heads)
-        head = _Head(q, k, v, t, u, mask, scale, bias, index, causal, dropout, seed)
+        head = _Head(q, k, v, t, u, mask, scale, bias, index, causal, dropout, seed, offset)
         dk_head, dv_head = torch.zeros_like(head.k), torch.zeros_like(head.v)
         dt_head = None if head.t is None else torch.empty_like(head.t)
         du_head = None if head.u is None else torch.zeros_like(head.u)

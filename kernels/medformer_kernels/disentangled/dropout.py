@@ -28,7 +28,14 @@ def _mixed(x: Tensor) -> Tensor:
 
 
 def keep_mask(
-    seed: Tensor, dropout: float, shape: tuple[int, ...], device: torch.device, *, head0: int = 0, row0: int = 0
+    seed: Tensor,
+    dropout: float,
+    shape: tuple[int, ...],
+    device: torch.device,
+    *,
+    head0: int = 0,
+    row0: int = 0,
+    key0: int = 0,
 ) -> Tensor:
     """Bool (B, H, N, S) or, for the head `head0` of all B H and rows from `row0` on, (N, S): True = kept."""
     rows, keys = shape[-2:]
@@ -36,5 +43,5 @@ def keep_mask(
     i = torch.arange(row0, row0 + rows, device=device)
     stream = _mixed((heads ^ (seed & _WORD)) & _WORD)[:, None]
     by_row = _mixed(stream ^ i)
-    number = _mixed(by_row[..., None] ^ torch.arange(keys, device=device)) >> 1
+    number = _mixed(by_row[..., None] ^ torch.arange(key0, key0 + keys, device=device)) >> 1
     return (number >= threshold(dropout)).view(shape)

@@ -42,11 +42,15 @@ def disentangled_forward(
     scale: float,
     causal: bool,
     dropout: float,
+    offset: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """(out (B, H, N, Dv), lse (B, H, N) in float32, or float64 for float64). A query without a key: 0 and -inf."""
+    """(out (B, H, N, Dv), lse (B, H, N) in float32, or float64 for float64). A query without a key: 0 and -inf.
+
+    `offset` is the place of the first query and key among all tokens; dropout alone asks for it.
+    """
     return _implementation(backend).forward(
-        q, k, v, t, u, buckets, key_padding_mask, seed, list(grid), scale, causal, dropout
+        q, k, v, t, u, buckets, key_padding_mask, seed, list(grid), scale, causal, dropout, offset
     )
 
 
@@ -74,11 +78,12 @@ def disentangled_backward(
     scale: float,
     causal: bool,
     dropout: float,
+    offset: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dt, du); the last two empty for tables that are not there."""
     dq, dk, dv, dt, du = _implementation(backend).backward(
-        q, k, v, t, u, buckets, key_padding_mask, seed, out, lse, dout, dlse, list(grid), scale, causal, dropout
+        q, k, v, t, u, buckets, key_padding_mask, seed, out, lse, dout, dlse, list(grid), scale, causal, dropout, offset
     )
     return dq, dk, dv, q.new_empty(0) if dt is None else dt, k.new_empty(0) if du is None else du
 
@@ -106,7 +111,7 @@ def _autograd(ctx, dout, dlse):
         dout = torch.zeros_like(out)
     dq, dk, dv, dt, du = disentangled_backward(*tensors, out, lse, dout, dlse, *ctx.settings)
     t, u = tensors[3:5]
-    return dq, dk, dv, None if t is None else dt, None if u is None else du, *(None,) * 8
+    return dq, dk, dv, None if t is None else dt, None if u is None else du, *(None,) * 9
 
 
 disentangled_forward.register_autograd(_autograd, setup_context=_setup)

@@ -3,6 +3,7 @@
 from medformer.attention import PerformerAttention, SoftmaxAttention
 from medformer.backbone import Backbone, BackboneConfig, Features
 from medformer.checkpoint import load, save
+from medformer.disentangled_attention import DisentangledAttention
 from medformer.describe import Description, describe
 from medformer.embed import embed
 from medformer.expire_span import ExpireSpanAttention
@@ -18,6 +19,7 @@ from medformer.transfer import freeze_for_transfer
 __all__ = [
     "Backbone",
     "BackboneConfig",
+    "DisentangledAttention",
     "Description",
     "ExpireSpanAttention",
     "Features",

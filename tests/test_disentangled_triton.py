@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from medformer_kernels import _dispatch, disentangled_attention, disentangled_attention_reference, log_buckets
+from medformer_kernels import disentangled_attention, disentangled_attention_reference, log_buckets
+from medformer_kernels.disentangled import TERMS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 triton = functools.partial(disentangled_attention, backend="triton")
@@ -97,3 +97,97 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_match_the_reference_in_float32(name: str) -> None:
     assert_rule(call_on(*CASES[name]), torch.float32)
+
+
+@pytest.mark.parametrize("name", ["grid", "buckets"])
+def test_float16_error_is_at_most_twice_that_of_plain_pytorch(name: str) -> None:
+    assert_rule(call_on(*CASES[name]), torch.float16)
+
+
+@pytest.mark.parametrize("terms", [("c2p",), ("p2c", "cp2c"), ("p2p",), TERMS], ids="+".join)
+def test_terms_and_prefix_tokens_match_the_reference(terms: tuple[str, ...]) -> None:
+    assert_rule(call_on("grid", (2, 3, 3), terms=terms, prefix=2), torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["grid", "buckets"])
+def test_causal_padding_and_dropout_match_the_reference(kind: str) -> None:
+    prefix = 2 if kind == "grid" else 0
+    call = call_on(kind, (3, 4, 4) if kind == "grid" else (50,), prefix=prefix)
+    mask = torch.rand(1, 50, generator=torch.Generator().manual_seed(3)) > 0.4
+    mask[:, :5] = False  # the first queries have no key
+    options = {"causal": True, "key_padding_mask": mask.to(DEVICE), "dropout": 0.2, "seed": 4}
+    assert_rule(call, torch.float32, **options)
+    out = triton(**cast(call, torch.float32), **options)
+    assert out[:, :, :5].abs().max() == 0
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 3, 3), (13, 2, 5)], ids=lambda s: str(torch.Size(s).numel()))
+def test_takes_any_number_of_tokens(shape: tuple[int, ...]) -> None:
+    assert_rule(call_on("grid", shape, width=8), torch.float32)
+
+
+def test_padding_never_changes_the_rest() -> None:
+    call = cast(call_on("grid", (3, 3, 4), prefix=1), torch.float32)
+    mask = torch.rand(1, 37, generator=torch.Generator().manual_seed(1)).to(DEVICE) > 0.3
+    expected = triton(**call, key_padding_mask=mask)
+    for name, wild in (("k", float("inf")), ("v", float("nan"))):
+        call[name] = call[name].masked_fill(~mask[:, None, :, None], wild)
+    # a query is not a key: what padded tokens ask for may not be finite, so they keep their own q
+    torch.testing.assert_close(triton(**call, key_padding_mask=mask), expected, rtol=0, atol=0)
+
+
+def test_volumes_laid_end_to_end_do_not_read_each_other() -> None:
+    grids = [(2, 3, 2), (1, 2, 2)]
+    call = cast(call_on("grid", (2, 2, 4)), torch.float64)
+    tables = [torch.randn(1, 2 * g - 1, 16, dtype=torch.float64).to(DEVICE) for g in (2, 3, 2)]
+    call |= {"grid": grids, "rel_k": tables, "rel_q": tables}
+    assert_rule(call, torch.float32)
+
+
+def test_strides_are_honoured() -> None:
+    call = cast(call_on("grid", (2, 3, 4)), torch.float32)
+    packed = torch.stack([call[name] for name in "qkv"]).permute(1, 3, 0, 2, 4).contiguous()  # B N 3 H D
+    views = dict(zip("qkv", packed.permute(2, 0, 3, 1, 4).unbind(0), strict=True))
+    assert not views["q"].is_contiguous()
+    torch.testing.assert_close(triton(**call | views), triton(**call), rtol=0, atol=0)
+
+
+def test_equal_inputs_give_equal_bits() -> None:
+    call = call_on("buckets", (50,))
+    one, other = (run(triton, call, torch.float32) for _ in range(2))
+    for name, x in one.items():
+        assert torch.equal(x, other[name]), name
+
+
+@pytest.mark.parametrize("kind", ["grid", "buckets"])
+def test_operators_pass_opcheck(kind: str) -> None:
+    x = torch.randn(1, 1, 12, 16, device=DEVICE)
+    grid = [0, 2, 3, 2] if kind == "grid" else []
+    buckets = None if grid else log_buckets(12, num_buckets=4, max_distance=9).to(DEVICE)
+    table = torch.randn(1, 1, 12, 7 if grid else 8, device=DEVICE)
+    leaves = [y.clone().requires_grad_() for y in (x, x, x, table, table)]
+    mask = torch.ones(1, 12, dtype=torch.bool, device=DEVICE)
+    seed = torch.tensor(3, device=DEVICE)
+    arguments = (*leaves, buckets, mask, seed, grid, 0.25, False, 0.1, 0, "triton")
+    torch.library.opcheck(torch.ops.medformer.disentangled_forward.default, arguments)
+
+
+def test_the_log_sum_exp_has_a_gradient() -> None:
+    """What prefix tokens are merged by."""
+    x = torch.randn(1, 1, 12, 16, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0))
+    table = torch.randn(1, 1, 12, 7, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(1))
+    made = {}
+    for backend in ("triton", "torch"):
+        leaves = [y.clone().requires_grad_() for y in (x, x, x, table, table)]
+        _, lse = torch.ops.medformer.disentangled_forward(
+            *leaves, None, None, None, [0, 2, 3, 2], 0.25, False, 0.0, 0, backend
+        )
+        made[backend] = torch.autograd.grad(lse.square().sum(), leaves, allow_unused=True)
+    for mine, right in zip(made["triton"], made["torch"], strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="about the interpreter")
+def test_bfloat16_is_refused_by_the_interpreter() -> None:
+    with pytest.raises(ValueError, match="disentangled_attention: Triton's interpreter is wrong for bfloat16"):
+        triton(**cast(call_on("grid", (1, 2, 2)), torch.bfloat16))

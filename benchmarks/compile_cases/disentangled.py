@@ -1,0 +1,73 @@
+"""Disentangled attention: what is compiled and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ahead_of_time import TARGETS
+from compile_cases.shapes import WIDTHS, Case, Family, Floor
+from medformer_kernels.disentangled import fused
+
+__all__ = ["FAMILY"]
+
+
+def cases(*, widths: tuple[int, ...] = WIDTHS) -> Iterator[Case]:
+    """B=1 H=8, c2c + c2p + p2c: a grid, plain and with everything on, one of long lines, and buckets."""
+
+    def case(name: str, width: int, dtype: torch.dtype, grid: tuple[int, ...], full: bool) -> Case:
+        tokens, columns = (grid[0] * grid[1] * grid[2], sum(grid)) if grid else (4096, 512)
+        x = torch.empty(1, 8, tokens, width, dtype=dtype, device="meta")
+        table = torch.empty(1, 8, tokens, columns, dtype=dtype, device="meta")
+        lse = torch.empty(1, 8, tokens, device="meta")
+        buckets = None if grid else torch.empty(2 * tokens - 1, dtype=torch.int32, device="meta")
+        mask = torch.empty(1, tokens, dtype=torch.bool, device="meta") if full else None
+        seed = torch.empty((), dtype=torch.int64, device="meta") if full else None
+        settings = ([0, *grid] if grid else [], 0.07, full, 0.1 if full else 0.0, 0)
+
+        def backward() -> None:
+            fused.backward(x, x, x, table, table, buckets, mask, seed, x, lse, x, lse if full else None, *settings)
+
+        return Case(
+            name=f"{name} D={width} {str(dtype)[6:]}",
+            width=width,
+            dtype=dtype,
+            launches={
+                "fwd": lambda: fused.forward(x, x, x, table, table, buckets, mask, seed, *settings),
+                "dq": backward,
+                "dkv": backward,
+            },
+        )
+
+    for width in widths:
+        for dtype in (torch.bfloat16, torch.float32):
+            yield case("grid 32^3", width, dtype, (32, 32, 32), False)
+            yield case("grid 32^3 causal mask dropout", width, dtype, (32, 32, 32), True)
+            yield case("grid 8x8x200", width, dtype, (8, 8, 200), False)
+            yield case("buckets", width, dtype, (), False)
+
+
+def floors() -> Iterator[Floor]:
+    """B=1 H=8 32^3 tokens D=64 bf16 on an H200, c2c + c2p + p2c."""
+    grid, heads, width = (32, 32, 32), 8, 64
+    tokens = 32**3
+    by_kernel = fused.costs(chip=TARGETS["sm_90"].chip, batch_heads=heads, grid=grid, width=width, itemsize=2)
+    row = heads * tokens * width * 2
+    table = heads * tokens * 96 * 2
+    passes = {
+        "forward": (("fwd",), 4 * row + 2 * table),  # q k v, out; T U
+        "backward": (("dq", "dkv"), 8 * row + 4 * table),  # q k v out dout, dq dk dv; T U dT dU
+    }
+    for direction, (kernels, least) in passes.items():
+        yield Floor(
+            shape="disentangled B1 H8 32^3 D64 c2c c2p p2c bf16",
+            direction=direction,
+            flop=sum(by_kernel[kernel].flop for kernel in kernels),
+            exponentials=sum(by_kernel[kernel].exponentials for kernel in kernels),
+            planned_bytes=sum(by_kernel[kernel].bytes for kernel in kernels),
+            least_bytes=least,
+        )
+
+
+FAMILY = Family(cases=cases, floors=floors)

@@ -1,0 +1,32 @@
+"""The disentangled kernels compiled ahead of time for a GPU that is not here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+_SCRIPT = """
+from ahead_of_time import record
+from compile_cases import FAMILIES
+
+case = next(case for case in FAMILIES["disentangled"].cases(widths=(64,)) if case.name == "grid 32^3 D=64 bfloat16")
+for launch in ("fwd", "dkv"):
+    for compiled in record("sm_90", case.launches[launch]):
+        print(compiled.kernel, compiled.fits, compiled.matrix)
+"""
+
+
+def test_headline_kernels_use_wgmma_without_spills() -> None:
+    # A fresh Python without TRITON_INTERPRET: an interpreted kernel has nothing to compile.
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", _SCRIPT], cwd=BENCHMARKS, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert [kernel for kernel, _, _ in rows] == [f"disentangled_{name}_kernel" for name in ("fwd", "dq", "dkv")]
+    assert {(fits, matrix) for _, fits, matrix in rows} == {("True", "wgmma")}

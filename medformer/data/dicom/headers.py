@@ -20,6 +20,7 @@ from pydicom.dataset import Dataset, FileDataset
 from pydicom.multival import MultiValue
 from pydicom.uid import UID
 
+from medformer.data.dicom.anatomy import laterality_of, view_of
 from medformer.data.dicom.mosaic import mosaic_places
 from medformer.data.dicom.syntax import PARSE_ERRORS, check_syntax, pixel_problem, quiet
 from medformer.data.geometry import ScanError
@@ -252,6 +253,9 @@ def acquisition_tags(ds: Dataset) -> dict[str, str]:
         text = "\\".join(str(v) for v in _values(ds.get(tag)))
         if text and len(text) <= 64 and _PLAIN.fullmatch(text):
             out[tag] = text
+    for key, text in (("laterality", laterality_of(ds)), ("view", view_of(ds))):
+        if text and _PLAIN.fullmatch(text):
+            out[key] = text
     return out
 
 

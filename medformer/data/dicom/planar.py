@@ -1,7 +1,7 @@
 """X-rays, mammograms and tomosynthesis: images with a size but no place in the patient.
 
 Source: DICOM PS3.3 C.7.6.1.1.1 (PatientOrientation), C.8.11.7 (mammography), C.11.1 and C.11.2 (LUTs, windows),
-C.7.6.3.1.2 (photometric interpretation), PS3.16 CID 4014 (mammography views).
+C.7.6.3.1.2 (photometric interpretation).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from pydicom.dataset import Dataset, FileDataset
 
+from medformer.data.dicom.anatomy import laterality_of, view_of
 from medformer.data.dicom.headers import ImageFile, NotAnImage
 from medformer.data.dicom.pixels import Pixels, read_pixels
 from medformer.data.geometry import ScanError
@@ -19,13 +20,6 @@ from medformer.data.volumes import Volume, rescale
 
 __all__ = ["describe_image", "grey_of", "read_image", "why_left_out"]
 
-# PS3.16 CID 4014, SNOMED CT and the retired SNOMED RT codes of older files.
-_VIEWS = {
-    "399260004": "ML", "399368009": "MLO", "399352003": "LM", "399099002": "LMO", "399162004": "CC",
-    "399196006": "FB", "399188001": "SIO", "399192008": "XCCL", "399101009": "XCCM", "441555000": "ISO",
-    "R-10224": "ML", "R-10226": "MLO", "R-10228": "LM", "R-10230": "LMO", "R-10242": "CC", "R-10244": "FB",
-    "R-102D0": "SIO", "Y-X1770": "XCCL", "Y-X1771": "XCCM",
-}  # fmt: skip
 _TOMOSYNTHESIS = "1.2.840.10008.5.1.4.1.1.13.1.3"
 _GREY_WEIGHTS = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 
@@ -63,8 +57,8 @@ def describe_image(
         spacing=spacing,
         depth_mm=depth,
         colour=colour or "MONOCHROME2",
-        laterality=_laterality(ds),
-        view=_view(ds),
+        laterality=laterality_of(ds),
+        view=view_of(ds),
         orientation=tuple(str(v).strip().upper() for v in _list(ds.get("PatientOrientation"))),
         notes=(*told, *notes),
         problem=problem,
@@ -106,10 +100,6 @@ def read_image(image: ImageFile, *, canonical: bool, colour: str, voi: bool) -> 
         values = np.flip(values, axes) if axes else values
         mask = np.flip(mask, axes) if axes and mask is not None else mask
     row_mm, col_mm = image.spacing or (1.0, 1.0)
-    tags = dict(pixels.tags)
-    for key, value in (("laterality", image.laterality), ("view", image.view)):
-        if value:
-            tags[key] = value
     return Volume(
         voxels=np.ascontiguousarray(values),
         affine=np.diag([col_mm, row_mm, image.depth_mm or 1.0, 1.0]),
@@ -119,7 +109,7 @@ def read_image(image: ImageFile, *, canonical: bool, colour: str, voi: bool) -> 
         source=image.path,
         valid=None if mask is None else np.ascontiguousarray(~mask),
         geometry="spacing" if image.spacing and (image.frames == 1 or image.depth_mm) else "none",
-        provenance={"format": "DICOM", "files": 1, "bytes": os.path.getsize(image.path), "tags": tags},
+        provenance={"format": "DICOM", "files": 1, "bytes": os.path.getsize(image.path), "tags": pixels.tags},
     )
 
 
@@ -181,25 +171,6 @@ def _spacing(ds: Dataset) -> tuple[tuple[float, float] | None, str]:
                 return (values[0] / factor, values[1] / factor), f"ImagerPixelSpacing / magnification {factor:g}"
             return (values[0], values[1]), tag
     return None, ""
-
-
-def _laterality(ds: Dataset) -> str:
-    shared, each = ds.get("SharedFunctionalGroupsSequence") or [], ds.get("PerFrameFunctionalGroupsSequence") or []
-    groups = [*shared, *each[:1]]
-    anatomy = [part for group in groups for part in group.get("FrameAnatomySequence") or []]
-    for value in (ds.get("ImageLaterality"), *(a.get("FrameLaterality") for a in anatomy), ds.get("Laterality")):
-        text = str(value or "").strip().upper()
-        if text in {"L", "R", "B"}:
-            return text
-    return ""
-
-
-def _view(ds: Dataset) -> str:
-    for item in ds.get("ViewCodeSequence") or []:
-        if (view := _VIEWS.get(str(item.get("CodeValue") or "").strip())) is not None:
-            return view
-    text = str(ds.get("ViewPosition") or "").strip().upper()
-    return text if len(text) <= 16 else ""
 
 
 def _positive(value: Any) -> float | None:

@@ -1,0 +1,59 @@
+"""A plain folder of scans or images in any format `read_volume` knows.
+
+Layout: anything. Below `train/`, `valid/` (or `val/`) and `test/`, that is the split. A `labels.csv` with the columns
+`name` (path below the folder, with or without suffix) and any others gives labels; `patient` and `split` among them
+are taken as such.
+
+Quirk: without a `patient` column the folder a file lies in stands for the patient, for a series the folder above it,
+and for files that lie loose their own name; DICOM brings its own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from medformer.data.dicom.identity import identity_of
+from medformer.data.geometry import ScanError
+from medformer.data.records import UNKNOWN, About, Record, Split, find_file
+from medformer.data.scans import Scan, find_scans
+from medformer.data.tables import read_table
+
+ABOUT = About(
+    name="a plain folder",
+    folders=(),
+    source="your own files",
+    layout="scans and images of any known format, and labels.csv with a column `name`",
+)
+_SPLITS: dict[str, Split] = {"train": "train", "valid": "valid", "val": "valid", "test": "test"}
+
+
+def recognise(folder: Path) -> bool:
+    return folder.is_dir()
+
+
+def scan(root: str | Path) -> list[Record]:
+    """One record a scan or image. Raises ScanError where the folder holds none."""
+    folder = ABOUT.folder(root, recognise)
+    table = find_file(folder, "labels.csv", depth=0)
+    rows = {row["name"].removeprefix("./"): row for row in read_table(table, ["name"])} if table else {}
+    return [_record(found, rows) for found in find_scans(folder, images=True).scans]
+
+
+def _record(found: Scan, rows: dict[str, dict[str, str]]) -> Record:
+    parts = Path(found.name).parts
+    file = Path(found.files[0]).name
+    row = next((rows[k] for k in (found.name, f"{found.name.rpartition('/')[0]}/{file}".lstrip("/")) if k in rows), {})
+    patient, study = row.get("patient", ""), ""
+    if found.kind == "dicom":
+        who = identity_of(found.files[0])
+        patient, study = patient or who.patient, who.study
+    told = row.get("split", "") or (parts[0] if len(parts) > 1 else "")
+    if row.get("split") and row["split"] not in _SPLITS:
+        raise ScanError(f"labels.csv: split {row['split'][:20]!r} must be one of {', '.join(_SPLITS)}")
+    inside = parts[1:] if parts[0] in _SPLITS else parts
+    return Record(
+        dataset="folder", patient=patient or (inside[0] if len(inside) > 1 else found.name), study=study or found.name,
+        paths=found.files, modality=found.modality, split=_SPLITS.get(told), scan=found,
+        labels={k: v or UNKNOWN for k, v in row.items() if k not in {"name", "patient", "split"}},
+        info={"shape": found.shape},
+    )  # fmt: skip

@@ -38,9 +38,11 @@ from medformer_kernels.performer import (
     performer_prefill,
     performer_step,
 )
+from medformer_kernels.tnt import TNTInnerWeights, tnt_inner_block, tnt_inner_block_reference
 
 __all__ = [
     "PerformerState",
+    "TNTInnerWeights",
     "Window",
     "approximation_error",
     "axis_expansion",
@@ -66,6 +68,8 @@ __all__ = [
     "performer_features",
     "performer_prefill",
     "performer_step",
+    "tnt_inner_block",
+    "tnt_inner_block_reference",
     "token_centres_mm",
     "token_coverage",
     "token_grid",

@@ -2,8 +2,8 @@
 
 h(u) is a bijection of 32-bit numbers (Wellons 2018, "lowbias32"). With the key of a branch,
 k = h(low(seed) ^ h(high(seed) + branch)), and of a sequence, k_s = h(k + s), its element e is dropped where
-h(k_s ^ h(e + 1)) < p 2^32, the whole sequence where h(k_s ^ h(0)) is below (both in steps of 2). What is dropped depends
-on nothing else: not on tiles, chunks or threads.
+h(k_s ^ h(e + 1)) < p 2^32, the whole sequence where h(k_s ^ h(0)) is below (both in steps of 2). What is dropped
+depends on nothing else: not on tiles, chunks or threads.
 """
 
 from __future__ import annotations

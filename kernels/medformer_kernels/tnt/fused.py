@@ -52,9 +52,7 @@ class Plan:
     """Tiles of a slice."""
 
 
-def launch_plan(
-    kernel: str, *, chip: Chip, sequences: int, tokens: int, width: int, parts: int, itemsize: int
-) -> Plan:
+def launch_plan(kernel: str, *, chip: Chip, sequences: int, tokens: int, width: int, parts: int, itemsize: int) -> Plan:
     """How `kernel` ('fwd', 'mlp_dx', 'mlp_dw', 'attn_dx', 'attn_dw') is launched.
 
     `parts` of the weights have programs of their own in 'attn_dw': the heads. In 'mlp_dw' it is the width of the MLP,

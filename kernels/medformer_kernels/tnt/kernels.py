@@ -10,9 +10,10 @@ to another. Programs are persistent: each walks over many tiles.
     tnt_attn_dx_kernel    a tile: dx, and sums for LayerNorm 1 and the bias of the projection
     tnt_attn_dw_kernel    one head over one slice of the tiles: gradients of qkv and projection, partial sums
 
-A head narrower than 16 (or not a power of two) is padded in registers, by masked loads of its weights: nothing is packed
-in memory, and weights come from the cache. Products run on the matrix units in the dtype of the weights (float32 as
-three tf32 products on NVIDIA), all else in float32, exponents in base 2. No atomics: equal inputs give equal bits.
+A head narrower than 16 (or not a power of two) is padded in registers, by masked loads of its weights: nothing is
+packed in memory, and weights come from the cache. Products run on the matrix units in the dtype of the weights
+(float32 as three tf32 products on NVIDIA), all else in float32, exponents in base 2. No atomics: equal inputs give
+equal bits.
 """
 
 import triton
@@ -59,12 +60,22 @@ def _factor(
 
 
 @triton.jit
-def _offsets(row0, sequence, position, stride_s, stride_n, offs_row, offs_c, stride_c, C: tl.constexpr, DENSE: tl.constexpr):
-    """Where the rows of a tile lie; the part outside the tile in 64 bits."""
+def _read(
+    X, row0, sequence, position, stride_s, stride_n, stride_c, offs_row, offs_c, ok,
+    C: tl.constexpr, DENSE: tl.constexpr,
+):  # fmt: skip
+    """A tile of rows in float32; the part of its place outside the tile in 64 bits."""
     if DENSE:
-        return row0 * C + (offs_row * C)[:, None] + offs_c[None, :]
-    rows = sequence.to(tl.int64) * stride_s + position.to(tl.int64) * stride_n
-    return rows[:, None] + (offs_c * stride_c)[None, :]
+        place = X + row0 * C + (offs_row[:, None] * C + offs_c[None, :])
+    else:
+        rows = sequence.to(tl.int64) * stride_s + position.to(tl.int64) * stride_n
+        place = X + rows[:, None] + (offs_c * stride_c)[None, :]
+    return tl.load(place, mask=ok, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _write(X, row0, offs_row, offs_c, ok, x, C: tl.constexpr):
+    tl.store(X + row0 * C + (offs_row[:, None] * C + offs_c[None, :]), x.to(X.dtype.element_ty), mask=ok)
 
 
 @triton.jit
@@ -105,11 +116,20 @@ def _head_qkv(
 ):  # fmt: skip
     """Queries, keys and values of one head, [R, D], in the dtype of the products."""
     wq = _matrix(QKV_W, h * D, offs_d, d_ok, offs_c, c_ok, C)  # [D, C]
-    q = tl.dot(normed, tl.trans(wq), input_precision=PRECISION) + _vector(QKV_B, h * D + offs_d, d_ok, QKV_BIAS)[None, :]
+    q = (
+        tl.dot(normed, tl.trans(wq), input_precision=PRECISION)
+        + _vector(QKV_B, h * D + offs_d, d_ok, QKV_BIAS)[None, :]
+    )
     wk = _matrix(QKV_W, C + h * D, offs_d, d_ok, offs_c, c_ok, C)
-    k = tl.dot(normed, tl.trans(wk), input_precision=PRECISION) + _vector(QKV_B, C + h * D + offs_d, d_ok, QKV_BIAS)[None, :]
+    k = (
+        tl.dot(normed, tl.trans(wk), input_precision=PRECISION)
+        + _vector(QKV_B, C + h * D + offs_d, d_ok, QKV_BIAS)[None, :]
+    )
     wv = _matrix(QKV_W, 2 * C + h * D, offs_d, d_ok, offs_c, c_ok, C)
-    v = tl.dot(normed, tl.trans(wv), input_precision=PRECISION) + _vector(QKV_B, 2 * C + h * D + offs_d, d_ok, QKV_BIAS)[None, :]
+    v = (
+        tl.dot(normed, tl.trans(wv), input_precision=PRECISION)
+        + _vector(QKV_B, 2 * C + h * D + offs_d, d_ok, QKV_BIAS)[None, :]
+    )
     return q.to(normed.dtype), k.to(normed.dtype), v.to(normed.dtype)
 
 
@@ -147,9 +167,9 @@ def tnt_fwd_kernel(
         sequence = tile * per_tile + local
         row0 = tl.cast(tile, tl.int64) * (per_tile * N)
         ok = ((local < per_tile) & (sequence < S))[:, None] & c_ok[None, :]
-        place = _offsets(row0, sequence, position, x_stride_s, x_stride_n, offs_r, offs_c, x_stride_c, C, DENSE)
-        out_place = _offsets(row0, sequence, position, 0, 0, offs_r, offs_c, 1, C, True)
-        x = tl.load(X + place, mask=ok, other=0.0).to(tl.float32)  # [R, C]
+        x = _read(
+            X, row0, sequence, position, x_stride_s, x_stride_n, x_stride_c, offs_r, offs_c, ok, C, DENSE
+        )  # [R, C]
         xhat, _ = _normalise(x, c_ok, eps, C)
         normed = xhat * _vector(NORM1_W, offs_c, c_ok, True)[None, :] + _vector(NORM1_B, offs_c, c_ok, True)[None, :]
         normed = normed.to(QKV_W.dtype.element_ty)
@@ -163,11 +183,25 @@ def tnt_fwd_kernel(
         branch = acc + _vector(PROJ_B, offs_c, c_ok, PROJ_BIAS)[None, :]
         if DROP or PATH:
             branch *= _factor(
-                SEED, 0, sequence, position, offs_c, drop_threshold, path_threshold, drop_scale, path_scale, C, DROP, PATH
+                SEED,
+                0,
+                sequence,
+                position,
+                offs_c,
+                drop_threshold,
+                path_threshold,
+                drop_scale,
+                path_scale,
+                C,
+                DROP,
+                PATH,
             )
-        x += branch
+        # x is read again rather than held in registers through the heads
+        x = branch + _read(
+            X, row0, sequence, position, x_stride_s, x_stride_n, x_stride_c, offs_r, offs_c, ok, C, DENSE
+        )
         if SAVE:
-            tl.store(MIDDLE + out_place, x.to(MIDDLE.dtype.element_ty), mask=ok)
+            _write(MIDDLE, row0, offs_r, offs_c, ok, x, C)
         xhat, _ = _normalise(x, c_ok, eps, C)
         normed = xhat * _vector(NORM2_W, offs_c, c_ok, True)[None, :] + _vector(NORM2_B, offs_c, c_ok, True)[None, :]
         normed = normed.to(FC1_W.dtype.element_ty)
@@ -183,9 +217,20 @@ def tnt_fwd_kernel(
         branch = acc + _vector(FC2_B, offs_c, c_ok, FC2_BIAS)[None, :]
         if DROP or PATH:
             branch *= _factor(
-                SEED, 1, sequence, position, offs_c, drop_threshold, path_threshold, drop_scale, path_scale, C, DROP, PATH
+                SEED,
+                1,
+                sequence,
+                position,
+                offs_c,
+                drop_threshold,
+                path_threshold,
+                drop_scale,
+                path_scale,
+                C,
+                DROP,
+                PATH,
             )
-        tl.store(OUT + out_place, (x + branch).to(OUT.dtype.element_ty), mask=ok)
+        _write(OUT, row0, offs_r, offs_c, ok, x + branch, C)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -212,15 +257,26 @@ def tnt_mlp_dx_kernel(
         sequence = tile * per_tile + local
         row0 = tl.cast(tile, tl.int64) * (per_tile * N)
         ok = ((local < per_tile) & (sequence < S))[:, None] & c_ok[None, :]
-        place = _offsets(row0, sequence, position, dout_stride_s, dout_stride_n, offs_r, offs_c, dout_stride_c, C, DENSE)
-        middle_place = _offsets(row0, sequence, position, 0, 0, offs_r, offs_c, 1, C, True)
-        y = tl.load(MIDDLE + middle_place, mask=ok, other=0.0).to(tl.float32)
+        y = _read(MIDDLE, row0, sequence, position, 0, 0, 1, offs_r, offs_c, ok, C, True)
         xhat, _ = _normalise(y, c_ok, eps, C)
         normed = (xhat * gain[None, :] + _vector(NORM2_B, offs_c, c_ok, True)[None, :]).to(FC1_W.dtype.element_ty)
-        dbranch = tl.load(DOUT + place, mask=ok, other=0.0).to(tl.float32)
+        dbranch = _read(
+            DOUT, row0, sequence, position, dout_stride_s, dout_stride_n, dout_stride_c, offs_r, offs_c, ok, C, DENSE
+        )
         if DROP or PATH:
             dbranch *= _factor(
-                SEED, 1, sequence, position, offs_c, drop_threshold, path_threshold, drop_scale, path_scale, C, DROP, PATH
+                SEED,
+                1,
+                sequence,
+                position,
+                offs_c,
+                drop_threshold,
+                path_threshold,
+                drop_scale,
+                path_scale,
+                C,
+                DROP,
+                PATH,
             )
         sum_bias += tl.sum(dbranch, 0)
         dbranch = dbranch.to(FC1_W.dtype.element_ty)
@@ -235,13 +291,15 @@ def tnt_mlp_dx_kernel(
             du *= 0.5 * (1.0 + tl.math.erf(u * _INV_SQRT2)) + u * _INV_SQRT_2PI * tl.exp2(u * u * (-0.5 * LOG2E))
             dnormed = tl.dot(du.to(w1.dtype), w1, dnormed, input_precision=PRECISION)
         # What the loop did not need is read again rather than held in registers through it.
-        y = tl.load(MIDDLE + middle_place, mask=ok, other=0.0).to(tl.float32)
+        y = _read(MIDDLE, row0, sequence, position, 0, 0, 1, offs_r, offs_c, ok, C, True)
         xhat, rstd = _normalise(y, c_ok, eps, C)
         sum_gain += tl.sum(dnormed * xhat, 0)
         sum_shift += tl.sum(dnormed, 0)
-        dy = tl.load(DOUT + place, mask=ok, other=0.0).to(tl.float32)
+        dy = _read(
+            DOUT, row0, sequence, position, dout_stride_s, dout_stride_n, dout_stride_c, offs_r, offs_c, ok, C, DENSE
+        )
         dy += _normalise_backward(dnormed * gain[None, :], xhat, rstd, C)
-        tl.store(DMIDDLE + middle_place, dy.to(DMIDDLE.dtype.element_ty), mask=ok)
+        _write(DMIDDLE, row0, offs_r, offs_c, ok, dy, C)
     SUMS += tl.program_id(0).to(tl.int64) * (3 * C)
     tl.store(SUMS + offs_c, sum_gain, mask=c_ok)
     tl.store(SUMS + C + offs_c, sum_shift, mask=c_ok)
@@ -279,16 +337,27 @@ def tnt_mlp_dw_kernel(
         sequence = row // N
         position = (row % N).to(tl.int32)
         ok = (row < rows)[:, None] & c_ok[None, :]
-        place = _offsets(row0, sequence, position, dout_stride_s, dout_stride_n, offs_r, offs_c, dout_stride_c, C, DENSE)
-        middle_place = _offsets(row0, sequence, position, 0, 0, offs_r, offs_c, 1, C, True)
-        y = tl.load(MIDDLE + middle_place, mask=ok, other=0.0).to(tl.float32)
+        y = _read(MIDDLE, row0, sequence, position, 0, 0, 1, offs_r, offs_c, ok, C, True)
         xhat, _ = _normalise(y, c_ok, eps, C)
         normed = xhat * _vector(NORM2_W, offs_c, c_ok, True)[None, :] + _vector(NORM2_B, offs_c, c_ok, True)[None, :]
         normed = normed.to(w1.dtype)
-        dbranch = tl.load(DOUT + place, mask=ok, other=0.0).to(tl.float32)
+        dbranch = _read(
+            DOUT, row0, sequence, position, dout_stride_s, dout_stride_n, dout_stride_c, offs_r, offs_c, ok, C, DENSE
+        )
         if DROP or PATH:
             dbranch *= _factor(
-                SEED, 1, sequence, position, offs_c, drop_threshold, path_threshold, drop_scale, path_scale, C, DROP, PATH
+                SEED,
+                1,
+                sequence,
+                position,
+                offs_c,
+                drop_threshold,
+                path_threshold,
+                drop_scale,
+                path_scale,
+                C,
+                DROP,
+                PATH,
             )
         dbranch = dbranch.to(w1.dtype)
         u = tl.dot(normed, tl.trans(w1), input_precision=PRECISION)
@@ -333,15 +402,24 @@ def tnt_attn_dx_kernel(
         sequence = tile * per_tile + local
         row0 = tl.cast(tile, tl.int64) * (per_tile * N)
         ok = ((local < per_tile) & (sequence < S))[:, None] & c_ok[None, :]
-        place = _offsets(row0, sequence, position, x_stride_s, x_stride_n, offs_r, offs_c, x_stride_c, C, DENSE)
-        dense_place = _offsets(row0, sequence, position, 0, 0, offs_r, offs_c, 1, C, True)
-        x = tl.load(X + place, mask=ok, other=0.0).to(tl.float32)
+        x = _read(X, row0, sequence, position, x_stride_s, x_stride_n, x_stride_c, offs_r, offs_c, ok, C, DENSE)
         xhat, _ = _normalise(x, c_ok, eps, C)
         normed = (xhat * gain[None, :] + _vector(NORM1_B, offs_c, c_ok, True)[None, :]).to(QKV_W.dtype.element_ty)
-        dbranch = tl.load(DMIDDLE + dense_place, mask=ok, other=0.0).to(tl.float32)
+        dbranch = _read(DMIDDLE, row0, sequence, position, 0, 0, 1, offs_r, offs_c, ok, C, True)
         if DROP or PATH:
             dbranch *= _factor(
-                SEED, 0, sequence, position, offs_c, drop_threshold, path_threshold, drop_scale, path_scale, C, DROP, PATH
+                SEED,
+                0,
+                sequence,
+                position,
+                offs_c,
+                drop_threshold,
+                path_threshold,
+                drop_scale,
+                path_scale,
+                C,
+                DROP,
+                PATH,
             )
         sum_bias += tl.sum(dbranch, 0)
         dbranch = dbranch.to(QKV_W.dtype.element_ty)
@@ -363,13 +441,13 @@ def tnt_attn_dx_kernel(
             dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION).to(v.dtype)
             wk = _matrix(QKV_W, C + h * D, offs_d, d_ok, offs_c, c_ok, C)
             dnormed = tl.dot(dk, wk, dnormed, input_precision=PRECISION)
-        x = tl.load(X + place, mask=ok, other=0.0).to(tl.float32)
+        x = _read(X, row0, sequence, position, x_stride_s, x_stride_n, x_stride_c, offs_r, offs_c, ok, C, DENSE)
         xhat, rstd = _normalise(x, c_ok, eps, C)
         sum_gain += tl.sum(dnormed * xhat, 0)
         sum_shift += tl.sum(dnormed, 0)
-        dx = tl.load(DMIDDLE + dense_place, mask=ok, other=0.0).to(tl.float32)
+        dx = _read(DMIDDLE, row0, sequence, position, 0, 0, 1, offs_r, offs_c, ok, C, True)
         dx += _normalise_backward(dnormed * gain[None, :], xhat, rstd, C)
-        tl.store(DX + dense_place, dx.to(DX.dtype.element_ty), mask=ok)
+        _write(DX, row0, offs_r, offs_c, ok, dx, C)
     SUMS += tl.program_id(0).to(tl.int64) * (3 * C)
     tl.store(SUMS + offs_c, sum_gain, mask=c_ok)
     tl.store(SUMS + C + offs_c, sum_shift, mask=c_ok)
@@ -410,16 +488,25 @@ def tnt_attn_dw_kernel(
         row0 = tl.cast(tile, tl.int64) * (per_tile * N)
         row_ok = (local < per_tile) & (sequence < S)
         ok = row_ok[:, None] & c_ok[None, :]
-        place = _offsets(row0, sequence, position, x_stride_s, x_stride_n, offs_r, offs_c, x_stride_c, C, DENSE)
-        dense_place = _offsets(row0, sequence, position, 0, 0, offs_r, offs_c, 1, C, True)
-        x = tl.load(X + place, mask=ok, other=0.0).to(tl.float32)
+        x = _read(X, row0, sequence, position, x_stride_s, x_stride_n, x_stride_c, offs_r, offs_c, ok, C, DENSE)
         xhat, _ = _normalise(x, c_ok, eps, C)
         normed = xhat * _vector(NORM1_W, offs_c, c_ok, True)[None, :] + _vector(NORM1_B, offs_c, c_ok, True)[None, :]
         normed = normed.to(QKV_W.dtype.element_ty)
-        dbranch = tl.load(DMIDDLE + dense_place, mask=ok, other=0.0).to(tl.float32)
+        dbranch = _read(DMIDDLE, row0, sequence, position, 0, 0, 1, offs_r, offs_c, ok, C, True)
         if DROP or PATH:
             dbranch *= _factor(
-                SEED, 0, sequence, position, offs_c, drop_threshold, path_threshold, drop_scale, path_scale, C, DROP, PATH
+                SEED,
+                0,
+                sequence,
+                position,
+                offs_c,
+                drop_threshold,
+                path_threshold,
+                drop_scale,
+                path_scale,
+                C,
+                DROP,
+                PATH,
             )
         dbranch = dbranch.to(QKV_W.dtype.element_ty)
         q, k, v = _head_qkv(normed, QKV_W, QKV_B, h, offs_d, d_ok, offs_c, c_ok, C, D, QKV_BIAS, PRECISION)

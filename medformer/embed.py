@@ -295,7 +295,7 @@ class _Source:
 
     def __init__(self, volume: Volume | np.ndarray, units: str | None) -> None:
         from medformer.data import Volume  # here: reading scans needs packages that a model does not
-        from medformer.data.intensity import scaling
+        from medformer.data.intensity import scaling_of
 
         if isinstance(volume, Volume):
             if units is not None and units != volume.units:
@@ -312,7 +312,7 @@ class _Source:
             volume = Volume(voxels=volume, affine=np.eye(4), modality="unknown", units=units, notes=(), source="array")
         self.voxels, self.valid, self.affine = volume.voxels, volume.valid, volume.affine
         self.size: tuple[int, ...] = volume.shape
-        self.scaling = None if volume.units == "normalised" else scaling(volume)
+        self.scaling = None if volume.units == "normalised" else scaling_of(volume)
         self.bytes_of_mask = 0 if self.valid is None else self.valid[0].nbytes
 
     def cut(self, start: Sequence[int], size: Sequence[int]) -> Float[np.ndarray, "Z Y X"]:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
 from medformer.data.geometry import ScanError
 from medformer.data.volumes import Volume
 
-__all__ = ["HU_RANGE", "HU_SCALE", "Scaling", "normalise", "scaling"]
+__all__ = ["HU_RANGE", "HU_SCALE", "Scaling", "normalise", "scaling_of"]
 
 HU_RANGE = (-1000.0, 1000.0)
 HU_SCALE = 500.0
 _SAMPLES = 2_000_000
 
 
-class Scaling(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Scaling:
     """Stored grey values to network input: (clip(x, low, high) - mean) / scale."""
 
     low: float
@@ -48,10 +49,10 @@ def normalise(volume: Volume) -> np.ndarray:
     Padding (`valid` False) never enters the statistics and gets the lowest value. Raises ScanError for a volume
     without contrast, which has no scale.
     """
-    return scaling(volume).apply(volume.voxels, volume.valid)
+    return scaling_of(volume).apply(volume.voxels, volume.valid)
 
 
-def scaling(volume: Volume) -> Scaling:
+def scaling_of(volume: Volume) -> Scaling:
     """What `normalise` applies, found slice by slice: the volume is never held a second time. Raises ScanError."""
     name = os.path.basename(volume.source.rstrip("/")) or volume.source
     voxels, valid = volume.voxels, volume.valid
@@ -71,7 +72,7 @@ def scaling(volume: Volume) -> Scaling:
         samples.append(measured[-before % step :: step].astype(np.float32))
         before += measured.size
     if volume.units == "HU":
-        found = Scaling(*HU_RANGE, 0.0, HU_SCALE)
+        found = Scaling(low=HU_RANGE[0], high=HU_RANGE[1], mean=0.0, scale=HU_SCALE)
         flat = lowest >= found.high or highest <= found.low or lowest == highest
     else:
         found = _robust(np.concatenate(samples).astype(np.float64))
@@ -88,8 +89,8 @@ def _robust(sample: np.ndarray) -> Scaling:
     """Clip limits, mean and standard deviation of the foreground, from an even sample of the voxels."""
     foreground = sample[sample > sample.mean()]
     if not foreground.size:
-        return Scaling(0.0, 0.0, 0.0, 0.0)
+        return Scaling(low=0.0, high=0.0, mean=0.0, scale=0.0)
     low, high = float(np.percentile(sample, 0.5)), float(np.percentile(foreground, 99.5))
     clipped = np.clip(foreground, low, high)
     mean = float(clipped.mean())
-    return Scaling(low, high, mean, max(float(clipped.std()), (mean - low) / 2))
+    return Scaling(low=low, high=high, mean=mean, scale=max(float(clipped.std()), (mean - low) / 2))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+import sharding
+
 __all__ = ["update_average"]
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -17,8 +19,8 @@ def update_average(average: nn.Module, model: nn.Module, momentum: float) -> Non
     Buffers (Performer's random features) are copied: the mean of two random bases is no basis. Those of batch norms
     are left alone: the average has statistics of its own.
     """
-    old: list[Tensor] = list(average.parameters())
-    new: list[Tensor] = list(model.parameters())
+    old: list[Tensor] = [sharding.own(p) for p in average.parameters()]
+    new: list[Tensor] = [sharding.own(p) for p in model.parameters()]
     torch._foreach_lerp_(old, new, 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
     for kept, fresh in zip(average.modules(), model.modules(), strict=True):
         if not isinstance(kept, _BatchNorm):

@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+import sharding
+
 __all__ = ["Lars", "OptimConfig", "adaptive_clip", "clip_per_tensor", "make_optimiser", "parameter_groups"]
 
 # Parameters of the input: the first layer of layer decay.
@@ -93,7 +95,9 @@ def make_optimiser(module: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     groups = parameter_groups(module, layer_decay=config.layer_decay, patch_lr=config.patch_lr)
     if config.name == "lars":
         return Lars(groups, lr=config.lr, momentum=config.beta1)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+    return torch.optim.AdamW(
+        sharding.split_groups(groups), lr=config.lr, betas=(config.beta1, config.beta2), fused=True
+    )
 
 
 class Lars(torch.optim.Optimizer):
@@ -147,10 +151,11 @@ def clip_per_tensor(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
         return torch.zeros(())
-    norms = torch.stack(torch._foreach_norm(grads))  # pyright: ignore[reportPrivateImportUsage]
+    norms = sharding.norms(grads)
     if limit > 0:
         scales = (limit / (norms + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(grads, list(scales.unbind()))  # pyright: ignore[reportPrivateImportUsage]
+        here = [sharding.own(g) for g in grads]
+        torch._foreach_mul_(here, list(scales.unbind()))  # pyright: ignore[reportPrivateImportUsage]
     return norms.norm()
 
 

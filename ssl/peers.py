@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from runs import UserError
 
-__all__ = ["LOST", "LocalError", "agree", "due", "from_environment", "is_loss"]
+__all__ = ["LOST", "LocalError", "agree", "due", "from_environment", "is_loss", "is_worker"]
 
 T = TypeVar("T")
 LOST = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed later
@@ -72,20 +72,25 @@ def is_loss(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _GONE)
 
 
+def is_worker(error: BaseException) -> bool:
+    """Whether `error` is the death of a loader's worker, which torch raises wherever the process happens to be."""
+    return "DataLoader worker" in str(error) and ("killed by signal" in str(error) or "exited" in str(error))
+
+
 def due(batches: Iterator[T], named: Callable[[], str]) -> T:
     """The next batch; `named` tells which scans it should hold.
 
     Raises:
-        LocalError: a worker hangs, died, or could not read its scan.
+        LocalError: a worker hangs, or could not read its scan.
     """
     try:
         return next(batches)
     except (OSError, ValueError, RuntimeError) as error:
         text = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        if is_worker(error):
+            raise
         if "timed out" in text:
             what = "no batch from the loader's workers within --loader_timeout"
-        elif "exited unexpectedly" in text or "killed by signal" in text:
-            what = f"a worker of the loader died ({text[:160]})"
         else:
             what = f"a batch cannot be cut: {text[:240]}"
         raise LocalError(f"{what}; scans due: {named()}; mend or remove them, then --resume") from error

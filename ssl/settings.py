@@ -65,6 +65,9 @@ class TrainConfig:
     """Forward passes per optimiser step. Scans per step: batch_size x accumulate x processes."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the backbone (autocast); the loss and the weights stay float32. fp16 needs a CUDA device."""
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
+    """With several processes: ddp (each holds the whole model) or fsdp2 (each holds a share of every block's weights,
+    moments and average, for models that do not fit otherwise)."""
     checkpoint_activations: bool = False
     """Compute each block again in the backward pass: less memory, about a third more time."""
     device: str = "auto"

@@ -36,6 +36,7 @@ import replay
 import report
 import runs
 import settings
+import sharding
 from optim import adaptive_clip, clip_per_tensor, make_optimiser
 from prepare import Crops, Prepared, loader
 from roots import Order, gather, voxel_scale
@@ -87,9 +88,14 @@ def main(argv: list[str] | None = None) -> int:
         return _run(sys.argv[1:] if argv is None else argv, rank, ranks)
     except UserError as error:
         if rank == 0 or isinstance(error, peers.LocalError):
-            runs.complain(str(error) if ranks == 1 else f"process {rank}: {error}")
+            runs.complain(f"process {rank}: {error}" if rank else str(error))
         return error.code
     except RuntimeError as error:
+        if peers.is_worker(error):
+            runs.complain(
+                f"process {rank}: a worker of the loader died ({error}); is memory short? go on with --resume"
+            )
+            return 1
         if not peers.is_loss(error):
             raise
         runs.complain(f"process {rank}: another process of this run was lost; start all of them again with --resume")
@@ -126,6 +132,8 @@ def _run(argv: list[str], rank: int, ranks: int) -> int:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         told = {n: v for n, v in settings.flat(settings.as_dict(config)).items() if n not in settings.MAY_CHANGE}
         peers.agree(told | {"torch": torch.__version__, "checkpoint": state and state["step"]})
+    if config.parallel == "fsdp2":
+        sharding.check(config, ranks)
 
     home = run.parent if run else Path(config.out).parent if config.out else Path("runs")
     cache = Path(config.data.cache) if config.data.cache else home / "cache"
@@ -150,6 +158,8 @@ def _merge(argv: list[str], state: dict[str, Any], say: Any) -> TrainConfig:
     other = [f"{n} is {a} there, {b} here" for n, (a, b) in changed.items() if n.startswith("model.") or n in _SHAPE]
     if config.method == "igpt" and "views.global_size" in changed:
         other.append("views.global_size is {} there, {} here".format(*changed["views.global_size"]))
+    if changed.get("parallel", (None,))[0] is not None:
+        raise UserError(f"--resume {config.resume} was run with --parallel {changed['parallel'][0]}: keep it", 2)
     if other:
         raise UserError(f"--resume {config.resume} is of another model: {'; '.join(other)}; drop these or start anew")
     for name, (old, new) in changed.items():
@@ -215,14 +225,19 @@ def train(
     torch.manual_seed(config.seed)
     scale = voxel_scale(prepared)
     method = methods.make(config, scale).to(device)
+    split = config.parallel == "fsdp2"
+    if state is not None:
+        method.load_state_dict(state["method"])
+    if split:
+        sharding.shard(cast(nn.Module, method))
     optimiser = make_optimiser(method.student, config.optim)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     crops = Crops(prepared.train, config.views, config.seed, order)
     first, sample, bad, bad_in_a_row, best = 0, 0, 0, 0, -1.0
     scans_per_step = config.accumulate * config.batch_size * ranks
     if state is not None:
-        method.load_state_dict(state["method"])
         optimiser.load_state_dict(state["optimiser"])
+        sharding.place_moments(optimiser)
         scaler.load_state_dict(state["scaler"])
         first, sample, bad, bad_in_a_row = (state[n] for n in ("step", "sample", "bad", "bad_in_a_row"))
         best = state.get("best", best)
@@ -232,7 +247,7 @@ def train(
             say(f"WARNING: {scans_per_step} scans a step (accumulate x batch_size x processes) from here on, {before} "
                 "before; the order of samples goes on, the schedules count steps")  # fmt: skip
     student: nn.Module = method.student
-    if ranks > 1:
+    if ranks > 1 and not split:
         student = DistributedDataParallel(
             student, broadcast_buffers=False, find_unused_parameters=config.model.mask_token
         )
@@ -277,16 +292,21 @@ def train(
 
     def save(step: int, better: bool) -> None:
         nonlocal saved
-        if run is None or metrics is None or step == saved:
+        if step == saved:
+            return
+        weights, moments = method.state_dict(), optimiser.state_dict()
+        if split:
+            weights, moments = sharding.whole(weights), sharding.whole(moments)
+        saved = step
+        if run is None or metrics is None:
             return
         metrics.sync()
         runs.save_checkpoint(run, step, {
             "format": "medformer-run-1", "step": step, "config": settings.as_dict(config),
-            "method": method.state_dict(), "optimiser": optimiser.state_dict(), "scaler": scaler.state_dict(),
+            "method": weights, "optimiser": moments, "scaler": scaler.state_dict(),
             "scans": prepared.fingerprint(), "sample": sample, "bad": bad, "bad_in_a_row": bad_in_a_row, "best": best,
             "scans_per_step": scans_per_step,
         }, keep=config.keep, best=better)  # fmt: skip
-        saved = step
 
     def evaluate(step: int) -> dict[str, float]:
         if labelled is None:
@@ -312,7 +332,7 @@ def train(
             seen.append(peers.due(batches, partial(_names, prepared, order, range(at, at + config.batch_size))))
             views = cut(seen[-1])
             last = micro == config.accumulate - 1
-            with student.no_sync() if ranks > 1 and not last else nullcontext():  # type: ignore[operator]
+            with student.no_sync() if ranks > 1 and not split and not last else nullcontext():  # type: ignore[operator]
                 with autocast():
                     loss, parts = method.loss(student, views, step)
                 scaler.scale(loss / config.accumulate).backward()
@@ -320,6 +340,8 @@ def train(
             values = torch.stack([loss.detach(), *parts.values()]) / config.accumulate
             totals = values if totals is None else totals + values
         scaler.unscale_(optimiser)
+        if split:
+            sharding.average_gradients(method.student.parameters())
         method.before_step(step)
         norm = clip_per_tensor(method.student.parameters(), config.optim.clip)
         if config.optim.agc:
@@ -348,7 +370,7 @@ def train(
             bad += 1
             scans = _names(prepared, order, range(sample - scans_per_step, sample))
             say(f"WARNING: step {step} skipped, loss {mean_loss}, gradient norm {norm.item()}; scans: {scans}")
-            if run is not None and bad <= config.max_bad_steps:
+            if run is not None and not split and bad <= config.max_bad_steps:
                 file = replay.save(run, config, scale, method, seen, step, scans)
                 say(f"its batch is kept: python ssl/train.py --replay {file}")
             if bad_in_a_row >= config.max_bad_steps:
@@ -386,6 +408,10 @@ def train(
     else:
         step = config.steps - 1
 
+    if split and step + 1 == config.steps:
+        finished = sharding.whole(method.state_dict())
+        method = methods.make(config, scale).to(device)
+        method.load_state_dict(finished)
     if meter is None or metrics is None or run is None:
         return 0 if step + 1 == config.steps else 128 + (stop.signal or signal.SIGTERM)
     at_end.pop_all().close()  # the bar, before anything is printed below it

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 
 # As in ssl/train.py: on a shared CPU threads that spin while they wait make everything several times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -101,3 +105,28 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
         voxels = np.random.default_rng(i).normal(100, 30, (20, 18, 22)).astype(np.float32)
         nib.save(nib.Nifti1Image(voxels, np.diag([1.0, 1.5, 2.0, 1.0])), root / f"scan{i}.nii")
     return Trainer(root)
+
+
+class Lives:
+    """`tests/lives.py` as a process: trainers of one or several processes, about a second each."""
+
+    def __init__(self, scratch: Path) -> None:
+        command = [sys.executable, str(Path(__file__).with_name("lives.py"))]
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen(command, text=True, cwd=scratch, **pipes)
+        self.scratch = scratch
+
+    def __call__(self, argv: list[str], **job: Any) -> dict[str, Any]:
+        """Exit codes and output of each process; `lives.live` says what a job may hold."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps({"argv": argv, "scratch": str(self.scratch), **job}) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def lives(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lives]:
+    found = Lives(tmp_path_factory.mktemp("lives"))
+    yield found
+    found.process.communicate(timeout=20)

@@ -37,7 +37,9 @@ def test_operations_of_a_backbone_follow_from_its_shape() -> None:
 
     width, hidden, depth, features, tokens = 48, 192, 2, 64, 8 + 5
     model = medformer.Backbone(
-        medformer.BackboneConfig(width=width, depth=depth, heads=3, patch_stride=8, patch_padding=0, num_features=64)
+        medformer.BackboneConfig(
+            width=width, depth=depth, heads=3, patch_stride=8, patch_padding=0, num_features=64, position_grid=2
+        )
     )
     with counting(Method(model)) as found, torch.no_grad():
         model.forward_features(torch.zeros(2, 1, 16, 16, 16))

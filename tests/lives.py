@@ -1,0 +1,149 @@
+"""Lives of the trainer, each a forked child of one process that has imported it: a second each, not five.
+
+Reads one JSON job from each line of stdin and answers each with one line of JSON:
+    {"argv": [...], "ranks": 1, "kill": {"run": RUN, "steps": 7, "rank": 0}, "signal": 9, "timeout": 60, "argvs": null}
+`kill` sends `signal` to one process once the run's metrics.jsonl has that many lines; `argvs` gives each rank its own.
+
+By hand, a run killed 100 times against one that was not:
+    python tests/lives.py --kills 100 SCANS FOLDER --model.width=24 ...
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ["OMP_NUM_THREADS"] = "1"
+sys.path.insert(0, str(Path(__file__).parents[1] / "ssl"))
+
+import pictures
+import train
+
+pictures.draw = lambda *_args, **_options: False  # half a second a run
+
+
+def lines(run: Path) -> int:
+    try:
+        return (run / "metrics.jsonl").read_bytes().count(b"\n")
+    except FileNotFoundError:
+        return 0
+
+
+def live(job: dict[str, Any], scratch: Path) -> dict[str, Any]:
+    """Run one job to its end; exit codes (negative: a signal) and output of each rank, and the seconds it took."""
+    ranks, began = job.get("ranks", 1), time.monotonic()
+    argvs = job.get("argvs") or [job["argv"]] * ranks
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    pids = []
+    for rank, argv in enumerate(argvs):
+        pid = os.fork()
+        if pid == 0:
+            for number, name in ((1, "out"), (2, "err")):
+                os.dup2(os.open(scratch / f"{name}{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
+            if ranks > 1:
+                os.environ.update(
+                    RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1",
+                    MASTER_PORT=port,
+                )  # fmt: skip
+            code = 70
+            try:
+                exec(job.get("before", ""), {"train": train})  # faults that are put in
+                code = train.main(argv)
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        pids.append(pid)
+    kill, limit = job.get("kill"), began + job.get("timeout", 60)
+    codes: list[int | None] = [None] * ranks
+    killed_at = None
+    while None in codes and time.monotonic() < limit:
+        if kill and lines(Path(kill["run"])) >= kill["steps"]:
+            time.sleep(kill.get("after", 0.0))
+            os.kill(pids[kill.get("rank", 0)], job.get("signal", signal.SIGKILL))
+            kill, killed_at = None, time.monotonic()
+        for i, pid in enumerate(pids):
+            if codes[i] is None:
+                done, status = os.waitpid(pid, os.WNOHANG)
+                codes[i] = os.waitstatus_to_exitcode(status) if done else None
+        time.sleep(0.002)
+    for i, pid in enumerate(pids):
+        if codes[i] is None:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    texts = {name: [(scratch / f"{name}{r}").read_text() for r in range(ranks)] for name in ("out", "err")}
+    ended = time.monotonic()
+    return {"codes": codes, **texts, "seconds": ended - began, "after_kill": killed_at and ended - killed_at}
+
+
+def kill_many(scans: Path, folder: Path, flags: list[str], kills: int, seed: int = 0) -> dict[str, Any]:
+    """One run to its end, another killed with SIGKILL at random steps and moments; what they left is compared."""
+    import torch
+
+    rng = random.Random(seed)
+    steps = 4 * kills + 6
+    whole, often = folder / "whole", folder / "often"
+    common = [*flags, f"--data.root={scans}", f"--steps={steps}", "--save_every=2"]
+    first = live({"argv": [*common, f"--out={whole}"], "timeout": 600}, folder)
+    assert first["codes"] == [0], first
+    done = lives = 0
+    while done < kills:
+        lives += 1
+        argv = [*common, f"--out={often}"] if not (often / "checkpoints").exists() else [f"--resume={often}"]
+        if argv[0].startswith("--resume"):
+            argv.append(f"--workers={rng.choice([0, 0, 0, 1])}")
+        elif often.exists():  # killed before its first checkpoint: it starts anew
+            for path in sorted(often.rglob("*"), reverse=True):
+                path.rmdir() if path.is_dir() else path.unlink()
+            often.rmdir()
+        target = min(lines(often) // 2 * 2 + rng.randint(1, 7), steps - 1)
+        job = {"argv": argv, "kill": {"run": str(often), "steps": target, "after": rng.random() * 0.03}}
+        found = live(job, folder)
+        if found["codes"] == [0]:
+            break  # faster than the signal
+        assert found["codes"] == [-signal.SIGKILL], found
+        done += 1
+    last = live({"argv": [f"--resume={often}"], "timeout": 600}, folder)
+    assert last["codes"] == [0], last
+    losses = [[json.loads(line)["loss"] for line in (run / "metrics.jsonl").open()] for run in (whole, often)]
+    states = [torch.load(run / "checkpoints" / f"step-{steps:08d}.pt", weights_only=True) for run in (whole, often)]
+    flat = [dict(_flat({n: s[n] for n in ("method", "optimiser", "sample", "step")})) for s in states]
+    differ = [n for n in flat[0] if not torch.equal(torch.as_tensor(flat[0][n]), torch.as_tensor(flat[1][n]))]
+    return {
+        "kills": done, "steps": steps, "losses_same": losses[0] == losses[1], "losses": len(losses[1]),
+        "tensors": len(flat[0]), "differ": differ + sorted(flat[0].keys() ^ flat[1].keys()),
+    }  # fmt: skip
+
+
+def _flat(values: Any, name: str = ""):
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield from _flat(value, f"{name}.{key}")
+    elif isinstance(values, list):
+        for key, value in enumerate(values):
+            yield from _flat(value, f"{name}.{key}")
+    elif not isinstance(values, str) and values is not None:
+        yield name, values
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--kills"]:
+        print(json.dumps(kill_many(Path(sys.argv[3]), Path(sys.argv[4]), sys.argv[5:], int(sys.argv[2]))))
+    else:
+        for line in sys.stdin:
+            given = json.loads(line)
+            print(json.dumps(live(given, Path(given["scratch"]))), flush=True)

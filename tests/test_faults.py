@@ -1,0 +1,140 @@
+"""Whatever hits a run - kill -9, a signal, a lost process, a hung worker, an unreadable scan - its outcome is known."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import prepare
+import runs
+import train
+
+RANDOM = ("--model.drop_path=0.3", "--model.depth=2")
+LIVES = Path(__file__).with_name("lives.py")
+
+
+def test_a_run_killed_at_random_moments_ends_bit_identical(trainer: Any, tmp_path: Path) -> None:
+    """SIGKILL, with workers and without; by hand the same with 100 kills (misc/LOG.md)."""
+    command = [sys.executable, str(LIVES), "--kills", "6", str(trainer.scans), str(tmp_path), *trainer.flags, *RANDOM]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["kills"] == 6
+    assert found["losses"] == found["steps"]
+    assert found["losses_same"]
+    assert found["tensors"] > 100
+    assert found["differ"] == []
+
+
+def test_two_processes_go_on_after_one_was_killed(trainer: Any, lives: Any, tmp_path: Path) -> None:
+    """Also: only the first writes, and one process can go on where two were (the order of samples is the same)."""
+    run, flags = tmp_path / "run", ("--steps=24", "--batch_size=2", "--save_every=3")
+    lost = lives(trainer.arguments(run, *flags), ranks=2, kill={"run": str(run), "steps": 5, "rank": 1})
+    assert lost["codes"] == [75, -signal.SIGKILL]
+    assert re.search(r"^error: process 0: another process of this run was lost.*--resume", lost["err"][0], re.M)
+    assert lost["after_kill"] < 30
+    stop = {"run": str(run), "steps": 10, "rank": 0}
+    both = lives([f"--resume={run}"], ranks=2, kill=stop, signal=signal.SIGUSR1)
+    assert both["codes"] == [138, 143], both
+    assert [line["step"] for line in trainer.lines(run)] == list(range(len(trainer.lines(run))))
+    alone = lives([f"--resume={run}", "--batch_size=4"])
+    assert alone["codes"] == [0], alone
+    assert "WARNING" not in alone["out"][0]  # as many scans a step as before
+    whole = lives(trainer.arguments(tmp_path / "whole", "--steps=24", "--batch_size=4"))
+    assert whole["codes"] == [0], whole
+    assert trainer.losses(run) == pytest.approx(trainer.losses(tmp_path / "whole"), rel=1e-4)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_schedulers_signal_to_one_process_saves_and_ends_all(
+    trainer: Any, lives: Any, tmp_path: Path, number: signal.Signals
+) -> None:
+    run = tmp_path / "run"
+    flags = ("--steps=100000", "--save_every=100000")
+    found = lives(trainer.arguments(run, *flags), ranks=2, signal=number, kill={"run": str(run), "steps": 3, "rank": 1})
+    assert found["codes"] == [128 + signal.SIGTERM, 128 + number]
+    assert found["after_kill"] < 30
+    assert f"--resume {run}" in found["out"][0]
+    assert len(runs.checkpoints(run)) == 1
+
+
+def test_processes_with_different_flags_refuse_to_start(trainer: Any, lives: Any, tmp_path: Path) -> None:
+    argvs = [trainer.arguments(tmp_path / "run", "--steps=3", f"--optim.lr={lr}") for lr in (0.001, 0.002)]
+    found = lives([], ranks=2, argvs=argvs)
+    assert found["codes"] == [2, 2]
+    assert "optim.lr is 0.001 in process 0, 0.002 in process 1" in found["err"][0]
+    assert len(found["err"][0].strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("rank", "ranks", "words"),
+    [("2", "2", "RANK=2 must be below WORLD_SIZE=2"), ("x", "2", "RANK='x' in the environment must be a whole number")],
+)
+def test_an_impossible_world_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str, ranks: str, words: str
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    assert train.main([]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_hanging_worker_ends_the_run_naming_the_scans(
+    trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = prepare.Crops.__getitem__
+
+    def hang(self: prepare.Crops, sample: int) -> Any:
+        if sample == 5:
+            signal.pause()
+        return real(self, sample)
+
+    monkeypatch.setattr(prepare.Crops, "__getitem__", hang)
+    assert trainer(tmp_path / "run", "--steps=9", "--save_every=1", "--workers=1", "--loader_timeout=2") == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "no batch from the loader's workers within --loader_timeout" in error
+    assert re.search(r"scans due: scan\d", error)
+    assert "--resume" in error
+    assert runs.checkpoints(tmp_path / "run")[-1].name == "step-00000002.pt"
+
+
+def test_a_dead_worker_ends_the_run(
+    trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = prepare.Crops.__getitem__
+
+    def die(self: prepare.Crops, sample: int) -> Any:
+        if sample == 5:
+            os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does where memory runs out
+        return real(self, sample)
+
+    monkeypatch.setattr(prepare.Crops, "__getitem__", die)
+    assert trainer(tmp_path / "run", "--steps=9", "--workers=1") == 1
+    assert "a worker of the loader died" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stored_scan_that_is_gone_or_cut_short_is_named(
+    trainer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int
+) -> None:
+    run, cache = tmp_path / "run", tmp_path / "cache"
+    assert trainer(run, "--steps=2", f"--data.cache={cache}", f"--workers={workers}") == 0
+    for path in [*cache.rglob("*.npy"), *cache.rglob("*.b2nd")]:
+        if "points" not in path.name:
+            path.write_bytes(path.read_bytes()[:1000])
+    prepare.load.cache_clear()
+    capsys.readouterr()
+    assert train.main([f"--resume={run}", "--steps=6"]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "a batch cannot be cut" in error
+    assert re.search(r"scans due: scan\d", error)
+    assert "--resume" in error

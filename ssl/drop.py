@@ -81,7 +81,7 @@ def make_server(
             self._answer(200, "application/json", json.dumps(scan, allow_nan=False).encode())
 
         def _known(self) -> bool:
-            hosts = {f"{name}:{self.server.server_address[1]}" for name in ("127.0.0.1", "localhost")}
+            hosts = {f"{name}:{port_taken}" for name in ("127.0.0.1", "localhost")}
             if self.headers.get("Host") in hosts:
                 return True
             self._refuse(403, "this server answers to 127.0.0.1 and localhost only")
@@ -114,4 +114,6 @@ def make_server(
             # Names of files may name patients: only the verdict is shown.
             print(f"{self.command or '?'} {args[1] if len(args) > 1 else ''}", file=sys.stderr)
 
-    return ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    port_taken = int(server.server_address[1])
+    return server

@@ -198,6 +198,8 @@ def load_checkpoint(path: Path) -> tuple[medformer.Backbone, Path, dict[str, Any
         model = medformer.load(file)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error), 2) from error
+    if not isinstance(model, medformer.Backbone):
+        raise UserError(f"{file} is a {type(model).__name__}; this evaluation takes transformers", 2)
     beside = file.parent / "config.yaml"
     return model, file, (yaml.safe_load(beside.read_text()) or {}) if beside.is_file() else {}
 
@@ -362,7 +364,9 @@ class Bench:
         else:
             lr = self._rate(setting, method)
             network = self._trained(method, index, lr, seed, f"{setting.key} {method} seed {seed}")
-            predictions, chosen = self._predict(network, self.task.where("test")), f"lr {lr:g}"
+            rates = self.config.lrs or []
+            edge = " (edge of those tried)" if len(rates) > 2 and lr in (min(rates), max(rates)) else ""
+            predictions, chosen = self._predict(network, self.task.where("test")), f"lr {lr:g}{edge}"
         runs.write_whole(path, lambda file: np.savez_compressed(file, predictions=predictions, chosen=np.array(chosen)))
         return {"predictions": predictions, "chosen": chosen}
 

@@ -389,6 +389,8 @@ def _run(argv: list[str]) -> int:
         model = medformer.load(file)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error), 2) from error
+    if not isinstance(model, medformer.Backbone):
+        raise UserError(f"{file} is a {type(model).__name__}; the page shows transformers", 2)
     if model.config.in_channels != 1:
         raise UserError(f"{file} takes {model.config.in_channels} channels; the page shows models of one", 2)
     missing = [s for s in options.scans if not s.exists()]

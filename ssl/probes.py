@@ -49,30 +49,16 @@ def extract(
     model: Backbone, images: Sequence[Tensor], batch: int, run: Callable[..., Any], progress: Callable[[Any], Any]
 ) -> Frozen:
     """Summaries of all images, [1, *size] each; `run` is the precision's context, entered for every batch."""
-    device = next(model.parameters()).device
+    device = model.norm.weight.device
     model.eval()
-    depth = min(max(LAST_LAYERS), len(model.blocks))
-    caught: list[Tensor] = []
-    hooks = [block.register_forward_hook(lambda _m, _i, out: caught.append(out)) for block in model.blocks[-depth:]]
+    last = min(max(LAST_LAYERS), len(model.blocks))
     layers, pooled = [], []
-    try:
-        for start in progress(range(0, len(images), batch)):
-            x = torch.stack(list(images[start : start + batch])).to(device).float()
-            caught.clear()
-            with run():
-                features = model.forward_features(x)
-            rows = []
-            for tokens in caught:
-                tokens = model.norm(tokens.float())
-                summary = (
-                    tokens[:, 0] if model.class_token is not None else tokens[:, -features.patches.shape[1] :].mean(1)
-                )
-                rows.append(summary)
-            layers.append(torch.stack(rows, dim=1).float().cpu())
-            pooled.append(features.patches.float().mean(1).cpu())
-    finally:
-        for hook in hooks:
-            hook.remove()
+    for start in progress(range(0, len(images), batch)):
+        x = torch.stack(list(images[start : start + batch])).to(device).float()
+        with run():
+            found = model.get_intermediate_layers(x, last)
+        layers.append(torch.stack([features.cls.float() for features in found], dim=1).cpu())
+        pooled.append(found[-1].patches.float().mean(1).cpu())
     return Frozen(layers=torch.cat(layers), pooled=torch.cat(pooled))
 
 

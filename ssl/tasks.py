@@ -237,7 +237,8 @@ def _read_csv(path: Path, dims: int, progress: Callable[[Any], Any]) -> Task:
             raise UserError(f"--task {path}: row {number + 2}: a label is no number ({error})") from error
         images.append(image)
         targets.append(target)
-        files = sorted(p for p in source.rglob("*") if p.is_file()) if source.is_dir() else [source]
+        # Of a folder only the slices, as `hashes_of` takes them; reading it said that it holds one scan.
+        files: Sequence[str | Path] = find_scans(source).scans[0].files if source.is_dir() else [source]
         hashes.append(source_hash(files))
     split = np.array([row.get("split") or "" for row in rows], "U32")
     wrong = sorted(set(split.tolist()) - {*_SPLITS, ""})
@@ -368,7 +369,7 @@ def _check_classes(task: Task) -> None:
             if not ok:
                 raise UserError(
                     f"task {task.name}: class {name} has {lacks} in the {split} split ({len(values)} cases); add "
-                    "cases, or leave the class out"
+                    "cases, leave the class out, or (where no split is given) try another --split_seed"
                 )
 
 

@@ -56,8 +56,9 @@ class Network(nn.Module):
             nn.init.zeros_(self.head.bias)
         backbone.requires_grad_(method not in (*FROZEN, "fpt"))
         if method == "fpt":
-            for module in [backbone.patch_embed, backbone.position, *backbone.modules()]:
-                if module in (backbone.patch_embed, backbone.position) or isinstance(module, nn.LayerNorm):
+            moving = {"patch_embed", "position"}
+            for name, module in backbone.named_modules():
+                if name in moving or isinstance(module, nn.LayerNorm):
                     module.requires_grad_(True)
 
     def train(self, mode: bool = True) -> Network:
@@ -232,7 +233,7 @@ def _crop(
     if len(places[i]) and rng.random() < 0.5:
         start = np.clip(places[i][rng.integers(len(places[i]))] - rng.integers(np.array(size)), 0, room)
     else:
-        start = rng.integers(room + 1)
+        start = rng.integers((room + 1).tolist())
     at = tuple(slice(int(a), int(a) + n) for a, n in zip(start, size, strict=True))
     return image[(slice(None), *at)], mask[at]
 

@@ -1,4 +1,4 @@
-"""From a folder of scans to crops: every scan is read, checked and normalised once, then cut by memory map.
+"""From scans to crops: every scan is read, checked and stored once, then cut from disk and scaled by the crop.
 
 The order of samples and every crop are pure functions of the seed and the sample's number, so a run can be stopped
 anywhere, resumed, or spread over workers and processes, and still see the same data.
@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -19,15 +20,31 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from medformer.data import ScanError, find_scans, normalise, sample_scans
+from medformer.data import ScanError, Volume, find_scans, sample_scans
+from medformer.data.intensity import Scaling, scaling_of
+from medformer.data.store import MAX_OPEN, Scaled, compresses, open_array, suffix, write_array
 from runs import UserError, write_whole
 from views import Plan, ViewsConfig, draw
 
-__all__ = ["Crops", "DataConfig", "Prepared", "Stored", "load", "loader", "prepare", "sample_scan"]
+__all__ = [
+    "INDEX",
+    "Crops",
+    "DataConfig",
+    "Prepared",
+    "Stored",
+    "keep",
+    "key_of",
+    "load",
+    "loader",
+    "look_up",
+    "prepare",
+    "sample_scan",
+]
 
 # Part of every cache key: raise it when what is stored changes.
-_VERSION = 1
+_VERSION = 2
 _JUNK = "not a scan"  # what find_scans says of a file that is none
+INDEX = "index.sqlite"  # of a store that building.py made
 _POINTS = 2048  # places in the tissue kept for each scan
 
 
@@ -42,7 +59,8 @@ class DataConfig:
     weights: tuple[float, ...] | None = None
     """How often each of several roots is shown, relative to the others, for instance 1,2; default: by its scans."""
     cache: str | None = None
-    """Folder for the normalised copies (2 bytes a voxel), shared by all runs; default: runs/cache."""
+    """Folder for the stored copies (at most 2 bytes a voxel; half of it with blosc2), shared by all runs; default:
+    runs/cache."""
     small: Literal["auto", "skip", "pad"] = "auto"
     """A scan below --views.global_size: skip it, or pad it by repeating its edge. auto: skip, but pad the built-in
     scans."""
@@ -62,7 +80,7 @@ class Stored:
 
     name: str
     path: str
-    """.npy file, float16 [Z, Y, X], axes nearest to S, A and R."""
+    """.b2nd or .npy file [Z, Y, X], axes nearest to S, A and R; `load` gives its scaled values."""
     shape: tuple[int, int, int]
     spacing_mm: tuple[float, float, float]
     modality: str
@@ -72,7 +90,7 @@ class Stored:
 
     @property
     def points_path(self) -> str:
-        return self.path.removesuffix(".npy") + ".points.npy"
+        return str(Path(self.path).with_suffix("")) + ".points.npy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +130,8 @@ def prepare(
     except OSError as error:
         raise UserError(f"--data.cache {cache}: {error.strerror}; give a folder that can be written") from error
     try:
+        if config.root is not None and (Path(config.root) / INDEX).is_file():
+            return _from_store(Path(config.root), config, views, seed)
         index = sample_scans(cache / "samples") if config.root is None else find_scans(config.root)
     except ScanError as error:
         raise UserError(str(error)) from error
@@ -141,6 +161,27 @@ def prepare(
     return Prepared(train=[s for s in good if s not in held], held_out=held, skipped=skipped, ignored=ignored)
 
 
+def _from_store(store: Path, config: DataConfig, views: ViewsConfig, seed: int) -> Prepared:
+    """The scans that `python ssl/prepare.py` has put there."""
+    from building import rows
+
+    skipped = [(row.name, row.reason) for row in rows(store) if row.state == "quarantined"]
+    good: list[Stored] = []
+    for row in rows(store):
+        if row.state != "kept" or row.split not in {"train", ""}:
+            continue
+        stored = look_up(store / row.key, row.name)
+        reason = "its stored array is gone; prepare the store again" if stored is None else None
+        if stored is not None and (reason := _too_small(stored, views, config.small == "pad")) is None:
+            good.append(stored)
+        else:
+            skipped.append((row.name, reason or ""))
+    if not good:
+        raise UserError(_nothing_left(f"the store {store}", skipped))
+    held = _held_out(good, views, min(config.held_out, len(good) - 1), seed)
+    return Prepared(train=[s for s in good if s not in held], held_out=held, skipped=skipped)
+
+
 def _nothing_left(where: str, skipped: list[tuple[str, str]]) -> str:
     if not skipped:
         return f"{where} holds no .nii, .nii.gz or DICOM file; point --data.root at a folder that does"
@@ -163,49 +204,119 @@ def _held_out(scans: list[Stored], views: ViewsConfig, count: int, seed: int) ->
 
 
 def _store(scan: Any, cache: Path) -> Stored:
-    """Read, check, normalise and write one scan, unless the cache has it. Raises ScanError."""
-    base = cache / _key(scan)
+    """Read, check and write one scan, unless the cache has it. Raises ScanError."""
+    base = cache / key_of(scan.files)
+    known = look_up(base, scan.name)
+    return known or keep(scan.read(), base, scan.name, scan.files)
+
+
+def look_up(base: Path, name: str) -> Stored | None:
+    """The entry under `base`, if it is there and complete."""
     sidecar = base.with_suffix(".json")
-    if sidecar.exists():
-        values: dict[str, Any] = json.loads(sidecar.read_text())
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        # The cache may have been moved, and a scan's name depends on the root it was found under.
-        values |= {"name": scan.name, "path": str(base.with_suffix(".npy"))}
-        if Path(values["path"]).exists():
-            return Stored(**values)
-    volume = scan.read()
-    voxels = normalise(volume)
-    if not np.isfinite(voxels).all():
-        raise ScanError(f"{scan.name}: {int((~np.isfinite(voxels)).sum())} voxels are NaN or Inf; repair the file")
-    if float(voxels.max()) == float(voxels.min()):
-        raise ScanError(f"{scan.name}: every voxel has the same value; there is nothing to learn from")
-    threshold = _otsu(voxels)
-    stored = Stored(
-        name=scan.name,
-        path=str(base.with_suffix(".npy")),
-        shape=volume.shape,
-        spacing_mm=volume.spacing_mm,
-        modality=volume.modality,
-        threshold=threshold,
-        notes=tuple(volume.notes),
-    )
-    limit = np.finfo(np.float16).max
-    half = np.ascontiguousarray(voxels.clip(-limit, limit).astype(np.float16))
-    points = _points(voxels, threshold)
-    write_whole(Path(stored.path), lambda file: np.lib.format.write_array(file, half))
-    write_whole(Path(stored.points_path), lambda file: np.lib.format.write_array(file, points))
+    if not sidecar.exists():
+        return None
+    values: dict[str, Any] = json.loads(sidecar.read_text())
+    path = base.with_suffix(values["suffix"])
+    if not path.exists() or (values["suffix"] == ".b2nd" and not compresses()):
+        return None
+    # The cache may have been moved, and a scan's name depends on the root it was found under.
+    return Stored(
+        name=name, path=str(path), shape=tuple(values["shape"]), spacing_mm=tuple(values["spacing_mm"]),
+        modality=values["modality"], threshold=values["threshold"], notes=tuple(values["notes"]),
+    )  # fmt: skip
+
+
+def keep(volume: Volume, base: Path, name: str, files: Sequence[str]) -> Stored:
+    """Write the voxels, some places in the tissue and the sidecar of one volume."""
+    scaling = scaling_of(volume)
+    voxels, scaled = _narrow(volume, scaling)
+    stored = Scaled(voxels, scaled)
+    seen = np.asarray(stored)
+    threshold = _otsu(seen.astype(np.float32))
+    tissue = seen > threshold
+    path, points = base.with_suffix(suffix()), _points(tissue)
+    with _naming(path):
+        write_array(path, voxels)
+        write_array(Path(str(base) + ".points.npy"), points)
+    entry = {
+        "schema": _VERSION,
+        "suffix": path.suffix,
+        "shape": volume.shape,
+        "spacing_mm": volume.spacing_mm,
+        "affine": volume.affine.tolist(),
+        "geometry": volume.geometry,
+        "modality": volume.modality,
+        "units": volume.units if scaled is scaling else "normalised",
+        "scaling": asdict(scaled),
+        "intensity": {"low": scaling.low, "high": scaling.high, "mean": scaling.mean, "scale": scaling.scale},
+        "threshold": threshold,
+        "foreground_zyx": _box(tissue),
+        "notes": [n for n in volume.notes if not n.startswith("left out: ")],  # which names files
+        "tags": dict(volume.provenance.get("tags", {})),
+        "source_hash": _content(files),
+        "bytes": voxels.nbytes,
+    }
     # The sidecar comes last: with it the entry is complete.
-    write_whole(sidecar, lambda file: file.write(json.dumps(asdict(stored)).encode()))
-    return stored
+    write_whole(base.with_suffix(".json"), lambda file: file.write(json.dumps(entry).encode()))
+    found = look_up(base, name)
+    assert found is not None
+    return found
 
 
-def _key(scan: Any) -> str:
-    """Changes with the files' paths, sizes and times."""
-    digest = hashlib.sha256(f"{_VERSION}".encode())
-    for file in scan.files:
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """A full disk ends the run in one line that names the cache."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another --data.cache") from error
+
+
+def _narrow(volume: Volume, scaling: Scaling) -> tuple[np.ndarray, Scaling]:
+    """Voxels in 16 bits: whole numbers that fit as they are, everything else scaled, as float16.
+
+    Padding becomes the lowest value that scaling clips to, so it looks like the air around it.
+    """
+    voxels = volume.voxels
+    if volume.valid is not None:
+        low = np.floor(scaling.low)
+        low = max(low, np.iinfo(voxels.dtype).min) if voxels.dtype.kind in "iu" else low
+        voxels = np.where(volume.valid, voxels, np.asarray(low).astype(voxels.dtype))
+    for dtype in (np.uint8, np.int16, np.uint16) if voxels.dtype.kind in "iu" else ():
+        limits = np.iinfo(dtype)
+        if voxels.dtype == dtype or (voxels.min() >= limits.min and voxels.max() <= limits.max):
+            return voxels.astype(dtype, copy=False), scaling
+    limit = float(np.finfo(np.float16).max)
+    return scaling.apply(voxels).clip(-limit, limit).astype(np.float16), Scaling(
+        low=-limit, high=limit, mean=0.0, scale=1.0
+    )
+
+
+def key_of(files: Sequence[str]) -> str:
+    """Changes with the files' paths, sizes and times, and with how they are stored."""
+    digest = hashlib.sha256(f"{_VERSION}{suffix()}".encode())
+    for file in files:
         stat = os.stat(file)
         digest.update(f"|{Path(file).resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode())
     return digest.hexdigest()[:24]
+
+
+def _content(files: Sequence[str]) -> str:
+    """A hash of what the files hold, whatever they are called."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        with open(file, "rb") as source:
+            while block := source.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _box(tissue: np.ndarray) -> list[list[int]]:
+    """First and last index of the tissue along z, y and x."""
+    if not tissue.any():
+        return [[0, n - 1] for n in tissue.shape]
+    lines = [np.flatnonzero(tissue.any(axis=tuple(a for a in range(3) if a != axis))) for axis in range(3)]
+    return [[int(line[0]), int(line[-1])] for line in lines]
 
 
 def _otsu(voxels: np.ndarray) -> float:
@@ -220,11 +331,11 @@ def _otsu(voxels: np.ndarray) -> float:
     return float(edges[1 + int(np.nanargmax(np.where(above > 0, between, -1)))])
 
 
-def _points(voxels: np.ndarray, threshold: float) -> np.ndarray:
-    """Up to 2048 random places above the threshold, [n, 3] int32 zyx; the same for the same scan."""
-    flat = np.flatnonzero(voxels.reshape(-1) > threshold)
+def _points(tissue: np.ndarray) -> np.ndarray:
+    """Up to 2048 random places in the tissue, [n, 3] int32 zyx; the same for the same scan."""
+    flat = np.flatnonzero(tissue.reshape(-1))
     chosen = np.random.default_rng(0).choice(flat, min(_POINTS, len(flat)), replace=False) if len(flat) else flat
-    return np.stack(np.unravel_index(np.sort(chosen), voxels.shape), axis=1).astype(np.int32)
+    return np.stack(np.unravel_index(np.sort(chosen), tissue.shape), axis=1).astype(np.int32)
 
 
 def sample_scan(seed: int, sample: int, scans: int) -> int:
@@ -237,10 +348,14 @@ def _permutation(seed: int, epoch: int, scans: int) -> np.ndarray:
     return np.random.default_rng((seed, 2, epoch)).permutation(scans)
 
 
-@lru_cache(maxsize=64)
-def load(path: str) -> np.ndarray:
-    """Memory map of a stored array; at most 64 stay open in a process."""
-    return np.load(path, mmap_mode="r")
+@lru_cache(maxsize=2 * MAX_OPEN)
+def load(path: str) -> Any:
+    """A stored array, read by the slice: scaled where a sidecar says how, else as it is. 64 scans stay open."""
+    sidecar = Path(path).with_suffix(".json")
+    array = open_array(path)
+    if path.endswith(".points.npy") or not sidecar.exists():
+        return array
+    return Scaled(array, Scaling(**json.loads(sidecar.read_text())["scaling"]))
 
 
 class Crops(Dataset[Plan]):
@@ -318,3 +433,11 @@ def _quiet_worker(_: int) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the trainer decides
     torch.set_num_threads(1)
+
+
+if __name__ == "__main__":
+    import sys
+
+    from building import main
+
+    sys.exit(main())

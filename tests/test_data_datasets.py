@@ -165,7 +165,8 @@ def annotation(uid: str, readers: list[list[tuple[int, int, int]]]) -> str:
             ring = [(x + i, y) for i in range(7)] + [(x + 6, y + i) for i in range(1, 7)]
             ring += [(x + 6 - i, y + 6) for i in range(1, 7)] + [(x, y + 6 - i) for i in range(1, 7)]
             points = "".join(f"<edgeMap><xCoord>{a}</xCoord><yCoord>{b}</yCoord></edgeMap>" for a, b in ring)
-            roi = f"<roi><imageZposition>-28.0</imageZposition><imageSOP_UID>1</imageSOP_UID><inclusion>TRUE</inclusion>{points}</roi>"
+            place = "<imageZposition>-28.0</imageZposition><imageSOP_UID>1</imageSOP_UID>"
+            roi = f"<roi>{place}<inclusion>TRUE</inclusion>{points}</roi>"
             rated = f"<characteristics><malignancy>{malignancy}</malignancy></characteristics>"
             nodules += f"<unblindedReadNodule><noduleID>n</noduleID>{rated}{roi}</unblindedReadNodule>"
         sessions += f"<readingSession>{nodules}</readingSession>"
@@ -284,7 +285,8 @@ def make_medmnist(root: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     np.savez_compressed(
-        root / "x3d.npz", train_images=rng.integers(0, 255, (3, 5, 5, 5)).astype(np.uint8), train_labels=[[0], [1], [1]],
+        root / "x3d.npz",
+        train_images=rng.integers(0, 255, (3, 5, 5, 5)).astype(np.uint8), train_labels=[[0], [1], [1]],
         val_images=rng.integers(0, 255, (1, 5, 5, 5)).astype(np.uint8), val_labels=[[0]],
     )  # fmt: skip
 

@@ -57,7 +57,7 @@ def test_a_lone_scan_is_trained_on(tmp_path: Path) -> None:
 
 def test_stored_voxels_are_normalised_and_keep_spacing(folder: Path) -> None:
     scan = ready(folder).train[0]
-    voxels = np.load(scan.path)
+    voxels = np.asarray(module.load(scan.path))
     assert voxels.dtype == np.float16
     assert voxels.shape == scan.shape == (12, 14, 16)
     assert scan.spacing_mm == pytest.approx((2.0, 2.0, 2.0))
@@ -69,8 +69,8 @@ def test_stored_voxels_are_normalised_and_keep_spacing(folder: Path) -> None:
 def test_a_second_run_reads_no_scan_again_unless_it_changed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ready(folder)
     read: list[str] = []
-    real = module.normalise
-    monkeypatch.setattr(module, "normalise", lambda volume: read.append(volume.source) or real(volume))
+    real = module.scaling_of
+    monkeypatch.setattr(module, "scaling_of", lambda volume: read.append(volume.source) or real(volume))
     ready(folder)
     assert read == []
     changed = write(folder / "deep/0/scan0.nii", seed=99)

@@ -24,7 +24,7 @@ from medformer.data.volumes import Volume
 
 ABOUT = About(
     name="BIMCV-COVID19",
-    folders=("bimcv_covid19", "BIMCV-COVID19", "covid19_posi", "covid19_neg"),
+    folders=("bimcv_covid19", "BIMCV-COVID19"),
     source="https://bimcv.cipf.es/bimcv-projects/bimcv-covid19",
     layout="[covid19_posi/]sub-S*/ses-E*/mod-*/*.png and *.nii.gz, derivatives/labels/*.tsv",
 )

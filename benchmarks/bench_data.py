@@ -1,0 +1,179 @@
+"""Crops of 96^3 voxels, whole reads and writes: the store against nibabel, .npy, zarr, TorchIO and MONAI.
+
+Every way of storing returns the same voxels before it is timed; what is not installed here is skipped. The scan is a
+synthetic CT of 512 x 512 x 300 int16 (150 MiB); with real scans in ../shared/data also a chest of 512 x 512 x 120, one
+of 20 slices repeated. Run: pytest benchmarks/bench_data.py --benchmark-only -k crop
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from medformer.data import make_phantom, read_volume
+from medformer.data.store import compresses, cut, open_array, random_crop, write_array
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+SIZE = (96, 96, 96)
+CUTS = 200
+SMOKE = (100, 128, 128)
+
+
+def phantom(shape: tuple[int, int, int]) -> np.ndarray:
+    return make_phantom(0, shape=shape, spacing_mm=(1.2, 0.75, 0.75)).voxels
+
+
+def chest() -> np.ndarray:
+    if not SHARED.is_dir():
+        pytest.skip(f"real scans are not at {SHARED}")
+    one = read_volume(SHARED / "dicom" / "ct_chest_j2k").voxels
+    return np.concatenate([one[:: 1 if i % 2 else -1] for i in range(6)])
+
+
+SCANS: dict[str, Callable[[], np.ndarray]] = {
+    "smoke": lambda: phantom(SMOKE),
+    "synthetic-300x512x512": lambda: phantom((300, 512, 512)),
+    "chest-120x512x512": chest,
+}
+
+
+@pytest.fixture(scope="module", params=SCANS)
+def scan(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Voxels and a folder for their copies."""
+    folder = tmp_path_factory.mktemp("bench_data")
+    yield request.param, SCANS[request.param](), folder
+    shutil.rmtree(folder)
+
+
+def _store(suffix: str) -> Callable[[np.ndarray, Path], Any]:
+    def make(voxels: np.ndarray, folder: Path) -> Any:
+        if suffix == ".b2nd" and not compresses():
+            pytest.skip("blosc2 is not installed")
+        path = folder / f"a{suffix}"
+        if not path.exists():
+            write_array(path, voxels)
+        array = open_array(path)
+        return path, lambda start: cut(array, start, SIZE)
+
+    return make
+
+
+def _nifti(zipped: bool) -> Callable[[np.ndarray, Path], Any]:
+    def make(voxels: np.ndarray, folder: Path) -> Any:
+        path = folder / f"a.nii{'.gz' if zipped else ''}"
+        if not path.exists():
+            nib.save(nib.Nifti1Image(voxels.T, np.eye(4)), path)
+
+        def crop(start: tuple[int, int, int]) -> np.ndarray:
+            z, y, x = start
+            image: Any = nib.load(path)
+            return np.asarray(image.dataobj[x : x + 96, y : y + 96, z : z + 96]).T
+
+        return path, crop
+
+    return make
+
+
+def _zarr(voxels: np.ndarray, folder: Path) -> Any:
+    zarr = pytest.importorskip("zarr")
+    path = folder / "a.zarr"
+    if not path.exists():
+        made = zarr.create_array(str(path), shape=voxels.shape, chunks=(64, 64, 64), dtype=voxels.dtype)
+        made[:] = voxels
+    array = zarr.open_array(str(path), mode="r")
+    return path, lambda start: np.asarray(array[tuple(slice(a, a + 96) for a in start)])
+
+
+def _torchio(voxels: np.ndarray, folder: Path) -> Any:
+    tio = pytest.importorskip("torchio")
+    path, _ = _nifti(True)(voxels, folder)
+
+    def crop(start: tuple[int, int, int]) -> np.ndarray:
+        whole = tio.ScalarImage(path).numpy()[0]  # as its SubjectsDataset does for each subject
+        x, y, z = start[::-1]
+        return whole[x : x + 96, y : y + 96, z : z + 96].T
+
+    return path, crop
+
+
+def _monai(voxels: np.ndarray, folder: Path) -> Any:
+    data = pytest.importorskip("monai.data")
+    path, _ = _nifti(True)(voxels, folder)
+    reader = data.NibabelReader()
+
+    def crop(start: tuple[int, int, int]) -> np.ndarray:
+        whole, _ = reader.get_data(reader.read(str(path)))
+        x, y, z = start[::-1]
+        return np.asarray(whole[x : x + 96, y : y + 96, z : z + 96]).T
+
+    return path, crop
+
+
+WAYS: dict[str, tuple[Callable[[np.ndarray, Path], Any], int]] = {
+    "medformer-b2nd": (_store(".b2nd"), CUTS),
+    "npy": (_store(".npy"), CUTS),
+    "nibabel-nii": (_nifti(False), 30),
+    "nibabel-nii.gz": (_nifti(True), 2),
+    "zarr": (_zarr, 50),
+    "torchio-nii.gz": (_torchio, 1),
+    "monai-nii.gz": (_monai, 1),
+}
+
+
+def _size(path: Path) -> int:
+    return sum(p.stat().st_size for p in path.rglob("*")) if path.is_dir() else path.stat().st_size
+
+
+@pytest.mark.parametrize("way", WAYS)
+def bench_crop(benchmark: Any, scan: Any, way: str) -> None:
+    """One random crop, warm: the time of a round is that of `cuts` crops."""
+    name, voxels, folder = scan
+    make, cuts = WAYS[way]
+    path, crop = make(voxels, folder)
+    rng = np.random.default_rng(0)
+    starts = [tuple(int(rng.integers(n - 95)) for n in voxels.shape) for _ in range(cuts)]
+    for start in starts[:2]:
+        np.testing.assert_array_equal(crop(start), voxels[tuple(slice(a, a + 96) for a in start)])
+    benchmark.pedantic(lambda: [crop(start) for start in starts], rounds=3, warmup_rounds=1 if cuts > 2 else 0)
+    benchmark.extra_info.update(
+        scan=name, crops=cuts, share_of_int16=_size(path) / voxels.nbytes, cores=os.cpu_count(),
+        crops_per_s=cuts / benchmark.stats.stats.min if benchmark.stats else None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".b2nd", ".npy"])
+def bench_write(benchmark: Any, scan: Any, suffix: str) -> None:
+    """One array to the disk, with fsync."""
+    name, voxels, folder = scan
+    if suffix == ".b2nd" and not compresses():
+        pytest.skip("blosc2 is not installed")
+    benchmark.pedantic(lambda: write_array(folder / f"w{suffix}", voxels), rounds=3)
+    info = {"mb_per_s": voxels.nbytes / 1e6 / benchmark.stats.stats.min} if benchmark.stats else {}
+    benchmark.extra_info.update(scan=name, share_of_int16=_size(folder / f"w{suffix}") / voxels.nbytes, **info)
+
+
+def bench_random_crop_of_many(benchmark: Any, tmp_path: Path) -> None:
+    """Crops of 40 scans in turn through the cache of open handles."""
+    if not compresses():
+        pytest.skip("blosc2 is not installed")
+    voxels = phantom(SMOKE)
+    paths = [tmp_path / f"{i}.b2nd" for i in range(40)]
+    for path in paths:
+        write_array(path, voxels)
+    rng = np.random.default_rng(0)
+    benchmark.pedantic(lambda: [random_crop(path, SIZE, rng) for path in paths], rounds=3, warmup_rounds=1)
+
+
+def bench_read_dicom(benchmark: Any) -> None:
+    """A real series of 20 JPEG 2000 slices, folder to volume."""
+    if not SHARED.is_dir():
+        pytest.skip(f"real scans are not at {SHARED}")
+    folder = SHARED / "dicom" / "ct_chest_j2k"
+    benchmark.pedantic(lambda: read_volume(folder), rounds=3)

@@ -3,7 +3,7 @@
 Source: Chen et al. 2020, "Generative Pretraining from Pixels"; openai/image-gpt for what the paper leaves open: RMS
 norms with a gain only, x sigmoid(1.702 x), no biases, learned positions, an output embedding of its own that starts at
 0, residual projections that start at deviation 1 / sqrt(C L), sequences shifted right behind a learned start token.
-Differs: FAVOR+ (Performer) attention by choice, 3D grids, and Morton order.
+Differs: FAVOR+ (Performer) and Expire-Span attention by choice, 3D grids, and Morton order.
 
 Shape legend: B batch, N tokens, V vocabulary, C width, H heads, D head width, L blocks.
 """
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from medformer.codebook import Codebook, morton_order
+from medformer.expire_span import ExpireSpanAttention
 from medformer_kernels import default_num_features, orthogonal_features, performer_attention
 from medformer_kernels.performer import performer_prefill, performer_step
 
@@ -52,8 +53,11 @@ class ImageGPTConfig:
     """L: blocks."""
     heads: int = 8
     """H: attention heads; must divide width."""
-    attention: Literal["performer", "softmax"] = "softmax"
-    """performer: FAVOR+, cost linear in the tokens. softmax: exact, cost quadratic in the tokens."""
+    attention: Literal["performer", "softmax", "expire_span"] = "softmax"
+    """performer: FAVOR+, cost linear in the tokens. softmax: exact, cost quadratic in the tokens. expire_span: exact
+    over the tokens that have not expired, autoregressive only; it has biases, which Image-GPT has not."""
+    max_span: int | None = None
+    """Longest life of a token in tokens with expire_span; null takes the whole sequence."""
     num_features: int | None = None
     """Random features a head of performer attention; null takes D ln D rounded to a multiple of 64."""
     order: Literal["raster", "morton"] = "raster"
@@ -78,13 +82,16 @@ class ImageGPTConfig:
         if self.width % self.heads:
             raise ValueError(f"ImageGPTConfig: heads={self.heads} must divide width={self.width}")
         choices = {
-            "attention": ("performer", "softmax"),
+            "attention": ("performer", "softmax", "expire_span"),
             "order": ("raster", "morton"),
             "objective": ("autoregressive", "bert"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"ImageGPTConfig: {name}={getattr(self, name)!r} must be one of {', '.join(allowed)}")
+
+        if self.attention == "expire_span" and self.objective == "bert":
+            raise ValueError("ImageGPTConfig: attention='expire_span' is causal; objective='bert' needs another")
 
     @property
     def tokens(self) -> int:
@@ -156,7 +163,12 @@ class _Block(nn.Module):
     def __init__(self, config: ImageGPTConfig, layer: int) -> None:
         super().__init__()
         self.norm1 = _Norm(config.width)
-        self.attention = _Attention(config, layer)
+        if config.attention == "expire_span":
+            self.attention: _Attention | ExpireSpanAttention = ExpireSpanAttention(
+                config.width, config.heads, max_span=config.max_span or config.tokens
+            )
+        else:
+            self.attention = _Attention(config, layer)
         self.norm2 = _Norm(config.width)
         self.fc1 = nn.Linear(config.width, 4 * config.width, bias=False)
         self.fc2 = nn.Linear(4 * config.width, config.width, bias=False)
@@ -168,7 +180,10 @@ class _Block(nn.Module):
     def stateful(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """A prompt (state None) or the next token."""
         normed = self.norm1(x)
-        mixed, state = self.attention.prefill(normed) if state is None else self.attention.step(normed, state)
+        if isinstance(self.attention, ExpireSpanAttention):
+            mixed, state = self.attention.extend(normed, state)
+        else:
+            mixed, state = self.attention.prefill(normed) if state is None else self.attention.step(normed, state)
         x = x + mixed
         return x + self._mlp(x), state
 
@@ -211,6 +226,14 @@ class ImageGPT(nn.Module):
             if (parameter.ndim > 1 and name != "output") or name == "start":
                 residual = name.endswith(("proj.weight", "fc2.weight"))
                 nn.init.normal_(parameter, std=1 / math.sqrt(width * config.depth) if residual else 0.02)
+            elif name.endswith(".bias"):  # Expire-Span's
+                nn.init.zeros_(parameter)
+
+    def span_loss(self) -> Tensor | None:
+        """Mean of the Expire-Span losses of the last call, about the mean life as a share of the longest; or None."""
+        losses = [m.span_loss for m in self.modules() if isinstance(m, ExpireSpanAttention)]
+        found = [loss for loss in losses if loss is not None]
+        return torch.stack(found).mean() if found else None
 
     def forward(self, tokens: Int[Tensor, "B N"], *, mask: Bool[Tensor, "B N"] | None = None) -> Float[Tensor, "B N V"]:
         """Logits of each token.

@@ -40,6 +40,10 @@ class IgptConfig:
     """Sequence of the tokens: row by row, or along the Z-order curve, where neighbours stay close [raster]."""
     objective: Literal["autoregressive", "bert"] = "autoregressive"
     """autoregressive: each token is told from those before it. bert: masked ones from all others."""
+    expire_span: int = 0
+    """Longest life of a token, in tokens, with Expire-Span attention in place of --model.attention; 0 turns it off."""
+    span_weight: float = 0.01
+    """Weight of the loss that keeps Expire-Span's spans short. 0 or more."""
     mask_share: float = 0.15
     """Share of masked tokens with objective bert [0.15]. Above 0, below 1."""
     codebook: str | None = None
@@ -56,6 +60,10 @@ class IgptConfig:
             raise ValueError(f"--igpt.patch {self.patch} must be three whole numbers of 1 or more")
         if not 0 < self.mask_share < 1:
             raise ValueError(f"--igpt.mask_share {self.mask_share} must be above 0 and below 1")
+        if self.expire_span < 0 or self.span_weight < 0:
+            raise ValueError(
+                f"--igpt.expire_span {self.expire_span} and span_weight {self.span_weight} must be 0 or more"
+            )
         if self.fit_steps < 1:
             raise ValueError(f"--igpt.fit_steps {self.fit_steps} must be at least 1")
 
@@ -73,13 +81,25 @@ def model_config(model: BackboneConfig, config: IgptConfig, size: tuple[int, int
         raise UserError(
             f"--igpt.patch {_by(config.patch)} must divide --views.global_size {_by(whole)} on every axis", 2
         )
+    if config.expire_span and config.objective == "bert":
+        raise UserError(f"--igpt.expire_span {config.expire_span} is causal; --igpt.objective bert needs 0", 2)
     if model.attention not in ("performer", "softmax"):
         raise UserError(f"--model.attention {model.attention}: igpt takes performer or softmax", 2)
     return ImageGPTConfig(
-        vocabulary=config.colours, grid=tuple(n // p for n, p in zip(size, patch, strict=True)), patch=patch,
-        width=model.width, depth=model.depth, heads=model.heads, attention=model.attention,
-        num_features=model.num_features, order=config.order, objective=config.objective, scale=scale, seed=model.seed,
-    )  # fmt: skip
+        vocabulary=config.colours,
+        grid=tuple(n // p for n, p in zip(size, patch, strict=True)),
+        patch=patch,
+        width=model.width,
+        depth=model.depth,
+        heads=model.heads,
+        attention="expire_span" if config.expire_span else model.attention,
+        max_span=config.expire_span or None,
+        num_features=model.num_features,
+        order=config.order,
+        objective=config.objective,
+        scale=scale,
+        seed=model.seed,
+    )
 
 
 def _by(size: tuple[int, ...]) -> str:
@@ -205,9 +225,13 @@ class Igpt(nn.Module):
             loss = igpt_loss(student(tokens, mask=mask), tokens, mask)
         else:
             loss = igpt_loss(student(tokens), tokens)
+        objective = loss.detach()
+        spans = self.student.span_loss()
+        if spans is not None:
+            loss = loss + self.config.span_weight * spans
         used = torch.bincount(tokens.flatten(), minlength=self.config.colours).float() / tokens.numel()
         # What a model that only knows how common each entry is would pay.
-        parts = {"bits": loss.detach() / math.log(2), "unigram_bits": torch.special.entr(used).sum() / math.log(2)}
+        parts = {"bits": objective / math.log(2), "unigram_bits": torch.special.entr(used).sum() / math.log(2)}
         return loss, parts
 
     def before_step(self, step: int) -> None:

@@ -51,7 +51,7 @@ _PATIENCE = timedelta(days=2)
 # Settings that decide the shape of the weights, besides --model's.
 _SHAPE = (
     "method", "size", "dino.prototypes", "dino.hidden", "dino.bottleneck", "byol.hidden", "byol.projection",
-    "byol.norm", "igpt.colours", "igpt.patch", "igpt.order", "igpt.objective",
+    "byol.norm", "igpt.colours", "igpt.patch", "igpt.order", "igpt.objective", "igpt.expire_span",
 )  # fmt: skip
 
 

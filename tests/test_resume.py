@@ -50,7 +50,7 @@ METHODS = {
 def test_a_killed_run_resumes_to_bit_identical_weights(trainer: Any, tmp_path: Path, method: str) -> None:
     """kill -9 in the middle; then two workers instead of none, which must not matter either."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    flags = [*trainer.flags, *METHODS[method], "--steps=40", "--save_every=2", f"--data.root={trainer.scans}"]
+    flags = [*trainer.flags, *METHODS[method], "--steps=24", "--save_every=2", f"--data.root={trainer.scans}"]
     command = [sys.executable, str(trainer.script), *flags]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "env": env, "text": True}
@@ -62,7 +62,7 @@ def test_a_killed_run_resumes_to_bit_identical_weights(trainer: Any, tmp_path: P
     victim.send_signal(signal.SIGKILL)
     assert victim.wait(20) == -signal.SIGKILL, "the run ended before it could be killed"
     written = runs.checkpoints(killed)[-1]
-    assert 0 < int(written.stem[5:]) < 40
+    assert 0 < int(written.stem[5:]) < 24
     again = subprocess.run(
         [sys.executable, str(trainer.script), f"--resume={killed}", "--workers=2"],
         capture_output=True, text=True, env=env, timeout=100,

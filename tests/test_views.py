@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
+import augment
+import views as views_module
 from views import Plan, ViewsConfig, draw, region_size, render, through_plane_axis
 
 CPU = torch.device("cpu")
@@ -162,3 +164,130 @@ def test_blur_smooths_and_keeps_the_mean() -> None:
 def test_impossible_settings_name_their_flag(values: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         ViewsConfig(**values)
+
+
+def blob(size: tuple[int, int, int] = (9, 11, 13)) -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.nn.functional.avg_pool3d(torch.randn(1, *size), 3, 1, 1)
+
+
+def rows(count: int = 1, **values: float) -> torch.Tensor:
+    plain = dict.fromkeys(augment.CHANGES, 0.0) | {"contrast": 1.0, "gamma": 1.0, "coarse": 1.0} | values
+    return torch.tensor([[plain[name] for name in augment.CHANGES]] * count)
+
+
+def changed(x: torch.Tensor, seed: int = 0, **values: float) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    grain, second = (torch.randn(x.shape, generator=generator) for _ in range(2))
+    knots = torch.randn(len(x), augment.field_numbers(), generator=generator)
+    return augment.change(x, rows(len(x), **values), grain, second, knots)
+
+
+def test_a_row_of_zeros_and_ones_changes_nothing() -> None:
+    torch.testing.assert_close(changed(blob()), blob())
+
+
+def test_windowing_clips_and_nothing_else() -> None:
+    x = 3 * blob()
+    torch.testing.assert_close(changed(x, window_low=-0.5, window_high=0.7), x.clamp(-0.5, 0.7))
+
+
+def test_coarse_views_hold_the_means_of_cells() -> None:
+    x = torch.randn(1, 4, 4, 4)
+    cells = torch.nn.functional.avg_pool3d(x[None], 2)[0].repeat_interleave(2, 1).repeat_interleave(2, 2)
+    torch.testing.assert_close(changed(x, coarse=2.0), cells.repeat_interleave(2, 3))
+
+
+def test_bias_is_smooth_positive_and_leaves_the_darkest_dark() -> None:
+    x = torch.rand(1, 16, 16, 16) + 1
+    x[0, 0, 0, 0] = 0.0
+    y = changed(x, bias=0.5)
+    gain = (y / x)[0, 1:, 1:, 1:]
+    assert y[0, 0, 0, 0].item() == pytest.approx(0.0, abs=1e-6)
+    assert (gain > 0).all()
+    assert gain.std() > 0.05
+    assert gain.diff(dim=0).abs().max() < 0.5 * (gain.max() - gain.min())
+
+
+def test_rician_noise_is_the_magnitude_of_a_complex_one() -> None:
+    x = torch.zeros(1, 24, 24, 24)
+    x[:, :, :, 12:] = 1.0
+    gauss, rice = changed(x, noise=0.3), changed(x, noise=0.3, rician=1.0)
+    sigma = 0.3 * x.std(correction=0).item()
+    air = rice[..., :12]
+    assert (rice >= -1e-6).all()
+    assert (gauss < -0.1).any()
+    assert air.mean().item() == pytest.approx(sigma * (torch.pi / 2) ** 0.5, rel=0.03)  # Rayleigh
+    assert rice[..., 12:].mean().item() == pytest.approx((1 + sigma**2) ** 0.5, abs=0.02)
+
+
+def test_a_warp_by_nothing_is_nothing_and_a_quarter_turn_turns() -> None:
+    x = torch.randn(2, 5, 8, 8)
+    knots = torch.randn(2, augment.field_numbers())
+    none = torch.zeros(2)
+    still = augment.warp(x, torch.eye(3).expand(2, 3, 3), none, knots)
+    torch.testing.assert_close(still, x, atol=1e-5, rtol=1e-5)
+    turn = torch.tensor(augment.rotation((90.0, 0.0, 0.0))).expand(2, 3, 3)
+    turned = augment.warp(x, turn, none, knots)
+    assert any(torch.allclose(turned, torch.rot90(x, k, (2, 3)), atol=1e-4) for k in (1, 3))
+
+
+def test_turns_are_in_millimetres() -> None:
+    """Voxels of 4 x 1 x 1 mm: half a turn about x mirrors z and y; a quarter turn takes 4 voxels in y to 1 in z."""
+    config = ViewsConfig(rotate=(0.0, 0.0, 90.0))
+    rng = np.random.default_rng(0)
+    matrix = views_module._warp(rng, config, np.array([4.0, 1.0, 1.0]))
+    physical = np.diag([4.0, 1.0, 1.0]) @ matrix @ np.diag([0.25, 1.0, 1.0])
+    np.testing.assert_allclose(physical @ physical.T, np.eye(3), atol=1e-6)
+    assert abs(matrix[1, 0]) > abs(matrix[0, 1])
+
+
+def test_elastic_bends_smoothly_by_about_its_deviation() -> None:
+    ramp = torch.arange(32.0).expand(1, 32, 32, 32)
+    knots = torch.randn(1, augment.field_numbers(), generator=torch.Generator().manual_seed(1))
+    moved = augment.warp(ramp, torch.eye(3)[None], torch.tensor([1.5]), knots) - ramp
+    inner = moved[0, 6:-6, 6:-6, 6:-6]
+    assert 0.3 < inner.std() < 3.0
+    assert inner.diff(dim=0).abs().max() < 1.0
+
+
+def test_every_change_is_reproducible_in_any_batch() -> None:
+    config = ViewsConfig(
+        **{**vars(SMALL), "rotate": (20.0, 10.0, 10.0), "shear": 0.1, "elastic": 1.0, "rician": True, "bias": 0.4,
+           "window": 0.2, "coarse": 2.0}
+    )  # fmt: skip
+    plans = [
+        draw(
+            scan(seed=s), (3.0, 1.0, 1.0), np.argwhere(scan(seed=s) > 0.5), 0.5, config, (s,), s, ("CT", "MR", "PT")[s]
+        )
+        for s in range(3)
+    ]
+    together = render(default_collate(plans), config, CPU)
+    for i, p in enumerate(plans):
+        alone = render(default_collate([p]), config, CPU)
+        for group in range(2):
+            torch.testing.assert_close(together[group].unflatten(0, (-1, 3))[:, i], alone[group])
+            assert alone[group].isfinite().all()
+
+
+def test_windows_are_for_ct_bias_and_rician_noise_are_not() -> None:
+    config = ViewsConfig(**{**vars(SMALL), "window": 0.2, "bias": 0.4, "rician": True})
+    drawn = {m: draw(scan(), (1, 1, 1), np.argwhere(scan() > 0.5), 0.5, config, (0,), 0, m) for m in ("CT", "MR", "PT")}
+    column = {m: dict(zip(augment.CHANGES, p.intensity.T, strict=True)) for m, p in drawn.items()}
+    assert (column["CT"]["window_high"] > column["CT"]["window_low"]).all()
+    assert (column["MR"]["window_high"] == column["MR"]["window_low"]).all()
+    assert not column["CT"]["bias"].any()
+    assert column["MR"]["bias"].all()
+    assert [bool(column[m]["rician"].all()) for m in ("CT", "MR", "PT")] == [False, True, False]
+
+
+def test_views_of_an_image_stay_flat() -> None:
+    config = ViewsConfig(
+        global_size=(1, 12, 12), local_size=(1, 6, 6), rotate=(30.0, 0.0, 0.0), shear=0.1, elastic=0.5, coarse=2.0
+    )
+    plans = default_collate([plan(scan((1, 30, 30), seed), config, seed) for seed in range(2)])
+    far, near = render(plans, config, CPU)
+    assert far.shape == (4, 1, 1, 12, 12)
+    assert near.shape == (4, 1, 1, 6, 6)
+    assert far.isfinite().all()
+    assert far.std() > 0.1

@@ -1,0 +1,108 @@
+"""One DINO step of the trainer on any backbone: FAVOR+ over overlapping patches against plain attention.
+
+All implementations take the same two global views of one scan, the same head, loss, teacher, clipping and AdamW, and
+have 16^3 = 4096 tokens at 64^3 voxels (patches every 4 voxels; those of MONAI do not overlap). Before a step is timed
+its loss is checked to start at ln K. Memory is the growth of a fresh process over three steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import medformer
+from dino import Dino, DinoConfig
+from measuring import DEVICE, cpu_peak_memory_mib
+from optim import OptimConfig, clip_per_tensor, make_optimiser
+
+ON_GPU = DEVICE.type == "cuda"
+SIDE = 128 if ON_GPU else 64
+WIDTH, DEPTH, HEADS, SCANS = (384, 12, 6, 4) if ON_GPU else (192, 4, 3, 1)
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+PROTOTYPES = 1024
+_SETUP = "import sys; sys.path[:0] = ['ssl', 'kernels', 'benchmarks', '.']; import torch; import bench_train as b\n"
+
+
+class MonaiBackbone(nn.Module):
+    """MONAI's ViT with a class token, which it attends to with plain softmax attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from monai.networks.nets.vit import ViT  # pyright: ignore[reportMissingImports]
+
+        self.vit = ViT(
+            1, (SIDE,) * 3, (4,) * 3, hidden_size=WIDTH, mlp_dim=4 * WIDTH, num_layers=DEPTH, num_heads=HEADS,
+            classification=True, num_classes=2, qkv_bias=True,
+        )  # fmt: skip
+        self.vit.classification_head = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.vit(x)[0]
+
+
+def medformer_performer() -> nn.Module:
+    return medformer.tiny_3d(width=WIDTH, depth=DEPTH, heads=HEADS)
+
+
+def medformer_softmax() -> nn.Module:
+    """The same backbone with `torch.nn.functional.scaled_dot_product_attention`."""
+    return medformer.tiny_3d(width=WIDTH, depth=DEPTH, heads=HEADS, attention="softmax")
+
+
+def monai_vit() -> nn.Module:
+    pytest.importorskip("monai", reason="pip install --no-deps monai")
+    return MonaiBackbone()
+
+
+IMPLEMENTATIONS = (medformer_performer, medformer_softmax, monai_vit)
+
+
+def stepping(implementation: Callable[[], nn.Module]) -> Callable[[], float]:
+    """A function that takes one whole step and returns its loss."""
+    torch.manual_seed(0)
+    config = DinoConfig(prototypes=PROTOTYPES, freeze_last=0)
+    method: Any = Dino(implementation(), WIDTH, config, 1000).to(DEVICE).train()
+    optimiser = make_optimiser(method.student, OptimConfig())
+    views = [torch.randn(2 * SCANS, 1, SIDE, SIDE, SIDE, device=DEVICE)]
+    method.look(views)
+    method.start()
+
+    def step() -> float:
+        with torch.autocast(DEVICE.type, DTYPE, enabled=ON_GPU):
+            loss, _ = method.loss(method.student, views, 1)
+        loss.backward()
+        method.before_step(1)
+        clip_per_tensor(method.student.parameters(), 3.0)
+        optimiser.step()
+        method.after_step(1)
+        optimiser.zero_grad(set_to_none=True)
+        return float(loss)
+
+    return step
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda f: f.__name__)
+def bench_dino_step(timed, implementation: Callable[[], nn.Module]) -> None:
+    step = stepping(implementation)
+    first = step()
+    # ln 1024 = 6.93; the student's fresh answers differ a little from the teacher's.
+    assert abs(first - 6.93) < 0.3, f"{implementation.__name__}: the loss starts at {first}"
+    timed(
+        step, side=SIDE, tokens=(SIDE // 4) ** 3, scans=SCANS, width=WIDTH, depth=DEPTH, heads=HEADS, dtype=str(DTYPE),
+        parameters=sum(p.numel() for p in implementation().parameters()),
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(ON_GPU, reason="on a GPU bench_dino_step measures its memory")
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda f: f.__name__)
+def bench_dino_memory(benchmark, implementation: Callable[[], nn.Module]) -> None:
+    if implementation is monai_vit:
+        pytest.importorskip("monai", reason="pip install --no-deps monai")
+    script = f"{_SETUP}step = b.stepping(b.{implementation.__name__})\n# measure\nfor _ in range(3):\n    step()\n"
+    peaks = []
+    benchmark.pedantic(lambda: peaks.append(cpu_peak_memory_mib(script)), rounds=1)
+    benchmark.extra_info["peak_mib"] = round(peaks[-1], 1)

@@ -1,0 +1,176 @@
+"""Images as training data, several roots in one run, and evaluation on labelled cases along the way."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import medformer
+import train
+from images import prepare_images
+from medformer.image_gpt import ImageGPT
+from online import OnlineConfig, features, linear_accuracy, measure, read_labelled
+from prepare import DataConfig, load, sample_scan
+from roots import Order, gather, voxel_scale
+from runs import UserError
+from views import ViewsConfig
+
+FLAT = (
+    "--model.dims=2", "--model.width=24", "--model.depth=1", "--model.heads=2", "--model.patch_stride=8",
+    "--model.patch_padding=0", "--model.patch_size=8", "--views.global_size=1x16x16", "--views.local_size=1x8x8",
+    "--dino.prototypes=32", "--dino.hidden=16", "--dino.bottleneck=8", "--batch_size=2", "--device=cpu",
+    "--byol.hidden=32", "--byol.projection=16", "--igpt.colours=16", "--igpt.patch=1x4x4", "--igpt.fit_steps=3",
+)  # fmt: skip
+VIEWS = ViewsConfig(global_size=(1, 16, 16), local_size=(1, 8, 8))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Grey and colour images, a small one and a damaged one; and the same as a MedMNIST-style file of two classes."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    (root / "png" / "deep").mkdir(parents=True)
+    for i in range(4):
+        Image.fromarray(rng.integers(0, 255, (20, 24), np.uint8)).save(root / "png" / f"grey{i}.png")
+    Image.fromarray(rng.integers(0, 255, (20, 24, 3), np.uint8)).save(root / "png" / "deep" / "colour.jpg")
+    Image.fromarray(rng.integers(0, 60000, (20, 24)).astype(np.uint16)).save(root / "png" / "wide.png")
+    Image.fromarray(rng.integers(0, 255, (8, 24), np.uint8)).save(root / "png" / "small.png")
+    (root / "png" / "damaged.png").write_bytes(b"no image")
+    (root / "png" / "notes.txt").write_text("no image either")
+    labels = rng.integers(0, 2, 40)
+    images = rng.integers(0, 80, (40, 20, 20)) + 160 * labels[:, None, None] * (np.arange(20) < 10)
+    images = images.astype(np.uint8)
+    np.savez(
+        root / "set.npz", train_images=images[:28], train_labels=labels[:28, None], val_images=images[28:],
+        val_labels=labels[28:, None],
+    )  # fmt: skip
+    return root
+
+
+def test_images_become_scans_of_one_slice(folder: Path, tmp_path: Path) -> None:
+    found = prepare_images(DataConfig(root=str(folder / "png"), held_out=1), VIEWS, tmp_path, 0)
+    names = {scan.name for scan in [*found.train, *found.held_out]}
+    assert names == {"grey0", "grey1", "grey2", "grey3", "deep/colour", "wide"}
+    reasons = dict(found.skipped)
+    assert "8x24 pixels (yx) is below --views.global_size 16x16" in reasons["small"]
+    assert "damaged" in reasons["damaged"]
+    for scan in found.train:
+        voxels = load(scan.path)
+        assert voxels.shape == scan.shape == (1, 20, 24)
+        assert voxels.dtype == np.float16
+        points = np.load(scan.points_path)
+        assert (voxels[tuple(points.T)] > scan.threshold).all()
+    again = prepare_images(DataConfig(root=str(folder / "png"), held_out=1), VIEWS, tmp_path, 0)
+    assert again == found
+
+
+def test_what_holds_no_image_is_refused(folder: Path, tmp_path: Path) -> None:
+    for root, words in (("nowhere", "must be a folder"), (str(tmp_path), "no image that can be used")):
+        with pytest.raises(UserError, match=words):
+            prepare_images(DataConfig(root=root), VIEWS, tmp_path / "cache", 0)
+    np.savez(tmp_path / "other.npz", x=np.zeros(3))
+    with pytest.raises(UserError, match="train_images"):
+        prepare_images(DataConfig(root=str(tmp_path / "other.npz")), VIEWS, tmp_path / "cache", 0)
+    large = ViewsConfig(global_size=(1, 99, 99), local_views=0)
+    with pytest.raises(UserError, match="20x24 pixels"):
+        prepare_images(DataConfig(root=str(folder / "png")), large, tmp_path / "cache", 0)
+
+
+@pytest.mark.parametrize("method", ["dino", "byol", "igpt"])
+def test_all_methods_train_on_images(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    run, npz = tmp_path / "run", folder / "set.npz"
+    flags = [method, *FLAT, f"--data.root={npz}", f"--online.task={npz}", "--online.every=2", f"--out={run}"]
+    assert train.main([*flags, "--steps=3", "--picture_every=2", "--online.neighbours=5"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("knn accuracy") == 3  # before, after 2, after 3
+    lines = (run / "metrics.jsonl").read_text()
+    assert "untrained_knn_accuracy" in lines
+    assert lines.count('"linear_accuracy"') == 2
+    weights = run / ("image_gpt.safetensors" if method == "igpt" else "backbone.safetensors")
+    if method == "igpt":
+        assert ImageGPT.load(weights).config.grid == (4, 4)
+        assert (run / "completions.png").exists()
+    else:
+        assert medformer.load(weights)(torch.zeros(1, 1, 16, 16)).shape == (1, 24)
+        assert (run / "attention.png").exists()
+    assert (run / "pictures" / "step-00000002.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_weights_an_epoch_is_a_permutation_of_all() -> None:
+    order = Order(3, (4, 6))
+    assert sorted(order(s) for s in range(10)) == list(range(10))
+    assert [order(s) for s in range(30)] == [sample_scan(3, s, 10) for s in range(30)]
+
+
+def test_weights_set_the_share_of_each_root_and_each_goes_through_its_own_scans() -> None:
+    order = Order(0, (4, 16), (3.0, 1.0))
+    drawn = [order(s) for s in range(20 * 40)]
+    assert sum(d < 4 for d in drawn) == 20 * 40 * 3 // 4
+    for epoch in range(40):  # exact in every epoch
+        assert sum(d < 4 for d in drawn[20 * epoch : 20 * epoch + 20]) == 15
+    counts = Counter(drawn)
+    assert [counts[i] for i in range(4)] == [150] * 4
+    assert {counts[i] for i in range(4, 20)} <= {12, 13}
+    assert drawn == [Order(0, (4, 16), (3.0, 1.0))(s) for s in range(20 * 40)]
+    assert drawn != [Order(1, (4, 16), (3.0, 1.0))(s) for s in range(20 * 40)]
+
+
+def test_two_roots_train_in_one_run(trainer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    voxels = np.random.default_rng(9).normal(0, 30, (20, 18, 22)).astype(np.float32)
+    nib.save(nib.Nifti1Image(voxels, np.eye(4)), other / "extra.nii")
+    config = DataConfig(root=f"{trainer.scans}:{other}", weights=(1.0, 1.0), held_out=1)
+    whole, order = gather(config, ViewsConfig(global_size=(8, 8, 8), local_views=0), 3, tmp_path / "cache", 0)
+    assert order.counts == (3, 1)
+    assert whole.train[-1].name == "extra"
+    assert len(whole.held_out) == 1  # a lone scan is never held out
+    assert voxel_scale(whole) == "z-score"
+    root = f"{trainer.scans}:{other}"
+    assert (
+        train.main(
+            [*trainer.flags, f"--data.root={root}", "--data.weights=1,1", f"--out={tmp_path / 'run'}", "--steps=2"]
+        )
+        == 0
+    )
+    assert "extra" in capsys.readouterr().out
+
+
+def test_labelled_cases_are_read_whole_and_split(folder: Path) -> None:
+    data = read_labelled(OnlineConfig(task=str(folder / "set.npz")), VIEWS, 2)
+    assert data.train.shape == (28, 1, 16, 16)
+    assert data.held.shape == (12, 1, 16, 16)
+    assert data.train.mean().abs() < 1.5
+
+
+def test_probes_find_what_is_there_and_nothing_where_nothing_is() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (300,), generator=generator)
+    x = torch.randn(300, 8, generator=generator)
+    told = x + 4 * nn.functional.one_hot(labels, 8)
+    assert linear_accuracy(told[:200], labels[:200], told[200:], labels[200:]) > 0.9
+    assert linear_accuracy(x[:200], labels[:200], x[200:], labels[200:]) < 0.5
+
+
+def test_measuring_leaves_the_encoder_as_it_was(folder: Path) -> None:
+    data = read_labelled(OnlineConfig(task=str(folder / "set.npz")), VIEWS, 2)
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(256, 8)).train()
+    before, state = {n: p.clone() for n, p in encoder.state_dict().items()}, torch.get_rng_state()
+    figures = measure(encoder, data, 5)
+    assert figures.keys() == {"knn_accuracy", "linear_accuracy"}
+    assert figures["linear_accuracy"] > 0.9  # half of the image tells the class
+    assert encoder.training
+    assert all(torch.equal(before[n], p) for n, p in encoder.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(features(encoder, data.train), features(encoder, data.train))  # no dropout

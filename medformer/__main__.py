@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import medformer
 from medformer.data import read_volume
@@ -26,13 +27,14 @@ def main(argv: list[str] | None = None) -> int:
     embed.add_argument("--max-memory", default="4 GiB")
     given = parser.parse_args(argv)
     try:
+        model: Any = medformer.load(given.model)
         found = medformer.embed(
-            medformer.load(given.model), read_volume(given.scan), max_memory=given.max_memory, method=given.method,
+            model, read_volume(given.scan), max_memory=given.max_memory, method=given.method,
             window=given.window, overlap=given.overlap, out=given.out,
         )  # fmt: skip
         about = {"grid": found.grid, "affine": found.affine.tolist(), "cls": found.cls.tolist(), "model": given.model}
         given.out.with_suffix(".json").write_text(json.dumps(about))
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -325,11 +325,8 @@ def test_operators_pass_opcheck(kind: str) -> None:
     leaves = [y.detach().float().requires_grad_() for y in (x.q, x.k, made.v, x.t, x.u)]
     grid = [] if made.grid is None else [0, *GRID]
     mask = torch.ones(1, 12, dtype=torch.bool)
-    settings_ = (grid, 0.5, False, 0.1)
-    torch.library.opcheck(
-        torch.ops.medformer.disentangled_forward.default,
-        (*leaves, made.buckets, mask, torch.tensor(3), *settings_, "torch"),
-    )
+    arguments = (*leaves, made.buckets, mask, torch.tensor(3), grid, 0.5, False, 0.1, 0, "torch")
+    torch.library.opcheck(torch.ops.medformer.disentangled_forward.default, arguments)
 
 
 def test_double_backward_is_refused_by_name() -> None:

@@ -115,7 +115,6 @@ def disentangled_attention(
         buckets=buckets, terms=terms, prefix_tokens=prefix_tokens, prefix_k=prefix_k, prefix_q=prefix_q, causal=causal,
         key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens, dropout=dropout, seed=seed, scale=scale,
     )  # fmt: skip
-    backend = resolve_backend("disentangled_attention", backend, calls[0].q)
     with torch.autocast(q.device.type, enabled=False):
         outs = [_attend(call, backend) for call in calls]
     return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
@@ -123,6 +122,13 @@ def disentangled_attention(
 
 def _attend(call: Call, backend: str) -> Tensor:
     x = operands(call.q, call.k, call.weights, **call.positions)
+    width = max(x.q.shape[3], call.v.shape[3])
+    backend = resolve_backend(
+        "disentangled_attention",
+        backend,
+        call.q,
+        f"scores or values wider than 128 (here {width})" if width > 128 else None,
+    )
     buckets = call.buckets if x.t is not None or x.u is not None else None
     if backend == "torch" and call.q.is_cuda and buckets is None and call.dropout == 0:
         return wide(x, call.v, call.grid, scale=call.scale, causal=call.causal, key_padding_mask=call.mask)

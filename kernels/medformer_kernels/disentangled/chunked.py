@@ -128,7 +128,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(dq, dk, dv, dt, du): see `ops.disentangled_backward`."""
     batch, heads, *_ = q.shape
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     dt = None if t is None else t.new_empty(t.shape)
     du = None if u is None else u.new_empty(u.shape)
     bias = _bias(q, buckets, grid)

@@ -278,9 +278,10 @@ def disentangled_fwd_kernel(
             p = tl.where(kept, p * keep_scale, 0.0)
         acc = tl.dot(p.to(dtype), v, acc * decay[:, None], input_precision=PRECISION)
         top = new_top
+    lse = top + tl.log2(tl.where(total == 0.0, 1.0, total))
     out = OUT + bh * N * DV
     store_rows(out, own_first, DV, offs_m, offs_dv, 1, own_ok, offs_dv < DV, divide_rows(acc, total))
-    tl.store(LSE + bh * N + own_first + offs_m, (top + tl.log2(total)) / LOG2E, mask=own_ok)
+    tl.store(LSE + bh * N + own_first + offs_m, lse / LOG2E, mask=own_ok)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)

@@ -91,9 +91,9 @@ def disentangled_backward(
 @disentangled_backward.register_fake
 def _(q, k, v, t, u, *_):
     return (
-        torch.empty_like(q),
-        torch.empty_like(k),
-        torch.empty_like(v),
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
         q.new_empty(0) if t is None else t.new_empty(t.shape),
         k.new_empty(0) if u is None else u.new_empty(u.shape),
     )

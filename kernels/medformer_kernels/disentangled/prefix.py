@@ -66,8 +66,11 @@ def attend_with_prefix(call: Call, x: Operands) -> Tensor:
     scores = scores * call.scale
     if call.mask is not None:
         scores = scores.masked_fill(~call.mask[:, None, None, :p], -math.inf)
-    total = torch.logaddexp(torch.logsumexp(scores, -1), lse).unsqueeze(-1)
-    total = total.masked_fill(total == -math.inf, 0)
-    weights = (scores - total).exp()
-    rest = inner * (lse.unsqueeze(-1) - total).exp() + (weights if kept is None else weights * kept[1]) @ v[:, :, :p]
+    # Shifted by hand: logsumexp of keys that are all padded has no gradient.
+    top = torch.maximum(scores.detach().amax(-1), lse.detach()).unsqueeze(-1)
+    top = top.masked_fill(top == -math.inf, 0)
+    weights, share = (scores - top).exp(), (lse.unsqueeze(-1) - top).exp()
+    total = weights.sum(-1, keepdim=True) + share
+    rest = inner * share + (weights if kept is None else weights * kept[1]) @ v[:, :, :p]
+    rest = rest / total.masked_fill(total == 0, 1)
     return torch.cat((first, rest), 2).to(x.q.dtype)

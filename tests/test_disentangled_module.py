@@ -21,7 +21,8 @@ def deberta(pos_att_type: list[str], share: bool, buckets: int):
     torch.manual_seed(0)
     config = transformers.DebertaV2Config(
         hidden_size=WIDTH, num_attention_heads=HEADS, num_hidden_layers=1, intermediate_size=32,
-        relative_attention=True, pos_att_type=pos_att_type, share_att_key=share, position_buckets=buckets, max_position_embeddings=64,
+        relative_attention=True,
+        pos_att_type=pos_att_type, share_att_key=share, position_buckets=buckets, max_position_embeddings=64,
         max_relative_positions=-1, norm_rel_ebd="layer_norm", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         attn_implementation="eager",
     )  # fmt: skip

@@ -90,8 +90,9 @@ def plot(results: dict[str, Any], path: Path) -> None:
             y = [v["mean"] for _, v in found]
             ends = [(v["mean"], v["mean"]) if v["low"] is None else (v["low"], v["high"]) for _, v in found]
             bars = np.abs(np.array(ends).T - y)
-            axes.errorbar(x, y, bars, label=method, color=_COLOURS.get(method), marker="o", markersize=4,
-                          capsize=2.5, linewidth=1.4, elinewidth=0.9, linestyle="--" if method == BASELINE else "-")  # fmt: skip
+            line = "--" if method == BASELINE else "-"
+            axes.errorbar(x, y, bars, label=method, color=_COLOURS.get(method), marker="o", markersize=4, capsize=2.5,
+                          linewidth=1.4, elinewidth=0.9, linestyle=line)  # fmt: skip
         axes.set_xscale("log")
         axes.set_xticks(list(cases.values()), [f"{s}\n{n:.0f}" for s, n in cases.items()])
         axes.minorticks_off()

@@ -287,14 +287,20 @@ def _plain(config: DownstreamConfig) -> dict[str, Any]:
 
 
 def _pretraining(config: DownstreamConfig, run: dict[str, Any]) -> set[str]:
+    """Source hashes of what the checkpoint was trained on; says so where they cannot be had."""
     where = config.pretraining or (run.get("data") or {}).get("root")
-    if where is None:
+    roots = [Path(part) for part in (where or "").split(os.pathsep) if part]  # a run may have several
+    found: set[str] = set()
+    for root in roots:
+        if (root / "index.sqlite").is_file():
+            print(f"note: {root} is a prepared store, which keeps no source files; --pretraining DIR checks for leaks")
+        elif config.pretraining is None and not root.exists():
+            print(f"note: the checkpoint was trained on {root}, which is not here; --pretraining DIR checks for leaks")
+        else:
+            found |= tasks.hashes_of(root, partial(_bar, what="leak check"))
+    if not roots:
         print("note: what the checkpoint was trained on is not known here; --pretraining DIR checks for leaks")
-        return set()
-    if config.pretraining is None and not Path(where).exists():
-        print(f"note: the checkpoint was trained on {where}, which is not here; --pretraining DIR checks for leaks")
-        return set()
-    return tasks.hashes_of(Path(where), partial(_bar, what="leak check"))
+    return found
 
 
 def _claim(out: Path, config: DownstreamConfig, file: Path) -> None:

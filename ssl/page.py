@@ -15,6 +15,7 @@ import gzip
 import html
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -421,9 +422,10 @@ def _bar(what: str) -> Callable[[Any], Any]:
 
 
 def _trained_on(file: Path) -> Path | None:
-    """Where the run's scans lie, if it says and they are here."""
+    """Where the scans of the run lie, if it says and they are here; the first of several, no prepared store."""
     beside = file.parent / "config.yaml"
     if not beside.is_file():
         return None
-    root = ((yaml.safe_load(beside.read_text()) or {}).get("data") or {}).get("root")
-    return Path(root) if root and Path(root).exists() else None
+    root = ((yaml.safe_load(beside.read_text()) or {}).get("data") or {}).get("root") or ""
+    here = [Path(part) for part in root.split(os.pathsep) if part and Path(part).exists()]
+    return next((part for part in here if not (part / "index.sqlite").is_file()), None)

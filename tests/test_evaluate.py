@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import nibabel as nib
@@ -165,6 +166,25 @@ def test_leaks_are_reported_and_left_out(checkpoint: Path, tmp_path: Path, capsy
     assert json.loads((tmp_path / "a" / "results.json").read_text())["cases"]["test"] == 27
     assert run(checkpoint, task, tmp_path / "b", *flags, "--leaks=keep") == 0
     assert json.loads((tmp_path / "b" / "results.json").read_text())["cases"]["test"] == 30
+
+
+def test_a_run_says_what_it_was_trained_on(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """config.yaml beside the checkpoint names the roots of the leak check and the size of the images."""
+    task = an_npz(tmp_path / "t.npz", val_images=images_of(np.arange(30) % 3, size=20, seed=1))
+    with np.load(task) as file:
+        np.savez(tmp_path / "seen.npz", train_images=file["val_images"][:2])
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    (run_folder / "backbone.safetensors").write_bytes(checkpoint.read_bytes())
+    roots = os.pathsep.join([str(tmp_path / "seen.npz"), str(tmp_path / "gone")])
+    (run_folder / "config.yaml").write_text(f"data: {{root: '{roots}'}}\nviews: {{global_size: [1, 12, 16]}}\n")
+    assert run(run_folder, task, tmp_path / "o", "--methods=knn", "--fractions=1.0") == 0
+    out = capsys.readouterr().out
+    assert "LEAK: 2 of 30 held-out cases occur in the pretraining index" in out
+    assert "gone, which is not here" in out
+    assert json.loads((tmp_path / "o" / "results.json").read_text())["size"] == [12, 16]
 
 
 def test_a_leak_of_a_file_is_found_under_another_name(volumes: Path, tmp_path: Path) -> None:

@@ -344,14 +344,14 @@ def _write_index(journal: Journal, out: Path, steps: list[Step]) -> None:
         part, study, series, name = Path(src).parts[-4:]
         table.writerow([part, Path(dst).name, study, series, name])
     data = text.getvalue().encode()
-    target = out / INDEX
+    target, temporary = out / INDEX, out / f".{INDEX}.partial"
+    temporary.unlink(missing_ok=True)  # of a run that was killed
     if target.exists() and target.read_bytes() == data:
         return
     sha = hashlib.sha256(data).hexdigest()
     if target.exists() and hashlib.sha256(target.read_bytes()).hexdigest() not in journal.of("index", "sha256"):
         raise Refused(f"{INDEX} in {out} is not ours; images are placed, move it away and run again for the index")
     journal.write("index", sha256=sha)
-    temporary = out / f".{secrets.token_hex(8)}.partial"
     temporary.write_bytes(data)
     os.replace(temporary, target)
 
@@ -384,6 +384,7 @@ def undo(path: Path) -> str:
         journal.write("undone", dst=str(dst))
         count += 1
     target = out / INDEX
+    target.with_name(f".{INDEX}.partial").unlink(missing_ok=True)
     if target.is_file() and hashlib.sha256(target.read_bytes()).hexdigest() in journal.of("index", "sha256"):
         target.unlink()
     for folder in reversed(list(journal.of("mkdir", "folder"))):

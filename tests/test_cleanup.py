@@ -231,12 +231,14 @@ def killed(root: Path, mode: str, at: int, before: bool) -> bool:
             def call(*args: object, **options: object) -> object:
                 nonlocal count
                 count += 1
-                if count == at and before:
+                mine = count
+                if mine == at and before:
                     os._exit(9)
-                result = real(*args, **options)
-                if count == at:
-                    os._exit(9)
-                return result
+                try:
+                    return real(*args, **options)
+                finally:
+                    if mine == at:
+                        os._exit(9)
 
             return call
 

@@ -178,7 +178,7 @@ def _records(sources: list[str], split: str) -> list[Record]:
 
 def main(arguments: list[str] | None = None) -> int:
     """0: everything is kept. 1: something is in quarantine, or nothing could be done. 2: bad arguments."""
-    parser = argparse.ArgumentParser(prog="python ssl/prepare.py", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python ssl/prepare.py", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument(
         "sources", nargs="+", help=f"DATASET=DIR, or DIR for a plain folder; data sets: {', '.join(DATASETS)}"
     )

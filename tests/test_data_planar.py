@@ -151,6 +151,7 @@ class TestMammography:
             ds.PatientOrientation, ds.PixelPaddingValue = ["P", "F"], 10
 
         volume = read_volume(write_image(tmp_path / "a.dcm", breast("right"), "MG", edit))
+        assert volume.valid is not None
         np.testing.assert_array_equal(volume.valid[0], breast("left") != 10)
 
     @pytest.mark.parametrize(

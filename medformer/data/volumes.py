@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
+from nibabel.nifti1 import Nifti1Extension
 
 from medformer.data.geometry import ScanError, axis_codes, check_affine, closest_ras, spacing_of
 
@@ -108,7 +109,7 @@ class Volume:
         voxels = self.voxels.view(np.uint8) if self.voxels.dtype == bool else self.voxels
         image = nib.Nifti1Image(voxels.T, self.affine, dtype=voxels.dtype)
         image.header.set_xyzt_units("mm", "sec")
-        image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", pack_extension(self)))
+        image.header.extensions.append(Nifti1Extension("comment", pack_extension(self)))
         image.set_sform(self.affine, code=1)
         cosines = self.affine[:3, :3] / np.linalg.norm(self.affine[:3, :3], axis=0)
         rigid = bool(np.allclose(cosines.T @ cosines, np.eye(3), atol=1e-5))

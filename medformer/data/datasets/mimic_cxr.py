@@ -30,7 +30,9 @@ def recognise(folder: Path) -> bool:
 def scan(root: str | Path) -> list[Record]:
     """One record an image. Raises ScanError where the data set is not there."""
     folder = ABOUT.folder(root, recognise)
-    splits = {row["dicom_id"]: _SPLITS[row["split"]] for row in _rows(folder, "split", ["dicom_id", "split"])}
+    splits: dict[str, Split] = {
+        row["dicom_id"]: _SPLITS[row["split"]] for row in _rows(folder, "split", ["dicom_id", "split"])
+    }
     views = {row["dicom_id"]: row.get("ViewPosition", "") for row in _rows(folder, "metadata", ["dicom_id"])}
     labels: dict[tuple[str, str], dict[str, str]] = {}
     names: list[str] = []

@@ -125,18 +125,16 @@ def buckets_transformers(at: Positions) -> Attention:
         attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     module = DisentangledSelfAttention(config).to(DEVICE, DTYPE)
-    module.pos_key_proj, module.pos_query_proj = (
-        _Given(x.transpose(0, 1).flatten(1).unsqueeze(0)) for x in (at.key, at.query)
-    )
-    module.query_proj, module.key_proj, module.value_proj = parts = [_Given() for _ in range(3)]
+    parts = [_Given() for _ in range(5)]
+    for name, part in zip(("query", "key", "value", "pos_key", "pos_query"), parts, strict=True):
+        setattr(module, f"{name}_proj", part)
     unused = torch.zeros(2 * BUCKETS, 1, device=DEVICE, dtype=DTYPE)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        for part, x in zip(parts, (q, k, v), strict=True):
-            part.value = x.transpose(1, 2).flatten(2)
+        tables = (x.transpose(0, 1).unsqueeze(0) for x in (at.key, at.query))
+        for part, x in zip(parts, (*(x.transpose(1, 2) for x in (q, k, v)), *tables), strict=True):
+            part.value = x.flatten(2)
         every = torch.ones(1, 1, q.shape[2], q.shape[2], dtype=torch.bool, device=q.device)
-        for table, x in ((module.pos_key_proj, at.key), (module.pos_query_proj, at.query)):
-            table.value = x.transpose(0, 1).flatten(1).unsqueeze(0)
         out = module(parts[0].value, every, rel_embeddings=unused)[0]
         return out.unflatten(2, (HEADS, WIDTH)).transpose(1, 2)
 

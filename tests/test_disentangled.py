@@ -122,9 +122,11 @@ def loops(call: dict, *, allowed=lambda b, i, j: True) -> Tensor:
             pq, pk = parts("q", b, h, i, j), parts("k", b, h, i, j)
             products = {
                 "cc": q[b, h, i] @ k[b, h, j],
-                "cp": q[b, h, i] @ sum(pk),
-                "pc": sum(pq) @ k[b, h, j],
-                "pp": pq[0] @ sum(pk) + sum(pq[1:]) @ pk[0] + sum(a @ c for a, c in zip(pq[1:], pk[1:], strict=True)),
+                "cp": q[b, h, i] @ torch.stack(pk).sum(0),
+                "pc": torch.stack(pq).sum(0) @ k[b, h, j],
+                "pp": pq[0] @ torch.stack(pk).sum(0)
+                + torch.stack(pq[1:]).sum(0) @ pk[0]
+                + sum(a @ c for a, c in zip(pq[1:], pk[1:], strict=True)),
             }
             pairs = [one + other for term in terms for one in term.split("2")[0] for other in term.split("2")[1]]
             scores[j] = sum(products[pair] for pair in pairs) / (width * len(terms)) ** 0.5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
@@ -15,6 +15,8 @@ from medformer_kernels.disentangled.tables import Grid
 from medformer_kernels.disentangled.terms import Weights, check_terms
 
 __all__ = ["Call", "documents", "prepare"]
+
+Fail = Callable[[str], NoReturn]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,8 +166,11 @@ def prepare(
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
 
-    def cast(x):
-        return None if x is None else [y.to(dtype) for y in x] if isinstance(x, list) else x.to(dtype)
+    def cast(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.to(dtype)
+
+    def cast_all(x: list[Tensor] | None) -> list[Tensor] | None:
+        return None if x is None else [y.to(dtype) for y in x]
 
     if dropout > 0 and not isinstance(seed, Tensor):
         if seed is None:
@@ -173,7 +178,7 @@ def prepare(
         else:
             seed = torch.full((), seed, dtype=torch.int64, device=q.device)
     call = Call(
-        q=q.to(dtype), k=k.to(dtype), v=v.to(dtype), terms=chosen, rel_k=cast(rel_k), rel_q=cast(rel_q),
+        q=q.to(dtype), k=k.to(dtype), v=v.to(dtype), terms=chosen, rel_k=cast_all(rel_k), rel_q=cast_all(rel_q),
         pos_q=_four(cast(pos_q)), pos_k=_four(cast(pos_k)), prefix_k=cast(prefix_k), prefix_q=cast(prefix_q),
         buckets=buckets, grid=None if grids is None else Grid(size=grids[0], prefix=prefix_tokens), causal=causal,
         mask=key_padding_mask, dropout=dropout, seed=seed if isinstance(seed, Tensor) and dropout > 0 else None,
@@ -218,7 +223,7 @@ def _four(x: Tensor | None) -> Tensor | None:
     return x.unsqueeze(0) if x is not None and x.ndim == 3 else x
 
 
-def _grids(grid: Sequence, fail) -> list[tuple[int, int, int]]:
+def _grids(grid: Sequence, fail: Fail) -> list[tuple[int, int, int]]:
     several = list(grid) if len(grid) and isinstance(grid[0], Sequence) else [grid]
     result = []
     for size in several:
@@ -229,7 +234,7 @@ def _grids(grid: Sequence, fail) -> list[tuple[int, int, int]]:
     return result
 
 
-def _cuts(cu_seqlens: Tensor | None, tokens: int, fail) -> list[int] | None:
+def _cuts(cu_seqlens: Tensor | None, tokens: int, fail: Fail) -> list[int] | None:
     if cu_seqlens is None:
         return None
     if cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point():
@@ -242,7 +247,7 @@ def _cuts(cu_seqlens: Tensor | None, tokens: int, fail) -> list[int] | None:
 
 def _tables(
     name: str, x: Tensor | Sequence[Tensor] | None, axes: list[int] | None, buckets: Tensor | None, heads: int,
-    width: int, fail,
+    width: int, fail: Fail,
 ) -> list[Tensor] | None:  # fmt: skip
     if x is None:
         return None
@@ -264,7 +269,9 @@ def _tables(
     return tables
 
 
-def _check_buckets(buckets: Tensor, rows: list[int], tokens: int, keys: int, cuts: list[int] | None, fail) -> None:
+def _check_buckets(
+    buckets: Tensor, rows: list[int], tokens: int, keys: int, cuts: list[int] | None, fail: Fail
+) -> None:
     if not rows:
         fail("buckets are of no use without rel_k or rel_q, (H, R, D)")
     if len(set(rows)) > 1:

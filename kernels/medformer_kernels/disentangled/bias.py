@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,11 +35,37 @@ class NoBias:
         """Keys to compute where only those before `stop` count."""
         return stop
 
-    def add(self, s: Tensor, t: Tensor | None, u: Tensor | None, start: int) -> None:
+    def block(self, start: int, rows: int, keys: int) -> Any:
+        """What `add` and `take` need of a block, the same for all heads."""
+
+    def add(self, s: Tensor, t: Tensor | None, u: Tensor | None, block: Any) -> None:
         """s (rows, keys) += bias."""
 
-    def take(self, ds: Tensor, dt: Tensor | None, du: Tensor | None, start: int) -> None:
+    def take(self, ds: Tensor, dt: Tensor | None, du: Tensor | None, block: Any) -> None:
         """dt = and du += the gradients of the tables for ds (rows, keys)."""
+
+
+class _BucketBlock(NamedTuple):
+    low: int
+    """Keys before this one take the bucket `before`."""
+    high: int
+    """Keys from this one on take the bucket `behind`."""
+    before: int
+    behind: int
+    index: Tensor
+    """(rows, high - low): the bucket of each pair between."""
+    index_by_key: Tensor
+    """(high - low, rows)"""
+
+
+class _GridBlock(NamedTuple):
+    prefix: bool
+    """The queries are prefix tokens."""
+    x: slice
+    """Columns of u for the x of a line's queries."""
+    z: Tensor
+    """Column of u for the z of each line of queries."""
+    y: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,36 +89,35 @@ class BucketBias(NoBias):
             first, last = int(changes[0]) + 1, len(buckets) - 1 - int(changes[-1])
         return cls(queries=queries, buckets=buckets, first_run=first, last_run=last)
 
-    def _parts(self, s: Tensor, start: int) -> tuple[int, int, int, int, Tensor]:
-        """(keys before the middle, keys up to its end, the bucket before, the bucket behind, index (rows, middle))."""
-        rows, keys = s.shape
+    def block(self, start: int, rows: int, keys: int) -> _BucketBlock:
         all_keys = len(self.buckets) + 1 - self.queries
         low = min(keys, max(0, start - self.queries + self.last_run + 1))
         high = min(keys, max(low, start + rows + all_keys - 1 - self.first_run))
         # Row r holds distances start + r - j, which fall with j.
         falling = self.buckets.flip(0).unfold(0, all_keys, 1)[self.queries - start - rows : self.queries - start]
-        return low, high, int(self.buckets[-1]), int(self.buckets[0]), falling[:, low:high].flip(0)
+        index = falling[:, low:high].flip(0)
+        return _BucketBlock(low, high, int(self.buckets[-1]), int(self.buckets[0]), index, index.mT.contiguous())
 
-    def add(self, s: Tensor, t: Tensor | None, u: Tensor | None, start: int) -> None:
-        low, high, before, behind, index = self._parts(s, start)
+    def add(self, s: Tensor, t: Tensor | None, u: Tensor | None, block: _BucketBlock) -> None:
+        low, high, before, behind, index, index_by_key = block
         if t is not None:
             s[:, :low] += t[:, before, None]
             s[:, low:high] += t.gather(1, index)
             s[:, high:] += t[:, behind, None]
         if u is not None:
             s[:, :low] += u[:low, before]
-            s[:, low:high] += u[low:high].gather(1, index.mT.contiguous()).mT  # along rows of u: twice as fast
+            s[:, low:high] += u[low:high].gather(1, index_by_key).mT  # along rows of u: twice as fast
             s[:, high:] += u[high : s.shape[1], behind]
 
-    def take(self, ds: Tensor, dt: Tensor | None, du: Tensor | None, start: int) -> None:
-        low, high, before, behind, index = self._parts(ds, start)
+    def take(self, ds: Tensor, dt: Tensor | None, du: Tensor | None, block: _BucketBlock) -> None:
+        low, high, before, behind, index, index_by_key = block
         middle = ds[:, low:high]
         if dt is not None:
             dt.zero_().scatter_add_(1, index, middle)
             dt[:, before] += ds[:, :low].sum(1)
             dt[:, behind] += ds[:, high:].sum(1)
         if du is not None:
-            du[low:high].scatter_add_(1, index.mT, middle.mT)
+            du[low:high].scatter_add_(1, index_by_key, middle.mT)
             du[:low, before] += ds[:, :low].sum(0)
             du[high : ds.shape[1], behind] += ds[:, high:].sum(0)
 
@@ -125,15 +150,15 @@ class GridBias(NoBias):
         """(rows, z, y, x) of the keys on the grid."""
         return s[:, self.grid.prefix :].unflatten(1, (-1, *self.grid.size[1:]))
 
-    def _own(self, start: int, rows: int) -> tuple[int, int, Tensor, Tensor]:
-        """(x of the first row, rows along x, z and y of each row of x) of the queries from `start` on."""
+    def block(self, start: int, rows: int, keys: int) -> _GridBlock:
         _, gy, gx = self.grid.size
+        first_z, first_y, first_x = self.grid.offsets
         first = start - self.grid.prefix
-        length = min(gx, rows)
-        line = torch.arange(first // gx, (first + rows - 1) // gx + 1)
-        return first % gx, length, line // gy, line % gy
+        line = torch.arange(max(first, 0) // gx, (max(first, 0) + rows - 1) // gx + 1)
+        x = first_x + first % gx
+        return _GridBlock(first < 0, slice(x, x + min(gx, rows)), first_z + line // gy, first_y + line % gy)
 
-    def add(self, s: Tensor, t: Tensor | None, u: Tensor | None, start: int) -> None:
+    def add(self, s: Tensor, t: Tensor | None, u: Tensor | None, block: _GridBlock) -> None:
         p, (first_z, first_y, first_x) = self.grid.prefix, self.grid.offsets
         volume, keys = self._volume(s), s.shape[1]
         if t is not None:
@@ -143,15 +168,14 @@ class GridBias(NoBias):
         if u is None:
             return
         u = u[:, :keys]
-        if start < p:
-            s += u[start : start + len(s)]
+        if block.prefix:
+            s += u[:p]
             return
-        x, length, z, y = self._own(start, len(s))
-        lines = s.unflatten(0, (-1, length))
-        lines += u[first_x + x : first_x + x + length]
-        lines += (u[first_z + z] + u[first_y + y]).unsqueeze(1)
+        lines = s.unflatten(0, (len(block.z), -1))
+        lines += u[block.x]
+        lines += (u[block.z] + u[block.y]).unsqueeze(1)
 
-    def take(self, ds: Tensor, dt: Tensor | None, du: Tensor | None, start: int) -> None:
+    def take(self, ds: Tensor, dt: Tensor | None, du: Tensor | None, block: _GridBlock) -> None:
         p, (first_z, first_y, first_x) = self.grid.prefix, self.grid.offsets
         volume, keys = self._volume(ds), ds.shape[1]
         if dt is not None:
@@ -165,12 +189,11 @@ class GridBias(NoBias):
         if du is None:
             return
         du = du[:, :keys]
-        if start < p:
-            du[start : start + len(ds)] += ds
+        if block.prefix:
+            du[:p] += ds
             return
-        x, length, z, y = self._own(start, len(ds))
-        lines = ds.unflatten(0, (-1, length))
-        du[first_x + x : first_x + x + length] += lines.sum(0)
+        lines = ds.unflatten(0, (len(block.z), -1))
+        du[block.x] += lines.sum(0)
         by_line = lines.sum(1)
-        du[first_z:first_y].index_add_(0, z.to(du.device), by_line)
-        du[first_y:first_x].index_add_(0, y.to(du.device), by_line)
+        du.index_add_(0, block.z.to(du.device), by_line)
+        du.index_add_(0, block.y.to(du.device), by_line)

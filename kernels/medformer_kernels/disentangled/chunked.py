@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def _bias(q: Tensor, buckets: Tensor | None, grid: list[int]) -> NoBias:
 
 
 class _Head:
-    """One head of the inputs in the dtype of the sums, and its blocks."""
+    """One head of the inputs in the dtype of the sums, as its blocks read them."""
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, t: Tensor | None, u: Tensor | None, mask: Tensor | None, scale: float,
@@ -57,16 +58,10 @@ class _Head:
         if self.u is not None and bias.columns_first:
             self.u = self.u.mT.contiguous()
 
-    def blocks(self) -> Iterator[tuple[int, int, int]]:
-        """(first query, last query + 1, keys)."""
-        keys = self.k.shape[0]
-        for start, stop in self.bias.blocks(max(16, min(128, _BLOCK // keys))):
-            yield start, stop, self.bias.keys_below(stop) if self.causal else keys
-
-    def scores(self, start: int, stop: int, keys: int) -> Tensor:
+    def scores(self, start: int, stop: int, keys: int, block: Any) -> Tensor:
         """Scores of the block, -inf where no key may be read."""
         s = self.q[start:stop] @ self.k[:keys].mT
-        self.bias.add(s, None if self.t is None else self.t[start:stop], self.u, start)
+        self.bias.add(s, None if self.t is None else self.t[start:stop], self.u, block)
         s *= self.scale
         if self.causal:
             i, j = (torch.arange(a, b, device=s.device) for a, b in ((start, stop), (0, keys)))
@@ -90,6 +85,22 @@ class _Head:
         return keep.to(s.dtype) / (1 - self.dropout)
 
 
+class _Sums:
+    """The gradients that all blocks of a head add to."""
+
+    def __init__(self, head: _Head) -> None:
+        self.dk, self.dv = torch.zeros_like(head.k), torch.zeros_like(head.v)
+        self.dt = None if head.t is None else torch.empty_like(head.t)
+        self.du = None if head.u is None else torch.zeros_like(head.u)
+
+
+def _blocks(bias: NoBias, keys: int, causal: bool) -> Iterator[tuple[int, int, int, Any]]:
+    """(first query, last query + 1, keys, what the bias needs)."""
+    for start, stop in bias.blocks(max(16, min(128, _BLOCK // keys))):
+        below = bias.keys_below(stop) if causal else keys
+        yield start, stop, below, bias.block(start, stop - start, below)
+
+
 def _weights(s: Tensor, lse: Tensor) -> Tensor:
     """exp(s - lse) in place; 0 for a row without a key."""
     return s.sub_(lse.masked_fill(lse == -math.inf, 0).unsqueeze(1)).exp_()
@@ -105,19 +116,21 @@ def forward(
     out = q.new_empty((batch, heads, queries, v.shape[3]))
     lse = q.new_empty((batch, heads, queries), dtype=exact)
     bias = _bias(q, buckets, grid)
-    for index in range(batch * heads):
-        head = _Head(q, k, v, t, u, mask, scale, bias, index, causal, dropout, seed, offset)
-        out_head, lse_head = out.flatten(0, 1)[index], lse.flatten(0, 1)[index]
-        for start, stop, keys in head.blocks():
-            s = head.scores(start, stop, keys)
-            top = s.amax(1)
-            p = _weights(s, top)
-            total = p.sum(1)
-            lse_head[start:stop] = top + total.log()
-            total = total.masked_fill_(total == 0, 1)
-            if dropout > 0:
-                p *= head.dropped(p, start)
-            out_head[start:stop] = (p @ head.v[:keys]).div_(total.unsqueeze(1))
+    for b in range(batch):
+        own = [
+            _Head(q, k, v, t, u, mask, scale, bias, b * heads + h, causal, dropout, seed, offset) for h in range(heads)
+        ]
+        for start, stop, keys, block in _blocks(bias, k.shape[2], causal):
+            for h, head in enumerate(own):
+                s = head.scores(start, stop, keys, block)
+                top = s.amax(1)
+                p = _weights(s, top)
+                total = p.sum(1)
+                lse[b, h, start:stop] = top + total.log()
+                total = total.masked_fill_(total == 0, 1)
+                if dropout > 0:
+                    p *= head.dropped(p, start)
+                out[b, h, start:stop] = (p @ head.v[:keys]).div_(total.unsqueeze(1))
     return out, lse
 
 
@@ -132,35 +145,37 @@ def backward(
     dt = None if t is None else t.new_empty(t.shape)
     du = None if u is None else u.new_empty(u.shape)
     bias = _bias(q, buckets, grid)
-    for index in range(batch * heads):
-        b, h = divmod(index, heads)
-        head = _Head(q, k, v, t, u, mask, scale, bias, index, causal, dropout, seed, offset)
-        dk_head, dv_head = torch.zeros_like(head.k), torch.zeros_like(head.v)
-        dt_head = None if head.t is None else torch.empty_like(head.t)
-        du_head = None if head.u is None else torch.zeros_like(head.u)
-        dout_head = dout[b, h].to(head.q.dtype)
-        delta = (dout_head * out[b, h]).sum(1)
+    for b in range(batch):
+        own = [
+            _Head(q, k, v, t, u, mask, scale, bias, b * heads + h, causal, dropout, seed, offset) for h in range(heads)
+        ]
+        dout_own = dout[b].to(own[0].q.dtype)
+        delta = (dout_own * out[b]).sum(2)
         if dlse is not None:
-            delta = delta - dlse[b, h]
-        for start, stop, keys in head.blocks():
-            do = dout_head[start:stop]
-            p = _weights(head.scores(start, stop, keys), lse[b, h, start:stop])
-            dp = do @ head.v[:keys].mT
-            if dropout > 0:
-                kept = head.dropped(p, start)
-                dp *= kept
-                dv_head[:keys].addmm_((p * kept).mT, do)
-            else:
-                dv_head[:keys].addmm_(p.mT, do)
-            ds = dp.sub_(delta[start:stop, None]).mul_(p).mul_(scale)
-            dq[b, h, start:stop] = ds @ head.k[:keys]
-            dk_head[:keys].addmm_(ds.mT, head.q[start:stop])
-            bias.take(ds, None if dt_head is None else dt_head[start:stop], du_head, start)
-        if head.padded is not None:
-            dk_head, dv_head = (x.masked_fill_(head.padded[:, None], 0) for x in (dk_head, dv_head))
-        dk[b, h], dv[b, h] = dk_head, dv_head
-        if dt is not None and dt_head is not None:
-            dt[b, h] = dt_head
-        if du is not None and du_head is not None:
-            du[b, h] = du_head.mT if bias.columns_first else du_head
+            delta = delta - dlse[b]
+        sums = [_Sums(head) for head in own]
+        for start, stop, keys, block in _blocks(bias, k.shape[2], causal):
+            for h, (head, total) in enumerate(zip(own, sums, strict=True)):
+                do = dout_own[h, start:stop]
+                p = _weights(head.scores(start, stop, keys, block), lse[b, h, start:stop])
+                dp = do @ head.v[:keys].mT
+                if dropout > 0:
+                    kept = head.dropped(p, start)
+                    dp *= kept
+                    total.dv[:keys].addmm_((p * kept).mT, do)
+                else:
+                    total.dv[:keys].addmm_(p.mT, do)
+                ds = dp.sub_(delta[h, start:stop, None]).mul_(p).mul_(scale)
+                dq[b, h, start:stop] = ds @ head.k[:keys]
+                total.dk[:keys].addmm_(ds.mT, head.q[start:stop])
+                bias.take(ds, None if total.dt is None else total.dt[start:stop], total.du, block)
+        for h, (head, total) in enumerate(zip(own, sums, strict=True)):
+            if head.padded is not None:
+                for x in (total.dk, total.dv):
+                    x.masked_fill_(head.padded[:, None], 0)
+            dk[b, h], dv[b, h] = total.dk, total.dv
+            if dt is not None and total.dt is not None:
+                dt[b, h] = total.dt
+            if du is not None and total.du is not None:
+                du[b, h] = total.du.mT if bias.columns_first else total.du
     return dq, dk, dv, dt, du

@@ -226,7 +226,8 @@ def disentangled_fwd_kernel(
     own_first, own_line, own_x0, own_ok, own_lines_in, own_x = _place(
         pid % own_tiles, N, GX, lines, own_lines, offs_m, BLOCK_M, GRID, LONG
     )
-    _, _, _, _, line_in_tile, short_x = _place(0, S, GX, lines, walk_lines, offs_n, BLOCK_N, GRID, LONG)
+    short = _place(0, S, GX, lines, walk_lines, offs_n, BLOCK_N, GRID, LONG)
+    line_in_tile, short_x = short[4], short[5]
     own_hot = (own_lines_in[:, None] == r[None, :]).to(dtype)
     own_x_hot = (own_x[:, None] == column[None, :]).to(dtype)
     walk_hot = (line_in_tile[None, :] == r[:, None]).to(dtype)
@@ -249,7 +250,7 @@ def disentangled_fwd_kernel(
         last = tl.max(tl.where(own_ok, own_first + offs_m, 0), 0)
         end = _tile_of(last, GX, walk_lines, BLOCK_N, GRID, LONG) + 1
     for tile in range(0, end):
-        first, line, x0, ok, _, walk_x = _place(tile, S, GX, lines, walk_lines, offs_n, BLOCK_N, GRID, LONG)
+        first, line, x0, ok, _line, walk_x = _place(tile, S, GX, lines, walk_lines, offs_n, BLOCK_N, GRID, LONG)
         if HAS_MASK:
             mask_row = MASK + b * mask_stride_b + tl.cast(first, tl.int64) * mask_stride_n
             ok &= tl.load(mask_row + offs_n * mask_stride_n, mask=ok, other=0) != 0
@@ -310,7 +311,8 @@ def disentangled_dq_kernel(
     own_first, own_line, own_x0, own_ok, own_lines_in, own_x = _place(
         pid % own_tiles, N, GX, lines, own_lines, offs_m, BLOCK_M, GRID, LONG
     )
-    _, _, _, _, line_in_tile, short_x = _place(0, S, GX, lines, walk_lines, offs_n, BLOCK_N, GRID, LONG)
+    short = _place(0, S, GX, lines, walk_lines, offs_n, BLOCK_N, GRID, LONG)
+    line_in_tile, short_x = short[4], short[5]
     own_hot = (own_lines_in[:, None] == r[None, :]).to(dtype)
     own_x_hot = (own_x[:, None] == column[None, :]).to(dtype)
     walk_hot = (line_in_tile[None, :] == r[:, None]).to(dtype)
@@ -343,7 +345,7 @@ def disentangled_dq_kernel(
         last = tl.max(tl.where(own_ok, own_first + offs_m, 0), 0)
         end = _tile_of(last, GX, walk_lines, BLOCK_N, GRID, LONG) + 1
     for tile in range(0, end):
-        first, line, x0, ok, _, walk_x = _place(tile, S, GX, lines, walk_lines, offs_n, BLOCK_N, GRID, LONG)
+        first, line, x0, ok, _line, walk_x = _place(tile, S, GX, lines, walk_lines, offs_n, BLOCK_N, GRID, LONG)
         if HAS_MASK:
             mask_row = MASK + b * mask_stride_b + tl.cast(first, tl.int64) * mask_stride_n
             ok &= tl.load(mask_row + offs_n * mask_stride_n, mask=ok, other=0) != 0
@@ -404,7 +406,8 @@ def disentangled_dkv_kernel(
     own_first, own_line, own_x0, own_in, own_lines_in, own_x = _place(
         pid % own_tiles, S, GX, lines, own_lines, offs_m, BLOCK_M, GRID, LONG
     )
-    _, _, _, _, line_in_tile, short_x = _place(0, N, GX, lines, walk_lines, offs_n, BLOCK_N, GRID, LONG)
+    short = _place(0, N, GX, lines, walk_lines, offs_n, BLOCK_N, GRID, LONG)
+    line_in_tile, short_x = short[4], short[5]
     own_hot = (own_lines_in[:, None] == r[None, :]).to(dtype)
     own_x_hot = (own_x[:, None] == column[None, :]).to(dtype)
     walk_hot = (line_in_tile[None, :] == r[:, None]).to(dtype)
@@ -434,7 +437,7 @@ def disentangled_dkv_kernel(
     if CAUSAL:
         start = _tile_of(own_first, GX, walk_lines, BLOCK_N, GRID, LONG)
     for tile in range(start, walk_tiles):
-        first, line, x0, ok, _, walk_x = _place(tile, N, GX, lines, walk_lines, offs_n, BLOCK_N, GRID, LONG)
+        first, line, x0, ok, _line, walk_x = _place(tile, N, GX, lines, walk_lines, offs_n, BLOCK_N, GRID, LONG)
         q = load_rows(Q, first, q_stride_n, offs_n, offs_d, q_stride_d, ok, offs_d < W)  # [BLOCK_N, BLOCK_D]
         do = load_rows(DOUT, first, do_stride_n, offs_n, offs_dv, do_stride_d, ok, offs_dv < DV)
         lse = tl.load(LSE + bh * N + first + offs_n, mask=ok, other=0.0) * LOG2E

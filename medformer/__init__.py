@@ -3,15 +3,15 @@
 from medformer.attention import PerformerAttention, SoftmaxAttention
 from medformer.backbone import Backbone, BackboneConfig, Features
 from medformer.checkpoint import load, save
-from medformer.disentangled_attention import DisentangledAttention
 from medformer.describe import Description, describe
+from medformer.disentangled_attention import DisentangledAttention
 from medformer.embed import embed
 from medformer.expire_span import ExpireSpanAttention
 from medformer.foreign import load_resnet, load_vit
 from medformer.hopfield import HopfieldAttention, HopfieldLayer, HopfieldLookup, HopfieldPooling
 from medformer.moe import SwitchMLP, auxiliary_loss
 from medformer.nystrom_attention import NystromAttention
-from medformer.presets import base_2d, base_3d, small_2d, small_3d, tiny_2d, tiny_3d
+from medformer.presets import base_2d, base_3d, large_2d, large_3d, small_2d, small_3d, tiny_2d, tiny_3d
 from medformer.resnet import ResNet, ResNetConfig
 from medformer.swap import swap_attention
 from medformer.transfer import freeze_for_transfer
@@ -19,8 +19,8 @@ from medformer.transfer import freeze_for_transfer
 __all__ = [
     "Backbone",
     "BackboneConfig",
-    "DisentangledAttention",
     "Description",
+    "DisentangledAttention",
     "ExpireSpanAttention",
     "Features",
     "HopfieldAttention",
@@ -39,6 +39,8 @@ __all__ = [
     "describe",
     "embed",
     "freeze_for_transfer",
+    "large_2d",
+    "large_3d",
     "load",
     "load_resnet",
     "load_vit",

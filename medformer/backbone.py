@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from medformer.attention import PerformerAttention, SelfAttention, SoftmaxAttention
 from medformer.blocks import Block
 from medformer.config import BackboneConfig
+from medformer.disentangled_attention import DisentangledAttention
 from medformer.features import Features
 from medformer.hopfield import HopfieldAttention
 from medformer.mlp import MLP, GatedMLP
@@ -311,6 +312,8 @@ class Backbone(nn.Module):
 
 
 def _attention(config: BackboneConfig, layer: int) -> SelfAttention:
+    if config.attention == "disentangled":
+        return DisentangledAttention(config.width, config.heads, dims=config.dims, prefix_tokens=config.prefix)
     size: Any = {"width": config.width, "heads": config.heads, "qk_norm": config.qk_norm}
     if config.attention == "softmax":
         return SoftmaxAttention(**size)

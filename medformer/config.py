@@ -171,6 +171,10 @@ class BackboneConfig:
                 "position='rotary' has no place in attention='disentangled', which has positions of its own; "
                 "use learned, sincos or none",
             )
+        _check(
+            not (self.qk_norm and self.attention == "disentangled"),
+            "qk_norm=True has no place in attention='disentangled', whose positions are projected as its content is",
+        )
         _check(0.0 <= self.drop_path < 1.0, f"drop_path={self.drop_path} must be at least 0 and below 1")
         _check(
             self.layer_scale is None or (math.isfinite(self.layer_scale) and self.layer_scale > 0),

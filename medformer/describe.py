@@ -121,6 +121,7 @@ def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
 _FORMULAS: dict[Any, Any] = {
     torch.ops.medformer.performer_state: _performer_state,
     torch.ops.medformer.performer_read: _performer_read,
+    torch.ops.medformer.disentangled_forward: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
 }
 

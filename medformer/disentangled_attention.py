@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from medformer.attention import SelfAttention
 from medformer_kernels import disentangled_attention, disentangled_maps
 from medformer_kernels.disentangled import DEFAULT_TERMS, Maps, axis_expansion, axis_rows, log_buckets
 from medformer_kernels.disentangled.terms import Weights, check_terms
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["DisentangledAttention"]
 
 
-class DisentangledAttention(nn.Module):
+class DisentangledAttention(SelfAttention):
     """softmax attention whose score is a sum of terms 'query side' 2 'key side', each side content, position or both.
 
     Source: He et al. 2021 (DeBERTa, DeBERTa-v2/v3), for c2c, c2p and p2c along a sequence. Differs: more terms; tables
@@ -47,6 +48,8 @@ class DisentangledAttention(nn.Module):
         backend: of the kernel, 'auto', 'triton' or 'torch'.
     """
 
+    _rows_alone = False  # a query's place follows from its index
+
     def __init__(
         self,
         width: int,
@@ -67,11 +70,9 @@ class DisentangledAttention(nn.Module):
         dropout: float = 0.0,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(width, heads, head_width=head_width, qkv_bias=qkv_bias)
         self.terms = check_terms("DisentangledAttention", terms)
         weights = Weights.of(self.terms)
-        if heads < 1 or (head_width is None and width % heads):
-            raise ValueError(f"DisentangledAttention: heads={heads} must divide width={width}, or give head_width")
         if relative not in ("grid", "sequence", None):
             raise ValueError(f"DisentangledAttention: relative={relative!r} must be 'grid', 'sequence' or None")
         if dims not in (2, 3):
@@ -88,8 +89,6 @@ class DisentangledAttention(nn.Module):
         distances = (max_distance,) * axes if isinstance(max_distance, int) else tuple(max_distance)
         if len(distances) != axes or min(distances) < 1:
             raise ValueError(f"DisentangledAttention: max_distance={max_distance} must be at least 1 for {axes} axes")
-        self.heads = heads
-        self.head_width = width // heads if head_width is None else head_width
         self.relative = relative
         self.absolute = absolute
         self.max_distance = distances
@@ -100,8 +99,6 @@ class DisentangledAttention(nn.Module):
         self.dropout = dropout
         self.backend = backend
         inner = heads * self.head_width
-        self.qkv = nn.Linear(width, 3 * inner, bias=qkv_bias)
-        self.proj = nn.Linear(inner, width)
         separate = not share_projections
         self.position_q = nn.Linear(width, inner) if separate and weights.query_position else None
         self.position_k = nn.Linear(width, inner) if separate and weights.key_position else None
@@ -119,10 +116,11 @@ class DisentangledAttention(nn.Module):
         for parameter in [*self.tables, *([] if self.prefix is None else [self.prefix])]:
             nn.init.normal_(parameter, std=0.02)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         x: Float[Tensor, "B N C"],
         *,
+        rotary: None = None,
         grid: Sequence[int] | Sequence[Sequence[int]] | None = None,
         spacing_mm: Sequence[float] | None = None,
         position: Float[Tensor, "N C"] | Float[Tensor, "B N C"] | None = None,
@@ -134,6 +132,7 @@ class DisentangledAttention(nn.Module):
 
         Args:
             x: tokens, those of the prefix first.
+            rotary: only None: the places are in the terms.
             grid: tokens by axis, zyx, behind the prefix, or a list of grids laid end to end; for relative='grid'.
             spacing_mm: distance between neighbouring tokens by axis, with `unit_mm`.
             position: absolute position of every token, for `absolute`.
@@ -164,12 +163,16 @@ class DisentangledAttention(nn.Module):
         arguments = self._arguments(x, grid, spacing_mm, position)
         return disentangled_maps(q, k, queries=queries, key_padding_mask=key_padding_mask, **arguments)
 
-    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, N, C) to three strided (B, H, N, D) views of one buffer."""
-        batch, tokens, _ = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, self.head_width)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return q, k, v
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, grid: Sequence[int] | None
+    ) -> Tensor:
+        """For the maps of `SelfAttention`: relative positions, no dropout, in the dtype of `q`."""
+        arguments = self._arguments(q[:, 0], grid, None, None)
+        for name, value in arguments.items():
+            if name.startswith(("rel_", "prefix_k", "prefix_q")):
+                exact = [t.to(q.dtype) for t in value] if isinstance(value, list) else value.to(q.dtype)
+                arguments[name] = exact
+        return disentangled_attention(q, k, v, **arguments, key_padding_mask=key_padding_mask, backend=self.backend)
 
     def _projected(self, positions: Tensor, side: Literal["q", "k"]) -> Tensor:
         """(..., rows, C) to (..., H, rows, D), as content or with weights of its own."""

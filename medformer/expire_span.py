@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -138,6 +138,10 @@ class ExpireSpanAttention(nn.Module):
         memory = Memory(k, v, self._spans(x, key_padding_mask), now.expand(x.shape[0], -1), x.shape[1])
         chosen = list(queries)
         return _living_softmax(q[:, :, chosen], k, self._alive(memory, now[chosen])[:, None])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the loss of the last call, which holds its graph and can be neither copied nor pickled."""
+        return self.__dict__ | {"span_loss": None}
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         batch, tokens, width = x.shape

@@ -128,6 +128,10 @@ class SwitchMLP(nn.Module):
         out = F.pad(out, (0, 0, 0, 1)).gather(1, index)
         return out * probability.gather(-1, choice[..., None]).to(out.dtype)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what the last call left, which holds its graph and can be neither copied nor pickled."""
+        return self.__dict__ | {"aux_loss": None, "statistics": None}
+
     def _share(self, tokens: Any, factor: float) -> Any:
         """ceil(factor * tokens / E) of a number, symbol or tensor: in whole numbers, so that all three round alike."""
         return -(-tokens * round(factor * 2**16) // (self.experts * 2**16))

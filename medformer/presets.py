@@ -11,7 +11,7 @@ from typing import Any
 
 from medformer.backbone import Backbone, BackboneConfig
 
-__all__ = ["base_2d", "base_3d", "small_2d", "small_3d", "tiny_2d", "tiny_3d"]
+__all__ = ["base_2d", "base_3d", "large_2d", "large_3d", "small_2d", "small_3d", "tiny_2d", "tiny_3d"]
 
 _VOLUME: dict[str, Any] = {
     "dims": 3,
@@ -30,6 +30,7 @@ _IMAGE: dict[str, Any] = {
 _TINY: dict[str, Any] = {"width": 192, "depth": 4, "heads": 6}
 _SMALL: dict[str, Any] = {"width": 384, "depth": 12, "heads": 6}
 _BASE: dict[str, Any] = {"width": 768, "depth": 12, "heads": 12}
+_LARGE: dict[str, Any] = {"width": 1024, "depth": 24, "heads": 16}
 
 
 def tiny_3d(**overrides: Any) -> Backbone:
@@ -47,6 +48,11 @@ def base_3d(**overrides: Any) -> Backbone:
     return Backbone(BackboneConfig(**{**_VOLUME, **_BASE, **overrides}))
 
 
+def large_3d(**overrides: Any) -> Backbone:
+    """Width 1024, depth 24, 16 heads: the dimensions of ViT-L."""
+    return Backbone(BackboneConfig(**{**_VOLUME, **_LARGE, **overrides}))
+
+
 def tiny_2d(**overrides: Any) -> Backbone:
     """Width 192, depth 4, 6 heads: small enough to train on a CPU."""
     return Backbone(BackboneConfig(**{**_IMAGE, **_TINY, **overrides}))
@@ -60,3 +66,8 @@ def small_2d(**overrides: Any) -> Backbone:
 def base_2d(**overrides: Any) -> Backbone:
     """Width 768, depth 12, 12 heads: the dimensions of ViT-B."""
     return Backbone(BackboneConfig(**{**_IMAGE, **_BASE, **overrides}))
+
+
+def large_2d(**overrides: Any) -> Backbone:
+    """Width 1024, depth 24, 16 heads: the dimensions of ViT-L."""
+    return Backbone(BackboneConfig(**{**_IMAGE, **_LARGE, **overrides}))

@@ -140,11 +140,14 @@ class ResNet(nn.Module):
 
         Raises:
             ValueError: `x` has the wrong shape.
+            TypeError: `x` holds whole numbers.
         """
         dims, channels = self.config.dims, self.config.in_channels
         if x.ndim != dims + 2 or x.shape[1] != channels:
             axes = "Z, Y, X" if dims == 3 else "Y, X"
             raise ValueError(f"ResNet: input of shape {tuple(x.shape)} must be (batch, {channels}, {axes})")
+        if not x.is_floating_point():
+            raise TypeError(f"ResNet: input of dtype {x.dtype} must be floating point; scale it first")
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = (F.max_pool3d if dims == 3 else F.max_pool2d)(x, 3, 2, 1)
         maps = []

@@ -25,7 +25,12 @@ def freeze_for_transfer(model: Backbone, *, new_input: bool = True) -> list[str]
     for name, parameter in model.named_parameters():
         owner = owners[name.rpartition(".")[0]]
         part = name.partition(".")[0]
-        parameter.requires_grad_(isinstance(owner, nn.LayerNorm) or part in ("stem", "patch_embed", "position", "head"))
+        parameter.requires_grad_(
+            isinstance(owner, nn.LayerNorm)
+            or part in ("stem", "patch_embed", "position", "head")
+            or ".attention.tables." in name  # relative positions
+            or name.endswith(".attention.prefix")
+        )
         if parameter.requires_grad:
             learns.append(name)
     if new_input:

@@ -325,6 +325,8 @@ def test_attention_map_needs_a_class_token() -> None:
         ("tiny_3d", 192, 4, 6),
         ("small_3d", 384, 12, 6),
         ("base_3d", 768, 12, 12),
+        ("large_3d", 1024, 24, 16),
+        ("large_2d", 1024, 24, 16),
         ("tiny_2d", 192, 4, 6),
         ("small_2d", 384, 12, 6),
         ("base_2d", 768, 12, 12),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
 from typing import Any
@@ -156,6 +157,14 @@ def test_padding_never_changes_the_rest(real: int) -> None:
     torch.testing.assert_close(out[1], module(x[1:])[0])
     x[0, real:] = 1e30
     torch.testing.assert_close(module(x, key_padding_mask=mask)[0, :real], out[0, :real])
+
+
+def test_a_module_that_ran_can_be_copied() -> None:
+    module, x = build(), tokens(2, 9)
+    out = module(x)
+    twin = copy.deepcopy(module)
+    assert twin.span_loss is None
+    torch.testing.assert_close(twin(x), out)
 
 
 def test_output_does_not_depend_on_batch_mates() -> None:

@@ -20,6 +20,7 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
     "softmax": {},
     "nystrom": {"num_landmarks": 6},
     "hopfield": {"hopfield_steps": 2},
+    "disentangled": {},
 }
 MLPS: dict[str, dict[str, Any]] = {
     "dense": {},
@@ -85,6 +86,8 @@ def test_trains_and_is_saved_at_odd_sizes(attention: str, mlp: str, embedding: s
 @every_attention
 @pytest.mark.parametrize("position", ["sincos", "rotary"])
 def test_padding_never_changes_the_rest(attention: str, mlp: str, dims: int, position: str) -> None:
+    if attention == "disentangled" and position == "rotary":
+        position = "none"  # it has places of its own
     model = build(attention, mlp, dims=dims, position=position, patch_padding=0).eval()
     x = volume(3, 1, *(10, 10, 10)[:dims])
     sizes = [(10, 8, 6)[:dims], (4, 6, 8)[:dims], (10, 10, 10)[:dims]]
@@ -103,7 +106,7 @@ def test_padding_never_changes_the_rest(attention: str, mlp: str, dims: int, pos
 @every_mlp
 @every_attention
 def test_output_does_not_depend_on_batch_mates(attention: str, mlp: str) -> None:
-    model = build(attention, mlp, depth=2, position="rotary")
+    model = build(attention, mlp, depth=2)
     x = volume(3, 1, 7, 9, 6)
     loud = torch.cat([x[:1], 50 * x[1:]])
     torch.testing.assert_close(model(loud)[0], model(x[:1])[0], atol=1e-10, rtol=1e-10)
@@ -111,12 +114,13 @@ def test_output_does_not_depend_on_batch_mates(attention: str, mlp: str) -> None
 
 @every_attention
 def test_rows_are_what_the_output_is_made_of(attention: str) -> None:
-    model = build(attention, position="rotary", qk_norm=True).eval()
+    own = attention == "disentangled"
+    model = build(attention, position="none" if own else "rotary", qk_norm=not own).eval()
     module = model.blocks[0].attention
     assert isinstance(module, SelfAttention)
     x, grid = volume(2, 3 * 4 * 2 + model.config.prefix, 16), (3, 4, 2)
-    assert model.rotary is not None
-    context = {"rotary": model.rotary(grid, prefix=model.config.prefix), "grid": grid}
+    rotary = None if model.rotary is None else model.rotary(grid, prefix=model.config.prefix)
+    context: dict[str, Any] = {"rotary": rotary, "grid": grid}
     context["key_padding_mask"] = torch.rand(2, x.shape[1], generator=torch.Generator().manual_seed(2)) > 0.2
     context["key_padding_mask"][:, 0] = True
     rows = module.attention_rows(x, range(x.shape[1]), **context)
@@ -174,10 +178,17 @@ def test_intermediate_layers_are_the_ends_of_shorter_models(attention: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("attention", "mlp"), [("performer", "dense"), ("softmax", "moe"), ("nystrom", "gated"), ("hopfield", "dense")]
+    ("attention", "mlp"),
+    [
+        ("performer", "dense"),
+        ("softmax", "moe"),
+        ("nystrom", "gated"),
+        ("hopfield", "dense"),
+        ("disentangled", "dense"),
+    ],
 )
 def test_one_graph_without_breaks_matches_eager(attention: str, mlp: str) -> None:
-    model = build(attention, mlp, position="rotary").float().train()
+    model = build(attention, mlp, position="none" if attention == "disentangled" else "rotary").float().train()
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = volume(2, 1, 6, 5, 7).float()
@@ -252,6 +263,8 @@ def test_rotary_leaves_class_and_register_tokens_alone() -> None:
         ({"stem_stages": 2}, "stem_stages=2 needs a stem"),
         ({"stem": "resnet18", "stem_stages": 5}, "stem_stages=5 must be at most 4"),
         ({"position": "rotary", "heads": 96}, "heads=96 leaves 4 channels to a head; position='rotary' needs 6"),
+        ({"position": "rotary", "attention": "disentangled"}, "position='rotary' has no place in attention='dis"),
+        ({"qk_norm": True, "attention": "disentangled"}, "qk_norm=True has no place in attention='disentangled'"),
         ({"classes": -1}, "classes=-1 must be a whole number of at least 0"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -159,6 +160,15 @@ def test_dropout_of_experts_is_for_training() -> None:
     trained = module(x)
     torch.testing.assert_close(module.eval()(x), by_token(module, x, 1.25)[0])
     assert not torch.equal(trained, module(x))
+
+
+def test_a_module_that_ran_can_be_copied() -> None:
+    module, x = build(eval_capacity_factor=1.25), tokens(2, 9)
+    out = module(x)
+    twin = copy.deepcopy(module)
+    assert twin.aux_loss is None
+    assert module.aux_loss is not None
+    torch.testing.assert_close(twin(x), out)
 
 
 def test_losses_of_a_model_add_up() -> None:

@@ -128,5 +128,7 @@ def test_impossible_config_is_refused(options: dict[str, Any], message: str) -> 
 def test_wrong_input_is_refused() -> None:
     with pytest.raises(ValueError, match=r"must be \(batch, 1, Z, Y, X\)"):
         build()(volume(1, 1, 8, 8))
+    with pytest.raises(TypeError, match="must be floating point"):
+        build()(torch.zeros(1, 1, 8, 8, 8, dtype=torch.int16))
     with pytest.raises(ValueError, match="has no mask token"):
         build().forward_features(volume(1, 1, 8, 8, 8), mask=torch.ones(1, 1).bool())  # type: ignore[arg-type]

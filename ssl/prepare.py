@@ -53,9 +53,9 @@ class DataConfig:
     """Which scans to train on."""
 
     root: str | None = None
-    """Folder of .nii, .nii.gz and DICOM files, nested and mixed with anything (with --model.dims 2: of PNG and JPEG
-    images, or an .npz file with train_images); several, parted by a colon; default: the scans that come with the
-    dependencies."""
+    """Folder of scans (NIfTI, DICOM and more), nested and mixed with anything, or a store made by ssl/prepare.py (with
+    --model.dims 2: of PNG and JPEG images, or an .npz file with train_images); several, parted by a colon; default:
+    the scans that come with the dependencies."""
     weights: tuple[float, ...] | None = None
     """How often each of several roots is shown, relative to the others, for instance 1,2; default: by its scans."""
     cache: str | None = None

@@ -60,7 +60,7 @@ class TrainConfig:
     steps: int = 200
     """Optimiser steps of the whole run; all schedules stretch over it. 1 or more."""
     batch_size: int = 8
-    """Scans in one forward pass of one process; each gives --views.global_views and --views.local_views views."""
+    """Scans in one forward pass of one process; each gives all its global and local views."""
     accumulate: int = 1
     """Forward passes per optimiser step. Scans per step: batch_size x accumulate x processes."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

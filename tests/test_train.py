@@ -62,7 +62,7 @@ def test_help_explains_every_flag_with_its_default(capsys: pytest.CaptureFixture
     text = capsys.readouterr().out
     flat = settings.flat(settings.as_dict(TrainConfig()))
     assert "[dino|byol|igpt]" in text
-    for name in flat.keys() - {"method"}:
+    for name in sorted(flat.keys() - {"method"}):
         entry = " ".join(text.split(f"  --{name} ", 1)[1].split("\n  --", 1)[0].split())
         assert "default: " in entry, name
         assert len(entry.split("(type")[0].split()) > 4, name

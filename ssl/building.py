@@ -134,11 +134,19 @@ def _one(key: str, record: Record, name: str, store: Path, salt: bytes) -> Row:
             stored = keep(record.read(), store / key, name, record.paths)
         shape, size = "x".join(map(str, stored.shape)), 2 * stored.shape[0] * stored.shape[1] * stored.shape[2]
     except (ScanError, MemoryError) as error:
-        state, reason = "quarantined", str(error) or "more memory than there is"
+        state, reason = "quarantined", _unnamed(str(error) or "more memory than there is", record)
     return Row(
         key=key, name=name, dataset=record.dataset, patient=hash_patient(record.patient, salt),
         split=record.split or "", modality=record.modality, shape=shape, bytes=size, state=state, reason=reason,
     )  # fmt: skip
+
+
+def _unnamed(reason: str, record: Record) -> str:
+    """Without the names of files and folders, which may be those of patients."""
+    own = {part for path in record.paths for part in (os.path.basename(path), os.path.basename(os.path.dirname(path)))}
+    for part in sorted(own, key=len, reverse=True):
+        reason = reason.replace(f"{part}: ", "").replace(part, "...") if len(part) > 2 else reason
+    return reason
 
 
 def _named(record: Record, salt: bytes) -> tuple[str, str]:

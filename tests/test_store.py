@@ -137,7 +137,7 @@ def scans(tmp_path: Path) -> Path:
         (folder / f"Doe_{i}").mkdir(parents=True)
         voxels = np.random.default_rng(i).normal(100, 30, (12, 13, 14)).astype(np.int16)
         nib.save(nib.Nifti1Image(voxels, np.diag([1, 1, 2, 1.0])), folder / f"Doe_{i}" / "a.nii")
-    nib.save(nib.Nifti1Image(np.full((9, 9, 9), 5, np.int16), np.eye(4)), folder / "Doe_0" / "flat.nii")
+    nib.save(nib.Nifti1Image(np.full((9, 9, 9), 5, np.int16), np.eye(4)), folder / "Doe_0" / "Doe_flat.nii")
     return folder
 
 

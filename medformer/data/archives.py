@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 import re
 import stat
+import struct
 import tempfile
 import zipfile
 import zlib
@@ -18,6 +20,11 @@ __all__ = ["sniff_zip", "unpacked"]
 
 _MAX_MEMBERS = 100_000
 _MAX_RATIO = 1100
+# What zipfile raises on damage (found by altering bytes).
+_ERRORS = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, OSError, EOFError, ValueError, RuntimeError,
+    NotImplementedError, LookupError, OverflowError, MemoryError,
+)  # fmt: skip
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
 
 
@@ -35,7 +42,7 @@ def unpacked(path: str) -> Iterator[str]:
     name = os.path.basename(path)
     try:
         archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+    except _ERRORS as error:
         raise ScanError(f"{name}: zip file is cut off or damaged; copy it again") from error
     with archive, tempfile.TemporaryDirectory(prefix="medformer-") as root:
         members = [m for m in archive.infolist() if not m.is_dir()]
@@ -70,6 +77,8 @@ def _copy(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: str, budget
                 if written > budget:
                     raise ScanError(f"{name}: zip inflates beyond what it declares; not unpacked")
                 sink.write(block)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:
+    except ScanError:
+        raise
+    except _ERRORS as error:
         raise ScanError(f"{name}: zip file is cut off or damaged ({type(error).__name__}); copy it again") from error
     return written

@@ -6,6 +6,8 @@ Source: Zbontar et al. 2018 (arXiv:1811.08839), section 4; ismrmrd.github.io (th
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -43,7 +45,7 @@ def magnitude(kspace: np.ndarray, crop: tuple[int, int]) -> np.ndarray:
 def probe_fastmri(path: str) -> tuple[tuple[int, int, int], tuple[float, float, float] | None]:
     """(Z, Y, X) and voxel sizes in zyx mm (None where the header has none), without reading voxels."""
     name = os.path.basename(path)
-    with _open(path, name) as file:
+    with _open(path, name) as file, _damage(name):
         geometry, _ = _geometry(file, name)
         for key in _RECONSTRUCTIONS:
             if key in file:
@@ -58,20 +60,17 @@ def read_fastmri(path: str, *, from_kspace: bool = False) -> Volume:
     """The reference reconstruction as stored; the magnitude of the k-space where there is none, or on request."""
     name = os.path.basename(path)
     notes = ["slices without a place: voxel sizes from the header, distance of slices taken as their thickness"]
-    with _open(path, name) as file:
+    with _open(path, name) as file, _damage(name):
         spacing, told = _geometry(file, name)
         key = next((k for k in _RECONSTRUCTIONS if k in file), None)
-        try:
-            if key is not None and not from_kspace:
-                voxels = np.asarray(_array(file, key, name, 3), np.float32)
-            else:
-                kspace = _array(file, "kspace", name, 3, 4)
-                voxels = magnitude(kspace, _crop(file, name, kspace.shape))
-                notes.append("magnitude of the k-space, root sum of squares over coils")
-                if "mask" in file:
-                    notes.append("undersampled k-space, zero-filled: aliased")
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ScanError(f"{name}: voxels cannot be read, the file is cut off or damaged; copy it again") from error
+        if key is not None and not from_kspace:
+            voxels = np.asarray(_array(file, key, name, 3), np.float32)
+        else:
+            kspace = _array(file, "kspace", name, 3, 4)
+            voxels = magnitude(kspace, _crop(file, name, kspace.shape))
+            notes.append("magnitude of the k-space, root sum of squares over coils")
+            if "mask" in file:
+                notes.append("undersampled k-space, zero-filled: aliased")
         sequence = str(file.attrs.get("acquisition", ""))[:32]
     if not np.isfinite(voxels).all():
         raise ScanError(f"{name}: voxels are NaN or infinite, all must be finite; leave this file out")
@@ -86,6 +85,17 @@ def read_fastmri(path: str, *, from_kspace: bool = False) -> Volume:
             "format": "fastMRI HDF5", "reader": "h5py", "files": 1, "bytes": os.path.getsize(path), "tags": tags
         },
     )  # fmt: skip
+
+
+@contextmanager
+def _damage(name: str) -> Iterator[None]:
+    """h5py raises what it likes on damage."""
+    try:
+        yield
+    except ScanError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise ScanError(f"{name}: HDF5 file is cut off or damaged ({type(error).__name__}); copy it again") from error
 
 
 def _open(path: str, name: str) -> Any:

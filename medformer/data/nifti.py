@@ -275,18 +275,10 @@ def pack_extension(volume: Volume) -> bytes:
 
 def _read_extension(path: str, shape: tuple[int, ...]) -> _Kept:
     """Ours among the header extensions; everything else, and everything malformed, is passed over."""
-    opener = gzip.open if _is_gzip(path) else open
-    with opener(path, "rb") as file:
-        head = file.read(8)
-        length, little = (540, True) if head[4:8] in {b"n+2\0", b"ni2\0"} else (348, head[0] in {0x5C, 0x1C})
-        rest = file.read(length - 8 + 4)
-        if len(rest) < length - 4 or rest[-4] != 1:
-            return _Kept()
-        head = file.read(8)
-        size, code = struct.unpack("<ii" if little else ">ii", head) if len(head) == 8 else (0, 0)
-        if code != 6 or not 16 <= size <= _MAX_EXTENSION:
-            return _Kept()
-        text = file.read(size - 8)
+    try:
+        text = _extension_text(path)
+    except (OSError, EOFError, zlib.error):  # the header file of a pair, cut off behind its header
+        return _Kept()
     if not text.startswith(_MARK):
         return _Kept()
     try:
@@ -295,6 +287,8 @@ def _read_extension(path: str, shape: tuple[int, ...]) -> _Kept:
         if "valid" in values:
             count = int(np.prod(shape))
             bits = zlib.decompressobj().decompress(base64.b64decode(values["valid"]), (count + 7) // 8)
+            if len(bits) != (count + 7) // 8:
+                raise ValueError("mask cut short")
             valid = np.unpackbits(np.frombuffer(bits, np.uint8), count=count).astype(bool).reshape(shape)
         units, geometry = str(values["units"]), values["geometry"]
         if units not in {"HU", "arbitrary"} or geometry not in {"patient", "spacing", "none"}:
@@ -303,6 +297,20 @@ def _read_extension(path: str, shape: tuple[int, ...]) -> _Kept:
         return _Kept(str(values["modality"]), units, geometry, notes, valid, {"tags": dict(values["tags"])})
     except (ValueError, KeyError, TypeError, zlib.error, RecursionError):
         return _Kept(notes=("medformer's note in the header is damaged: passed over",))
+
+
+def _extension_text(path: str) -> bytes:
+    """The first header extension, if it is a comment; else nothing."""
+    opener = gzip.open if _is_gzip(path) else open
+    with opener(path, "rb") as file:
+        head = file.read(8)
+        length, little = (540, True) if head[4:8] in {b"n+2\0", b"ni2\0"} else (348, head[0] in {0x5C, 0x1C})
+        rest = file.read(length - 8 + 4)
+        if len(rest) < length - 4 or rest[-4] != 1:
+            return b""
+        head = file.read(8)
+        size, code = struct.unpack("<ii" if little else ">ii", head) if len(head) == 8 else (0, 0)
+        return file.read(size - 8) if code == 6 and 16 <= size <= _MAX_EXTENSION else b""
 
 
 def _read_frame(header: NiftiHeader, frame: int, name: str) -> np.ndarray:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import os
+import struct
 import warnings
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +21,13 @@ __all__ = ["PlainHeader", "probe_plain", "read_plain", "sniff_plain"]
 
 _MAX_PIXELS = 2**28
 _MAGIC = {b"\x93NUMPY": "npy", b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpeg"}
+# What numpy and ast raise on a header that is none.
+_NPY_ERRORS = (ValueError, SyntaxError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, MemoryError)
+# What Pillow raises on damage (found by altering bytes).
+_PICTURE_ERRORS = (
+    OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, OverflowError, MemoryError, EOFError,
+    struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
 _MODES = {"L", "I;16", "I;16B", "I", "1", "LA", "RGB", "RGBA", "P", "CMYK", "F"}
 
 
@@ -60,7 +69,7 @@ def read_plain(path: str, *, colour: str = "refuse", modality: str | None = None
     if header.kind == "npy":
         try:
             voxels = np.load(path, allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
+        except (ValueError, OSError, EOFError, TypeError, AttributeError, KeyError) as error:
             raise ScanError(f"{name}: voxels cannot be read ({error}); copy the file again") from error
         voxels = np.ascontiguousarray(voxels.reshape(header.shape))
         voxels = voxels.astype(voxels.dtype.newbyteorder("="), copy=False)
@@ -100,7 +109,7 @@ def _npy_header(path: str, name: str) -> tuple[tuple[int, int, int], np.dtype]:
                 raise ValueError(f"header of {length} bytes")
             values = ast.literal_eval(file.read(length).decode("latin1"))
             dtype, shape = np.dtype(values["descr"]), tuple(int(v) for v in values["shape"])
-        except (ValueError, SyntaxError, KeyError, TypeError, RecursionError, MemoryError) as error:
+        except _NPY_ERRORS as error:
             raise ScanError(f"{name}: not a .npy array of numbers ({error}); save it with numpy.save") from error
         start = file.tell()
     if dtype.kind not in "iufb" or dtype.itemsize > 8:
@@ -119,7 +128,7 @@ def _open(path: str, name: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large pictures: the limit below is ours
             image = Image.open(path, formats=["PNG", "JPEG"])
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except _PICTURE_ERRORS as error:
         raise ScanError(f"{name}: picture cannot be read ({type(error).__name__}); copy the file again") from error
     # Deflate makes at most 1032 bytes of one, JPEG about 2000 pixels of one (an 8 x 8 block in a few bits).
     most = min(_MAX_PIXELS, 4096 * os.path.getsize(path))
@@ -137,11 +146,13 @@ def _pixels(path: str, name: str, colour: str) -> tuple[np.ndarray, str]:
         mode = image.mode
         if mode not in _MODES:
             raise ScanError(f"{name}: picture of mode {mode}; save it as 8 or 16 bit grey")
+        if mode in {"RGB", "RGBA", "LA"} and ";16" in str(image.tile):
+            raise ScanError(f"{name}: 16-bit colour, which Pillow cuts to 8 bits; save it as 16-bit grey")
         try:
             if mode in {"P", "CMYK", "RGBA", "LA", "1"}:
                 image = image.convert({"LA": "L", "1": "L"}.get(mode, "RGB"))
             values = np.asarray(image)
-        except (OSError, SyntaxError, ValueError, IndexError, MemoryError, EOFError) as error:
+        except _PICTURE_ERRORS as error:
             raise ScanError(f"{name}: picture is cut off or damaged ({type(error).__name__}); copy it again") from error
     values = values.astype(values.dtype.newbyteorder("="), copy=False)
     if values.ndim == 3:

@@ -6,6 +6,7 @@ import ast
 import csv
 import gzip
 import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -15,9 +16,14 @@ from typing import Any
 from medformer.data.geometry import ScanError
 from medformer.data.safe_xml import parse_xml
 
-__all__ = ["parse_literal", "pick", "read_sheet", "read_table"]
+__all__ = ["ZIP_ERRORS", "parse_literal", "pick", "read_sheet", "read_table"]
 
 _MAX_SHEET = 2**27
+# What zipfile raises on damage (found by altering bytes).
+ZIP_ERRORS = (
+    zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, RuntimeError, NotImplementedError, LookupError,
+    OverflowError, MemoryError,
+)  # fmt: skip
 
 
 def read_table(
@@ -59,7 +65,7 @@ def read_sheet(path: Path, columns: Sequence[str] = ()) -> Iterator[dict[str, st
             shared = _shared_strings(book, path.name)
             first = min((n for n in book.namelist() if re.fullmatch(r"xl/worksheets/sheet\d+\.xml", n)), key=_number)
             root = parse_xml(_member(book, first, path.name), path.name, limit=_MAX_SHEET)
-    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, NotImplementedError, EOFError, OSError) as error:
+    except (*ZIP_ERRORS, ValueError) as error:
         if isinstance(error, ScanError):
             raise
         raise ScanError(f"{path.name}: workbook cannot be read ({error}); save it again or export it as CSV") from error
@@ -92,15 +98,22 @@ def _cells(row: Any, shared: list[str], what: str) -> dict[str, str]:
     for cell in row.findall("c"):
         kind, value = cell.get("t", "n"), cell.findtext("v", "")
         if kind == "s":
-            if not value.isdigit() or int(value) >= len(shared):
+            if not (value.isascii() and value.isdigit() and len(value) < 10) or int(value) >= len(shared):
                 raise ScanError(f"{what}: cell {cell.get('r')} points at text {value!r}, the book has {len(shared)}")
             value = shared[int(value)]
         elif kind == "inlineStr":
             value = "".join(t.text or "" for t in cell.iter("t"))
         elif kind == "n" and value:  # 3.0 is how 3 may be stored
-            value = str(int(float(value))) if float(value).is_integer() else value
+            value = _whole(value)
         out[re.sub(r"\d", "", cell.get("r", ""))] = value
     return out
+
+
+def _whole(value: str) -> str:
+    try:
+        return str(int(float(value))) if float(value).is_integer() else value
+    except ValueError:
+        return value
 
 
 def _number(name: str) -> int:

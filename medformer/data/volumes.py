@@ -145,7 +145,13 @@ def rescale(stored: np.ndarray, slope: np.ndarray | float, intercept: np.ndarray
                 if (slope == 1).all() and np.abs(intercept).max() <= info.max and high <= info.max and low >= info.min:
                     return stored.astype(dtype) + intercept.astype(dtype)
                 return (stored.astype(np.int64) * slope.astype(np.int64) + intercept.astype(np.int64)).astype(dtype)
-    return (stored.astype(np.float64) * slope + intercept).astype(np.float32)
+    with np.errstate(over="ignore"):
+        out = (stored.astype(np.float64) * slope + intercept).astype(np.float32)
+    if not np.isfinite(out).all():
+        raise ScanError(
+            f"slope {np.abs(slope).max():g} and intercept {np.abs(intercept).max():g} lead beyond float32; fix the header"
+        )
+    return out
 
 
 def _base(source: str) -> str:

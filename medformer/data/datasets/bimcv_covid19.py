@@ -122,5 +122,8 @@ def read_people(table: Path) -> dict[str, dict[str, Any]]:
         ages = parse_literal(row.get("age", "") or "[]", table.name)
         ages = ages if isinstance(ages, list) else [ages]
         name = row["participant"].removeprefix("sub-")
-        out[name] = {"age": int(ages[0]) if ages else None, "sex": pick(row, "gender", "sex")}
+        age = ages[0] if ages else None
+        if not isinstance(age, int | float | None):
+            raise ScanError(f"{table.name}: age {row['age'][:20]!r} must be a number, or a list of them")
+        out[name] = {"age": None if age is None else int(min(max(age, 0), 999)), "sex": pick(row, "gender", "sex")}
     return out

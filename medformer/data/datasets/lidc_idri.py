@@ -127,6 +127,8 @@ def read_annotations(path: Path) -> tuple[str, list[Nodule]]:
 
 def _outline(roi) -> Outline:
     points = tuple((int(e.findtext("xCoord") or ""), int(e.findtext("yCoord") or "")) for e in roi.findall("edgeMap"))
+    if any(abs(v) > 65535 for point in points for v in point):
+        raise ValueError("a point far outside any image")
     z, image = float(roi.findtext("imageZposition") or ""), (roi.findtext("imageSOP_UID") or "").strip()
     return Outline(z, image, (roi.findtext("inclusion") or "").strip().upper() != "FALSE", points)
 
@@ -147,6 +149,8 @@ def _overlap(a: Nodule, b: Nodule) -> bool:
         there[outline.z_mm].append(outline)
     for one in a.outlines:
         for other in there.get(one.z_mm, ()):
+            if not (one.points and other.points):
+                continue
             low, high = np.min(one.points, axis=0), np.max(one.points, axis=0)
             if (low <= np.max(other.points, axis=0)).all() and (high >= np.min(other.points, axis=0)).all():
                 return True

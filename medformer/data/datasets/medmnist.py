@@ -9,7 +9,6 @@ further; objects (pickles) in an archive are refused.
 from __future__ import annotations
 
 import zipfile
-import zlib
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import numpy as np
 from medformer.data.dicom.planar import grey_of
 from medformer.data.geometry import ScanError
 from medformer.data.records import About, Record, Split
+from medformer.data.tables import ZIP_ERRORS
 from medformer.data.volumes import MAX_VOLUME_BYTES, Volume
 
 ABOUT = About(
@@ -37,7 +37,7 @@ def _is_one(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return "train_images.npy" in archive.namelist()
-    except (zipfile.BadZipFile, OSError):
+    except (*ZIP_ERRORS, ValueError):
         return False
 
 
@@ -51,7 +51,7 @@ def scan(root: str | Path) -> list[Record]:
                 labels = load(path, f"{part}_labels")
             except ScanError:
                 continue  # a part may be left out
-            for i, label in enumerate(labels.reshape(len(labels), -1)):
+            for i, label in enumerate(labels.reshape(len(labels), -1) if labels.size else ()):
                 named = {f"label{k}" if label.size > 1 else "label": str(int(v)) for k, v in enumerate(label)}
                 name = f"{path.stem}/{part}/{i}"
                 records.append(
@@ -73,10 +73,12 @@ def load(path: Path, name: str) -> np.ndarray:
                 raise ScanError(f"{path.name}: {name} declares {member.file_size:,} bytes; made up or too large")
             with archive.open(member) as file:
                 array = np.lib.format.read_array(file, allow_pickle=False, max_header_size=10_000)
-    except (KeyError, ValueError, zipfile.BadZipFile, zlib.error, EOFError, OSError, MemoryError) as error:
+    except (*ZIP_ERRORS, ValueError, SyntaxError, TypeError, AttributeError) as error:
         if isinstance(error, ScanError):
             raise
         raise ScanError(f"{path.name}: no readable array {name!r} in it ({type(error).__name__})") from error
+    if array.dtype.kind not in "iufb" or not array.ndim or not np.isfinite(array).all():
+        raise ScanError(f"{path.name}: {name} is {array.dtype} of shape {array.shape}, must be finite numbers")
     array.setflags(write=False)  # shared by all who ask
     return array
 

@@ -73,7 +73,7 @@ def read_images(folder: Path) -> dict[str, tuple[str, tuple[Box, ...] | None]]:
                 )
                 for b in found
             )
-        except (TypeError, KeyError, ValueError) as error:
+        except (TypeError, KeyError, ValueError, OverflowError) as error:
             raise ScanError(f"train_image_level.csv: boxes {row['boxes'][:40]!r} are no x, y, width, height") from error
         looked = bool(boxes) or row["label"].startswith("none")
         out[row["id"].removesuffix("_image")] = (row["StudyInstanceUID"], boxes if looked else None)

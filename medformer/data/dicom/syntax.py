@@ -41,9 +41,10 @@ PARSE_ERRORS = (
     KeyError,
     IndexError,
     AttributeError,
+    LookupError,
+    ArithmeticError,
     NotImplementedError,
     RecursionError,
-    OverflowError,
     MemoryError,
     struct.error,
 )

@@ -119,7 +119,7 @@ EVERYTHING: dict[str, Any] = {
 @pytest.mark.parametrize("settings", [{}, EVERYTHING], ids=["defaults", "everything"])
 def bench_views(timed, settings: dict[str, Any]) -> None:
     """The views of the same step, two of 64^3 (128^3 on a GPU) a scan: at most 5% of a step on a GPU is the aim."""
-    config = ViewsConfig(global_size=(SIDE,) * 3, local_views=0, **settings)
+    config = ViewsConfig(global_size=(SIDE, SIDE, SIDE), local_views=0, **settings)
     rng = np.random.default_rng(0)
     scan = rng.normal(size=(2 * SIDE,) * 3).astype(np.float16)
     points = np.full((1, 3), SIDE)

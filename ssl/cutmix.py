@@ -8,7 +8,7 @@ self-supervision.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,7 @@ def attentive(
     partner = torch.arange(scans, device=x.device).roll(-1).repeat(views)
     source = partner + scans * torch.arange(views, device=x.device).repeat_interleave(scans)
     cells = [min(7, n) for n in attention.shape[1:]]
-    pool = F.adaptive_avg_pool3d if len(cells) == 3 else F.adaptive_avg_pool2d
+    pool: Any = F.adaptive_avg_pool3d if len(cells) == 3 else F.adaptive_avg_pool2d
     chosen = top_cells(pool(attention[:, None].float(), cells)[:, 0], max(1, round(share * math.prod(cells))))
     pasted = F.interpolate(chosen[source, None].float(), size=x.shape[2:], mode="nearest") > 0.5
     weight = pasted.flatten(1).float().mean(1)  # cells at the edge may be larger by a voxel

@@ -221,7 +221,7 @@ class Igpt(nn.Module):
         tokens = self.student.codebook.encode(views[0])
         mask = None
         if self.config.objective == "bert":
-            mask = random_mask(*tokens.shape, self.config.mask_share, tokens.device)
+            mask = random_mask(len(tokens), tokens.shape[1], self.config.mask_share, tokens.device)
             loss = igpt_loss(student(tokens, mask=mask), tokens, mask)
         else:
             loss = igpt_loss(student(tokens), tokens)

@@ -26,13 +26,22 @@ class Method(Protocol):
     optimiser and `after_step` where the loss was not finite.
     """
 
-    student: nn.Module
-    """What the optimiser trains; in several processes `loss` gets it wrapped."""
-    headline: str
-    """The part of the loss that the progress line shows."""
     look_steps: int
-    last_layers: tuple[str, ...]
-    """Children of `student` that adaptive gradient clipping leaves alone."""
+
+    @property
+    def student(self) -> nn.Module:
+        """What the optimiser trains; in several processes `loss` gets it wrapped."""
+        ...
+
+    @property
+    def headline(self) -> str:
+        """The part of the loss that the progress line shows."""
+        ...
+
+    @property
+    def last_layers(self) -> tuple[str, ...]:
+        """Children of `student` that adaptive gradient clipping leaves alone."""
+        ...
 
     @property
     def encoder(self) -> nn.Module: ...
@@ -73,7 +82,7 @@ def make(config: TrainConfig, scale: str) -> Method:
         return Dino(backbone, width, config.dino, config.steps, cutmix=cutmix)
     if config.byol.norm == "sync" and config.batch_size * ranks < 2:
         raise UserError(
-            "--byol.norm sync with 1 scan a step: BatchNorm needs 2 or more; raise --batch_size or use --byol.norm group",
+            "--byol.norm sync with 1 scan a step: BatchNorm needs 2 or more; raise --batch_size or use norm group",
             2,
         )
     # The target draws weights of its own; the random features follow the config's seed and are the same.

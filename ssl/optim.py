@@ -27,7 +27,7 @@ class OptimConfig:
     """The optimiser and its schedules."""
 
     name: Literal["adamw", "lars"] = "adamw"
-    """adamw, or lars (layer-wise rates, for BYOL)."""
+    """adamw, or lars (layer-wise rates, BYOL's for residual networks at large batches)."""
     lr: float = 5e-4
     """Peak learning rate, reached after the warm-up; not rescaled by the batch size. Above 0. [LARS with BYOL: 0.2
     to 0.45 times batch / 256]"""

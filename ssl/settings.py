@@ -45,8 +45,8 @@ class TrainConfig:
     method: Literal["dino", "byol", "igpt"] = "dino"
     """What to train with: DINO, BYOL or Image-GPT."""
     size: Literal["mini", "tiny", "small", "base"] = "mini"
-    """Sets width, depth, patches, crops, batch, head and schedule together; every flag given wins over it. mini: two
-    minutes on a CPU. tiny: an evening on one GPU. small: ViT-S, days on one GPU. base: ViT-B, several GPUs."""
+    """Sets width, depth, patches, crops, batch, head and schedule together; every flag given wins over it. mini:
+    minutes on a CPU. tiny, small (ViT-S), base (ViT-B): for GPUs; nobody has run them to their end yet."""
     data: DataConfig = field(default_factory=DataConfig)
     model: BackboneConfig = field(
         default_factory=lambda: BackboneConfig(width=96, depth=4, heads=3, patch_stride=6, patch_padding=1)

@@ -37,11 +37,12 @@ class MonaiBackbone(nn.Module):
         super().__init__()
         from monai.networks.nets.vit import ViT  # pyright: ignore[reportMissingImports]
 
-        self.vit = ViT(
+        vit: Any = ViT(
             1, (SIDE,) * 3, (4,) * 3, hidden_size=WIDTH, mlp_dim=4 * WIDTH, num_layers=DEPTH, num_heads=HEADS,
             classification=True, num_classes=2, qkv_bias=True,
         )  # fmt: skip
-        self.vit.classification_head = nn.Identity()
+        vit.classification_head = nn.Identity()
+        self.vit = vit
 
     def forward(self, x: Tensor) -> Tensor:
         return self.vit(x)[0]

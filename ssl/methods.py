@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -72,21 +72,22 @@ def make(config: TrainConfig, scale: str) -> Method:
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     if config.method == "igpt":
         shape = model_config(config.model, config.igpt, config.views.global_size, scale)
-        method: Any = Igpt(shape, config.igpt, config.seed)
+        method = Igpt(shape, config.igpt, config.seed)
         method.student.checkpoint_activations = config.checkpoint_activations
-        return method
+        return cast(Method, method)
     backbone = medformer.Backbone(config.model)
     backbone.checkpoint_activations = config.checkpoint_activations
     cutmix, width = config.views.cutmix, config.model.width
     if config.method == "dino":
-        return Dino(backbone, width, config.dino, config.steps, cutmix=cutmix)
+        return cast(Method, Dino(backbone, width, config.dino, config.steps, cutmix=cutmix))
     if config.byol.norm == "sync" and config.batch_size * ranks < 2:
         raise UserError(
             "--byol.norm sync with 1 scan a step: BatchNorm needs 2 or more; raise --batch_size or use norm group",
             2,
         )
     # The target draws weights of its own; the random features follow the config's seed and are the same.
-    return Byol(backbone, medformer.Backbone(config.model), width, config.byol, config.steps, cutmix=cutmix)
+    target = medformer.Backbone(config.model)
+    return cast(Method, Byol(backbone, target, width, config.byol, config.steps, cutmix=cutmix))
 
 
 def parameters_of(method: Method) -> int:

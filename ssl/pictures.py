@@ -39,7 +39,7 @@ def draw(config: TrainConfig, prepared: Prepared, method: Any, path: Path, capti
     encoder.eval()
     held = "Held-out" if prepared.held_out else "Training"
     if config.model.dims == 2:
-        _looks(encoder, prepared, config, path, f"{held} images {caption}")
+        _looks(encoder, prepared, config, path, f"Images, held-out ones first, {caption}")
     else:
         scan = (prepared.held_out or prepared.train)[0]
         z, y, x = (4 * n for n in config.views.global_size)
@@ -141,7 +141,7 @@ def _sheet(path: Path, title: str, names: list[str], columns: list[list[np.ndarr
 
 @torch.no_grad()
 def _looks(backbone: Backbone, prepared: Prepared, config: TrainConfig, path: Path, title: str) -> None:
-    """Images, and the class token's attention in its last block, each over its own largest."""
+    """Images, and the class token's attention in its last block, each from its own least to its own most."""
     device = next(backbone.parameters()).device
     size = config.views.global_size[1:]
     columns = []
@@ -151,7 +151,8 @@ def _looks(backbone: Backbone, prepared: Prepared, config: TrainConfig, path: Pa
         x = F.interpolate(x, size=least, mode="bilinear", align_corners=False)
         heat = backbone.attention_map(x).float().mean(1, keepdim=True)
         heat = F.interpolate(heat, size=least, mode="bilinear", align_corners=False)[0, 0]
-        columns.append([x[0, 0].cpu().numpy(), (heat / heat.max()).cpu().numpy()])
+        least_heat, span = heat.min(), (heat.max() - heat.min()).clamp_min(1e-12)
+        columns.append([x[0, 0].cpu().numpy(), ((heat - least_heat) / span).cpu().numpy()])
     low, high = (np.array([f(column[0]) for column in columns]) for f in (np.min, np.max))
     for i, column in enumerate(columns):  # one grey scale for a column
         column[1] = low[i] + column[1] * (high[i] - low[i])

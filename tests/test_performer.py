@@ -41,6 +41,10 @@ def outputs_and_gradients(function, q, k, v, *args, **kwargs) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
 
 
+def kernel(*args, **kwargs) -> Tensor:
+    return performer_attention(*args, backend="triton", **kwargs)
+
+
 def padding(batch: int, keys: int) -> Tensor:
     mask = torch.rand(batch, keys, generator=torch.Generator().manual_seed(2)) > 0.4
     mask[0] = False  # a sample without any valid key
@@ -143,6 +147,26 @@ def test_kernel_error_is_at_most_twice_that_of_plain_pytorch(dtype, queries, key
     for name, a, b, c in zip(("out", "dq", "dk", "dv"), actual, plain, expected, strict=True):
         allowed = 2 * (b - c).abs().max() + 2 * torch.finfo(dtype).eps * c.abs().max() + 1e-6
         assert (a - c).abs().max() <= allowed, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize(("heads", "masked", "eps"), [(None, False, 0.0), (2, True, 0.0), (None, True, 0.05)])
+def test_kernel_gradient_of_omega_is_as_good_as_that_of_plain_pytorch(dtype, heads, masked, eps):
+    mask = padding(2, 600).to(DEVICE) if masked else None
+    omega = orthogonal_features(40, 16, heads=heads, device=DEVICE)
+    q, k, v = inputs(queries=40, keys=600, dtype=dtype, device=DEVICE)  # keys long enough to be cut into slices
+    gradients = []
+    for function, cast in (
+        (performer_attention_reference, torch.float64), (performer_attention_reference, dtype), (kernel, None),
+    ):  # fmt: skip
+        leaf = omega.to(cast or torch.float32).requires_grad_()
+        arguments = [x.detach().to(cast or dtype) for x in (q, k, v)]
+        out = function(*arguments, leaf, key_padding_mask=mask, eps=eps)
+        dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        gradients.append(torch.autograd.grad(out, leaf, dout.to(out.device, out.dtype))[0])
+    expected, plain, actual = gradients
+    allowed = 2 * (plain - expected).abs().max() + 2 * torch.finfo(dtype).eps * expected.abs().max() + 1e-6
+    assert (actual - expected).abs().max() <= allowed
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -362,12 +386,20 @@ OMEGA = orthogonal_features(8, 16)
         ({"v": torch.zeros(2, 2, 6, 24)}, r"v has shape \(2, 2, 6, 24\)"),
         ({"v": torch.zeros(2, 2, 5, 24, dtype=torch.float16)}, "v is torch.float16 on cpu but q is torch.float32"),
         ({"q": torch.zeros(2, 2, 3, 16, dtype=torch.int32)}, "q is torch.int32; it must be a floating-point"),
+        ({"k": torch.zeros(2, 2, 5, 16, device="meta")}, "k is torch.float32 on meta but q is torch.float32 on cpu"),
+        ({"omega": torch.zeros(8, 16, dtype=torch.int64)}, "omega is torch.int64; it must be a floating-point tensor"),
         ({"omega": torch.zeros(0, 16)}, "omega has M=0 features"),
         ({"omega": torch.zeros(8, 12)}, r"omega has shape \(8, 12\); it must be \(M, 16\)"),
         ({"omega": torch.zeros(3, 8, 16)}, r"omega has shape \(3, 8, 16\)"),
         ({"omega": torch.zeros(8, 16, device="meta")}, "omega is on meta but q is on cpu"),
         ({"key_padding_mask": torch.ones(2, 5)}, "key_padding_mask is torch.float32; it must be bool"),
         ({"key_padding_mask": torch.ones(2, 6, dtype=torch.bool)}, r"key_padding_mask has shape \(2, 6\)"),
+        (
+            {"key_padding_mask": torch.ones(2, 5, dtype=torch.bool, device="meta")},
+            "key_padding_mask is on meta but q is on cpu; move it there",
+        ),
+        ({"cu_seqlens": torch.tensor([0, 3])}, "cu_seqlens needs as many queries as keys, not 3 and 5"),
+        ({"eps": math.nan}, "eps=nan must be at least 0"),
         ({"eps": -1.0}, "eps=-1.0 must be at least 0"),
         ({"backend": "cuda"}, "backend='cuda' must be 'auto', 'triton' or 'torch'"),
     ],
@@ -396,9 +428,10 @@ def test_float64_has_no_kernel_and_says_so():
 
 
 def test_heads_too_wide_for_the_kernels_are_refused_there_and_run_elsewhere():
-    q, k, v = inputs(queries=3, keys=4, width=129, width_v=129, dtype=torch.float32)
-    omega = orthogonal_features(32, 129)
-    message = r"backend='triton' has no kernel for heads wider than 128 \(here 129\); use 'auto' or 'torch'"
-    with pytest.raises(ValueError, match=message):
-        performer_attention(q, k, v, omega, backend="triton")
-    assert performer_attention(q, k, v, omega).shape == q.shape
+    q, k, v = inputs(queries=3, keys=3, width=257, width_v=257, dtype=torch.float32)
+    omega = orthogonal_features(32, 257)
+    for causal in (False, True):
+        message = r"no kernel for (causal=True and )?heads wider than \d+ in torch.float32 on \w+ \(here 257\)"
+        with pytest.raises(ValueError, match=message + "; use 'auto' or 'torch'"):
+            performer_attention(q, k, v, omega, causal=causal, backend="triton")
+        assert performer_attention(q, k, v, omega, causal=causal).shape == q.shape

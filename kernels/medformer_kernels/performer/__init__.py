@@ -3,7 +3,8 @@
 reference      the definition, in plain PyTorch
 arguments      checks, and the forms that reduce to the plain one (grouped heads, documents, two-sided features)
 chunked        bidirectional, PyTorch          causal         causal, PyTorch
-fused          bidirectional, Triton launches  kernels        the Triton kernels
+fused          bidirectional, Triton launches  kernels        its kernels
+causal_fused   causal, Triton launches         causal_kernels its kernels, of causal_tiles
 ops            `torch.library` operators over these, with their gradients
 elementwise    ReLU and other features that are no exponentials
 decode         causal, one token at a time     accuracy       FAVOR+ measured against exact attention
@@ -20,7 +21,15 @@ from torch import Tensor
 from medformer_kernels._dispatch import resolve_backend
 from medformer_kernels.performer import elementwise
 from medformer_kernels.performer.accuracy import approximation_error
-from medformer_kernels.performer.arguments import Feature, check, documents, shared_heads, two_sided, without_kernel
+from medformer_kernels.performer.arguments import (
+    Feature,
+    boundaries_of,
+    check,
+    documents,
+    shared_heads,
+    two_sided,
+    without_kernel,
+)
 from medformer_kernels.performer.arguments import elementwise as is_elementwise
 from medformer_kernels.performer.decode import PerformerState, performer_prefill, performer_step
 from medformer_kernels.performer.ops import performer_causal, performer_read, performer_state
@@ -72,13 +81,13 @@ def performer_attention(
         causal: query i reads keys 0 to i only; needs N = S and, for exponential features, eps = 0.
         key_padding_mask: any pattern, True = a real key. A query without one gives 0.
         cu_seqlens: boundaries of documents laid end to end along the tokens, 0 first and N last: none reads another.
-            The documents run one after the other, and their lengths are read on the host.
+            Their lengths are read on the host. They run side by side where a kernel has `causal`, else one after the
+            other.
         feature: 'softmax' (positive features); 'hyperbolic' (those of omega and of -omega: lower variance, twice
             the cost); 'relu', or a function of each value of omega x', both plus `eps`.
         eps: added to every feature.
-        backend: 'triton', 'torch', or 'auto': Triton on a GPU, where it has a kernel. It has none for `causal`,
-            'relu' and functions, the gradient of `omega` and heads wider than 128: those run in PyTorch everywhere.
-            The causal form then waits for the GPU once a chunk and cannot be captured in a CUDA graph.
+        backend: 'triton', 'torch', or 'auto': Triton on a GPU, where it has a kernel. It has none for
+            'relu', functions and heads too wide for its registers (`backend='triton'` says which): PyTorch everywhere.
 
     Raises:
         ValueError: an argument does not fit the others, or `backend` cannot run.
@@ -90,7 +99,7 @@ def performer_attention(
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    backend = resolve_backend("performer_attention", backend, q, without_kernel(q, v, omega, causal, feature))
+    backend = resolve_backend("performer_attention", backend, q, without_kernel(q, v, causal, feature))
     omega = two_sided(omega, feature)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -100,12 +109,15 @@ def performer_attention(
             return elementwise.attention(
                 q, k, v, omega_q, function, causal=causal, key_padding_mask=mask, eps=eps
             )  # fmt: skip
-        if causal:
-            return performer_causal(q, k, v, _omega_of_queries(q, omega), mask)[0]
         return _bidirectional(q, k, v, omega, mask, eps, backend)
 
     # The dtype is settled: inside, autocast would round float32 states and exponents again.
     with torch.autocast(q.device.type, enabled=False):
+        if causal and not is_elementwise(feature):
+            boundaries = boundaries_of(cu_seqlens, q.shape[2])
+            return performer_causal(
+                q, k, v, _omega_of_queries(q, omega), key_padding_mask, boundaries, backend
+            )[0]  # fmt: skip
         if cu_seqlens is None:
             return attend(q, k, v, key_padding_mask)
         parts = documents(cu_seqlens, q, k, v, key_padding_mask)

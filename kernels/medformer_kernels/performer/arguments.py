@@ -8,7 +8,18 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-__all__ = ["Feature", "check", "documents", "elementwise", "shared_heads", "two_sided", "without_kernel"]
+from medformer_kernels._dispatch import chip_of, load_configs, nearest_arch
+
+__all__ = [
+    "Feature",
+    "boundaries_of",
+    "check",
+    "documents",
+    "elementwise",
+    "shared_heads",
+    "two_sided",
+    "without_kernel",
+]
 
 Feature = str | Callable[[Tensor], Tensor]
 """'softmax', 'hyperbolic', 'relu', or a function applied to each value of omega x'."""
@@ -74,6 +85,8 @@ def check(
 
 def _check_omega(q: Tensor, k: Tensor, omega: Tensor, fail: Callable[[str], None]) -> None:
     heads, kv_heads, width = q.shape[1], k.shape[1], q.shape[3]
+    if not omega.is_floating_point():
+        fail(f"omega is {omega.dtype}; it must be a floating-point tensor")
     if omega.ndim not in (2, 3) or omega.shape[-1] != width or omega.shape[:-2] not in ((), (heads,), (kv_heads,)):
         fail(f"omega has shape {tuple(omega.shape)}; it must be (M, {width}) or ({heads}, M, {width})")
     if omega.shape[-2] == 0:
@@ -87,17 +100,48 @@ def elementwise(feature: Feature) -> bool:
     return callable(feature) or feature == "relu"
 
 
-def without_kernel(q: Tensor, v: Tensor, omega: Tensor, causal: bool, feature: Feature) -> str | None:
-    """What keeps this call from the Triton kernels, if anything."""
-    width = max(q.shape[3], v.shape[3])
-    reasons = {
-        "causal=True": causal,
-        f"feature={feature!r}": elementwise(feature),
-        "the gradient of omega": omega.requires_grad and torch.is_grad_enabled(),
-        # Tiles of wider heads do not fit in the registers of the backward pass.
-        f"heads wider than 128 (here {width})": width > 128,
+_PASSES = {
+    False: ("state_fwd", "read_fwd", "read_dq", "read_dstate", "state_bwd", "omega"),
+    True: ("causal_fwd", "causal_dq", "causal_dkv"),
+}
+
+
+def _widest_heads() -> dict[tuple[bool, int], dict[str, int]]:
+    """By form (causal or not) and bytes of a value, by chip: the widest heads for which every pass has a tile."""
+    tables = load_configs("performer")
+    return {
+        (causal, itemsize): {
+            arch: min(
+                max((entry["width"] for entry in tables[kernel][arch] if entry["itemsize"] == itemsize), default=0)
+                for kernel in kernels
+            )
+            for arch in tables[kernels[0]]
+        }
+        for causal, kernels in _PASSES.items()
+        for itemsize in (2, 4)
     }
-    return next((reason for reason, present in reasons.items() if present), None)
+
+
+_WIDEST = _widest_heads()
+
+
+@torch.compiler.assume_constant_result
+def _widest(device: torch.device, causal: bool, itemsize: int) -> tuple[int, str]:
+    arch = chip_of(torch.empty(0, device=device)).arch
+    widest = _WIDEST[causal, min(4, itemsize)]
+    return widest[nearest_arch(arch, tuple(widest))], arch
+
+
+def without_kernel(q: Tensor, v: Tensor, causal: bool, feature: Feature) -> str | None:
+    """What keeps this call from the Triton kernels, if anything: wider heads do not fit in the registers."""
+    if elementwise(feature):
+        return f"feature={feature!r}"
+    width = max(q.shape[3], v.shape[3])
+    widest, arch = _widest(q.device, causal, q.element_size())
+    if width <= widest:
+        return None
+    form = "causal=True and " if causal else ""
+    return f"{form}heads wider than {widest} in {q.dtype} on {arch} (here {width})"
 
 
 def two_sided(omega: Tensor, feature: Feature) -> Tensor:
@@ -126,18 +170,25 @@ def shared_heads(
     return k, v, omega, groups
 
 
-def documents(
-    cu_seqlens: Tensor, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None
-) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-    """(q, k, v, key_padding_mask) of each document, as views. Reads `cu_seqlens` on the host.
+def boundaries_of(cu_seqlens: Tensor | None, tokens: int) -> list[int]:
+    """Where documents begin, and the end of the last: `cu_seqlens`, read on the host.
 
     Raises:
         ValueError: `cu_seqlens` does not rise from 0 to the number of tokens.
     """
+    if cu_seqlens is None:
+        return [0, tokens]
     ends = cu_seqlens.tolist()
-    lengths = [end - start for start, end in pairwise(ends)]
-    if not ends or ends[0] != 0 or ends[-1] != q.shape[2] or any(length < 0 for length in lengths):
-        raise ValueError(f"performer_attention: cu_seqlens={ends} must rise from 0 to the {q.shape[2]} tokens")
+    if not ends or ends[0] != 0 or ends[-1] != tokens or any(start > end for start, end in pairwise(ends)):
+        raise ValueError(f"performer_attention: cu_seqlens={ends} must rise from 0 to the {tokens} tokens")
+    return ends
+
+
+def documents(
+    cu_seqlens: Tensor, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """(q, k, v, key_padding_mask) of each document, as views."""
+    lengths = [end - start for start, end in pairwise(boundaries_of(cu_seqlens, q.shape[2]))]
     masks = [None] * len(lengths) if key_padding_mask is None else key_padding_mask.split(lengths, 1)
     parts = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), masks, strict=True)
     return [part for part, length in zip(parts, lengths, strict=True) if length]

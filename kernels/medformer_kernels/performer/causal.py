@@ -10,9 +10,6 @@ relative to a maximum of their own; keys of the query's own chunk are taken one 
 so that each query and each key has a stabiliser of its own and no later key can push an earlier one below the range.
 The two parts merge as flash attention merges its blocks.
 
-On a GPU one chunk would leave most of the chip idle: there the sequence is cut into slices that walk their chunks side
-by side, each from the state that the slices before it sum to (`_Slices`).
-
 Gradients, with L_i the log of the denominator, P_ij = w_ij / exp(L_i) and delta_i = dout_i out_i:
 
     du_im = exp(u_im - L_i) sum_{j <= i} exp(e_jm) (dout_i v_j - delta_i)     in order, with the same carried state
@@ -20,8 +17,7 @@ Gradients, with L_i the log of the denominator, P_ij = w_ij / exp(L_i) and delta
     dv_j  = sum_{i >= j} P_ij dout_i                                          in reverse
 
 B stays in range while max_m u_im - min_m u_im is below 69 nats, in float32 (N(0, 1) inputs reach 30); a chunk with a
-wider query forms its pairs in float64, good to 620. That is read from every chunk, so that on a GPU each chunk waits
-for the one before.
+wider query forms its pairs in float64, good to 620.
 
 Cost, forward: 8 B H N M D + 2 B H N C (M + D) FLOP and 4 B H N M exponentials for chunks of C tokens; backward about
 three times that. Memory beyond inputs and outputs is a few tiles of chunk x M values, whatever N is.
@@ -32,7 +28,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -49,22 +44,9 @@ _CHUNK = 64
 _SPAN = {torch.float32: 100.0, torch.float64: 900.0}
 
 
-# Values in one tile of features on a GPU, over all slices: 16 slices of 64 tokens for 8 heads and 256 features.
-_GPU_TILE_VALUES = 1 << 21
-
-
 def forward(q: Tensor, k: Tensor, v: Tensor, omega: Tensor, key_padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """(out (B, H, N, Dv), log of its denominator (B, H, N)); see `ops.performer_causal`."""
-    slices = _Slices(q, omega)
-    q, k, v, key_padding_mask = slices.cut_inputs(q, k, v, key_padding_mask)
-    prefix = _keys_before(slices, q, k, v, omega, key_padding_mask)
-    out, out_lse = _forward(q, k, v, omega, key_padding_mask, prefix)
-    return slices.join(out), slices.join(out_lse)
-
-
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, omega: Tensor, key_padding_mask: Tensor | None, prefix: _State
-) -> tuple[Tensor, Tensor]:
+    prefix = _State(q, omega, v.shape[-1])
     out = q.new_empty((*q.shape[:3], v.shape[-1]))
     out_lse = q.new_empty(q.shape[:3], dtype=prefix.sums.dtype)
     for pairs in _pairs(q, k, v, omega, key_padding_mask):
@@ -90,51 +72,26 @@ def backward(
     out: Tensor,
     out_lse: Tensor,
     dout: Tensor,
+    with_omega: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, domega (B, H, M, D)); see `ops.performer_causal_backward`."""
-    slices, inputs = _Slices(q, omega), (q, k, v)
-    q, k, v, key_padding_mask = slices.cut_inputs(q, k, v, key_padding_mask)
-    out, dout, out_lse = slices.cut(out), slices.cut(dout), slices.cut(out_lse, fill=-math.inf)
-    prefix = _keys_before(slices, q, k, v, omega, key_padding_mask)
-    dq, dk, dv, domega = _backward(q, k, v, omega, key_padding_mask, out, out_lse, dout, prefix, slices)
-    if slices.count > 1:
-        joined = (_sum_groups(slices.join(x), like.shape[1]) for x, like in zip((dq, dk, dv), inputs, strict=True))
-        dq, dk, dv = (torch.empty_like(like).copy_(x) for x, like in zip(joined, inputs, strict=True))
-        domega = domega.unflatten(0, (-1, slices.count)).sum(1)
-    return dq, dk, dv, domega
-
-
-def _backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    omega: Tensor,
-    key_padding_mask: Tensor | None,
-    out: Tensor,
-    out_lse: Tensor,
-    dout: Tensor,
-    prefix: _State,
-    slices: _Slices,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, domega (B, H, M, D), 0 unless `with_omega`); see `ops.performer_causal_backward`."""
     scale = q.shape[-1] ** -0.5
     omega_1 = columns(scaled_omega(omega, q, 1.0), 1.0)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     domega = torch.zeros_like(omega_1[..., :-1])
 
-    prefix.sums[..., -1].neg_()  # sums of exp(e) v and -exp(e)
-    suffix = _State(q, omega, v.shape[-1])  # sums of exp(u - L) dout and exp(u - L) delta
+    prefix = _State(q, omega, v.shape[-1])  # sums of exp(e) v and -exp(e)
     for pairs in _pairs(q, k, v, omega, key_padding_mask):
         values_1 = columns(pairs.v, -1.0)
         queries = _Queries(pairs, values_1, out, out_lse, dout)
         du = (queries.dout_delta @ prefix.sums.transpose(-1, -2)).mul_((queries.u_lse + prefix.top).exp2_())
         du += (queries.gains @ pairs.phi_k).mul_(pairs.phi_q).to(du.dtype)
         dq[:, :, pairs.chunk] = du @ omega_1[..., :-1]
-        domega += du.transpose(-1, -2) @ pairs.q
+        if with_omega:
+            domega += du.transpose(-1, -2) @ pairs.q
         prefix.add(pairs.e, values_1)
-        if slices.count > 1:
-            suffix.add(queries.u_lse, queries.dout_delta)
 
-    suffix = slices.sum_of_others(suffix, later=True)
+    suffix = _State(q, omega, v.shape[-1])  # sums of exp(u - L) dout and exp(u - L) delta
     for pairs in _pairs(q, k, v, omega, key_padding_mask, reverse=True):
         values_1 = columns(pairs.v, -1.0)
         queries = _Queries(pairs, values_1, out, out_lse, dout)
@@ -147,7 +104,8 @@ def _backward(
         dk_chunk = dk_chunk[..., :-1] - pairs.k * (scale * dk_chunk[..., -1:])
         dk[:, :, pairs.chunk] = _sum_groups(dk_chunk, k.shape[1])
         dv[:, :, pairs.chunk] = _sum_groups(dv_chunk, v.shape[1])
-        domega += de.transpose(-1, -2) @ pairs.k
+        if with_omega:
+            domega += de.transpose(-1, -2) @ pairs.k
         suffix.add(queries.u_lse, queries.dout_delta)
     return dq, dk, dv, domega.mul_(q.shape[-1] ** -0.25)
 
@@ -166,73 +124,6 @@ class _State:
         self.sums.mul_((self.top - base).exp2_().transpose(-1, -2))
         self.sums += (exponents - base).exp2_().transpose(-1, -2) @ x
         self.top = new_top
-
-
-class _Slices:
-    """Equal slices of the sequence in the place of more samples: (B, H, N, D) is cut to (B slices, H, L, D)."""
-
-    def __init__(self, q: Tensor, omega: Tensor) -> None:
-        batch, heads, self.tokens, _ = q.shape
-        self.count = _slice_count(q, batch * heads * omega.shape[-2])
-        self.length = -(-self.tokens // (self.count * _CHUNK)) * _CHUNK
-
-    def cut(self, x: Tensor, fill: float = 0.0) -> Tensor:
-        if self.count == 1:
-            return x
-        pad = self.count * self.length - self.tokens
-        x = torch.nn.functional.pad(x, (0, 0) * (x.ndim - 3) + (0, pad), value=fill)
-        return x.unflatten(2, (self.count, self.length)).transpose(1, 2).flatten(0, 1)
-
-    def cut_inputs(
-        self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        if self.count == 1:
-            return q, k, v, key_padding_mask
-        groups = q.shape[1] // k.shape[1]
-        if key_padding_mask is None:
-            key_padding_mask = torch.ones(q.shape[0], self.tokens, dtype=torch.bool, device=q.device)
-        mask = self.cut(key_padding_mask.unsqueeze(1)).squeeze(1)
-        return self.cut(q), self.cut(_repeat_groups(k, groups)), self.cut(_repeat_groups(v, groups)), mask
-
-    def join(self, x: Tensor) -> Tensor:
-        if self.count == 1:
-            return x
-        return x.unflatten(0, (-1, self.count)).transpose(1, 2).flatten(2, 3)[:, :, : self.tokens].contiguous()
-
-    def sum_of_others(self, state: _State, *, later: bool) -> _State:
-        """For each slice the state of all those before it, or after it, from the state of each alone."""
-        if self.count == 1:
-            return state
-        sums, top = (x.unflatten(0, (-1, self.count)) for x in (state.sums, state.top))
-        order = range(self.count - 1, -1, -1) if later else range(self.count)
-        found_sums, found_top = torch.zeros_like(sums), torch.full_like(top, -math.inf)
-        for previous, current in pairwise(order):
-            both = torch.maximum(found_top[:, previous], top[:, previous])
-            base = both.masked_fill(both == -math.inf, 0)
-            for part_sums, part_top in ((found_sums, found_top), (sums, top)):
-                decay = (part_top[:, previous] - base).exp2_().transpose(-1, -2)
-                found_sums[:, current] += part_sums[:, previous] * decay
-            found_top[:, current] = both
-        state.sums, state.top = found_sums.flatten(0, 1), found_top.flatten(0, 1)
-        return state
-
-
-def _slice_count(q: Tensor, values_per_token: int) -> int:
-    if not q.is_cuda:
-        return 1
-    return max(1, min(_GPU_TILE_VALUES // (values_per_token * _CHUNK), q.shape[2] // (8 * _CHUNK)))
-
-
-def _keys_before(
-    slices: _Slices, q: Tensor, k: Tensor, v: Tensor, omega: Tensor, key_padding_mask: Tensor | None
-) -> _State:
-    """The state of the keys before each slice: empty before the first."""
-    state = _State(q, omega, v.shape[-1])
-    if slices.count == 1:
-        return state
-    values, lse, _ = chunked.state(k, v, omega, key_padding_mask, False)
-    state.sums, state.top = columns(values, 1.0), (lse * LOG2E).unsqueeze(-2)
-    return slices.sum_of_others(state, later=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,8 +153,7 @@ def _pairs(
     omega_q = scaled_omega(omega, q, LOG2E)
     omega_k = columns(omega_q, -1.0).transpose(-1, -2)
     omega_q, dtype = omega_q.transpose(-1, -2), omega_q.dtype
-    values = batch * heads * omega.shape[-2]
-    step = min(_CHUNK, max(16, _GPU_TILE_VALUES // values) if q.is_cuda else chunked.chunk_length(values))
+    step = min(_CHUNK, chunked.chunk_length(batch * heads * omega.shape[-2]))
     later = torch.ones(step, step, dtype=torch.bool, device=q.device).triu(1)
     starts = range(0, tokens, step)
     for start in reversed(starts) if reverse else starts:

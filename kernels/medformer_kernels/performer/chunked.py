@@ -120,9 +120,9 @@ def state_backward(
     lse: Tensor,
     dvalues: Tensor,
     dlse: Tensor,
-    with_omega: bool = False,
+    with_omega: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dk, dv, domega (B, H, M, D), 0 unless `with_omega`); see `ops.performer_state_backward`."""
+    """(dk, dv, domega (B, H, M, D), empty unless `with_omega`); see `ops.performer_state_backward`."""
     scale = k.shape[-1] ** -0.5
     base = lse.masked_fill(lse == -math.inf, 0) * -LOG2E
     omega_lse = columns(scaled_omega(omega, k, LOG2E), -1.0, base).transpose(-1, -2)
@@ -139,7 +139,7 @@ def state_backward(
             domega += dexponents.transpose(-1, -2) @ k_chunk
         dk_chunk = dexponents @ omega_1
         dk[:, :, chunk] = dk_chunk[..., :-1] - k_chunk * (scale * dk_chunk[..., -1:])
-    return dk, dv, domega.mul_(scale**0.5)
+    return dk, dv, domega.mul_(scale**0.5) if with_omega else domega.new_empty(0)
 
 
 def _extra_exponent(q: Tensor, u: Tensor, extra_lse: Tensor) -> Tensor:
@@ -187,9 +187,9 @@ def read_backward(
     out: Tensor,
     out_lse: Tensor,
     dout: Tensor,
-    with_omega: bool = False,
+    with_omega: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dvalues, dlse, dextra_values, dextra_lse, domega (B, H, M, D), 0 unless `with_omega`); see
+    """(dq, dvalues, dlse, dextra_values, dextra_lse, domega (B, H, M, D), empty unless `with_omega`); see
     `ops.performer_read_backward`."""
     scale = q.shape[-1] ** -0.5
     dtype, omega_1, lse = lse.dtype, scaled_omega(omega, q, 1.0), lse * LOG2E
@@ -224,4 +224,5 @@ def read_backward(
         dq[:, :, chunk] = dq_chunk
     dvalues = sums[..., :-1].contiguous()
     dlse = (dvalues * values).sum(-1) - sums[..., -1]
-    return dq, dvalues, dlse, dextra_values, dextra_lse, domega.mul_(scale**0.5)
+    domega = domega.mul_(scale**0.5) if with_omega else domega.new_empty(0)
+    return dq, dvalues, dlse, dextra_values, dextra_lse, domega

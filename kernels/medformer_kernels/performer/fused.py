@@ -23,6 +23,7 @@ from medformer_kernels import _dispatch
 from medformer_kernels._dispatch import Chip, Plan, block, chip_of, mask_arguments
 from medformer_kernels.performer.kernels import (
     performer_merge_kernel,
+    performer_omega_kernel,
     performer_read_dq_kernel,
     performer_read_dstate_kernel,
     performer_read_fwd_kernel,
@@ -44,7 +45,7 @@ def launch_plan(
     batch_heads: int,
     with_max: bool = False,
 ) -> Plan:
-    """How `kernel` ('state_fwd', 'read_fwd', 'read_dq', 'read_dstate', 'state_bwd') is launched.
+    """How `kernel` ('state_fwd', 'read_fwd', 'read_dq', 'read_dstate', 'state_bwd', 'omega') is launched.
 
     `width` is the larger of D and Dv; `with_max` halves the features of a program, because the second maximum takes
     the registers. Deterministic; the tiles come from configs/performer.json, which the compile report checks entry by
@@ -55,7 +56,7 @@ def launch_plan(
         entry = entry | {"block_m": max(16, entry["block_m"] // 2)}
     return _dispatch.launch_plan(
         entry, chip=chip, rows=num_features, tokens=tokens, batch_heads=batch_heads,
-        sliced=kernel in ("state_fwd", "read_dstate"),
+        sliced=kernel in ("state_fwd", "read_dstate", "omega"),
     )  # fmt: skip
 
 
@@ -119,27 +120,27 @@ def _plan(kernel: str, x: Tensor, omega: Tensor, width_v: int, with_max: bool = 
     )
 
 
-def _precision(x: Tensor) -> str:
+def precision(x: Tensor) -> str:
     """float32 products run as three tf32 products on NVIDIA (24 bits), exactly elsewhere."""
     return "tf32x3" if x.dtype == torch.float32 and chip_of(x).arch.startswith("sm_") else "ieee"
 
 
-def _common(x: Tensor, width_v: int, plan: Plan) -> dict[str, Any]:
+def common(x: Tensor, width_v: int, plan: Plan) -> dict[str, Any]:
     return {
         "BLOCK_M": plan.block_m,
         "BLOCK_D": block(x.shape[-1]),
         "BLOCK_DV": block(width_v),
-        "PRECISION": _precision(x),
+        "PRECISION": precision(x),
         "num_warps": plan.num_warps,
         "num_stages": plan.num_stages,
     }
 
 
-def _omega_strides(omega: Tensor) -> tuple[int, int]:
+def omega_strides(omega: Tensor) -> tuple[int, int]:
     return (omega.stride(0) if omega.ndim == 3 else 0), omega.stride(-2)
 
 
-def _packed(x: Tensor, dtype: torch.dtype) -> Tensor:
+def packed(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The M rows of a head as the matrix units take them; M x D numbers, so the copy costs nothing."""
     return x.to(dtype).contiguous()
 
@@ -148,7 +149,7 @@ def state(
     k: Tensor, v: Tensor, omega: Tensor, key_padding_mask: Tensor | None, with_max: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Key pass; see `ops.performer_state`."""
-    omega = _packed(omega, k.dtype)
+    omega = packed(omega, k.dtype)
     (batch, heads, tokens, width), width_v, num_features = k.shape, v.shape[-1], omega.shape[-2]
     plan = _plan("state_fwd", k, omega, width_v, with_max)
     m_blocks = -(-num_features // plan.block_m)
@@ -157,10 +158,11 @@ def state(
     part_top = k.new_full((batch, heads, plan.slices, m_blocks), -math.inf, dtype=torch.float32)
     mask, *mask_strides = mask_arguments(key_padding_mask, k)
     performer_state_fwd_kernel[(batch * heads * plan.slices * m_blocks,)](
-        k, v, omega, mask, part_values, part_lse, part_top,
-        *k.stride(), *v.stride(), *_omega_strides(omega), *mask_strides,
-        heads, tokens, num_features, width, width_v, plan.slice_length, plan.slices, width**-0.25,
-        BLOCK_S=plan.block_n, HAS_MASK=key_padding_mask is not None, WITH_MAX=with_max, **_common(k, width_v, plan),
+        k, v, omega, mask, part_lse, part_lse, part_lse, part_values, part_lse, part_top,
+        *k.stride(), *v.stride(), *omega_strides(omega), *mask_strides,
+        heads, 1, tokens, num_features, width, width_v, plan.slice_length, plan.slices, width**-0.25,
+        BLOCK_S=plan.block_n, HAS_MASK=key_padding_mask is not None, WITH_MAX=with_max, CARRIED=False, QUERIES=False,
+        VARLEN=False, **common(k, width_v, plan),
     )  # fmt: skip
     top = part_top.amax((-1, -2))
     if plan.slices == 1:
@@ -177,15 +179,15 @@ def read(
     q: Tensor, omega: Tensor, values: Tensor, lse: Tensor, extra_values: Tensor | None, extra_lse: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Query pass; see `ops.performer_read`."""
-    omega, values, lse = _packed(omega, q.dtype), _packed(values, q.dtype), lse.contiguous()
+    omega, values, lse = packed(omega, q.dtype), packed(values, q.dtype), lse.contiguous()
     (batch, heads, tokens, width), width_v = q.shape, values.shape[-1]
     plan = _plan("read_fwd", q, omega, width_v)
     out = q.new_empty((batch, heads, tokens, width_v))
     out_lse = q.new_empty((batch, heads, tokens), dtype=torch.float32)
     performer_read_fwd_kernel[(batch * heads * -(-tokens // plan.block_n),)](
         q, omega, values, lse, *_extra_arguments(extra_values, extra_lse, lse), out, out_lse,
-        *q.stride(), *_omega_strides(omega), heads, tokens, omega.shape[-2], width, width_v, width**-0.25,
-        BLOCK_N=plan.block_n, HAS_EXTRA=extra_lse is not None, **_common(q, width_v, plan),
+        *q.stride(), *omega_strides(omega), heads, tokens, omega.shape[-2], width, width_v, width**-0.25,
+        BLOCK_N=plan.block_n, HAS_EXTRA=extra_lse is not None, **common(q, width_v, plan),
     )  # fmt: skip
     return out, out_lse
 
@@ -206,28 +208,29 @@ def read_backward(
     out: Tensor,
     out_lse: Tensor,
     dout: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dvalues, dlse, dextra_values, dextra_lse); see `ops.performer_read_backward`."""
-    omega, lse = _packed(omega, q.dtype), lse.contiguous()
+    with_omega: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dvalues, dlse, dextra_values, dextra_lse, domega); see `ops.performer_read_backward`."""
+    omega, lse = packed(omega, q.dtype), lse.contiguous()
     (batch, heads, tokens, width), width_v, num_features = q.shape, values.shape[-1], omega.shape[-2]
     dq, delta = torch.empty_like(q), torch.empty_like(out_lse)
     extra_weight = torch.empty_like(out_lse) if extra_lse is not None else delta
     plan = _plan("read_dq", q, omega, width_v)
     performer_read_dq_kernel[(batch * heads * -(-tokens // plan.block_n),)](
-        q, omega, _packed(values, q.dtype), lse, *_extra_arguments(extra_values, extra_lse, lse),
+        q, omega, packed(values, q.dtype), lse, *_extra_arguments(extra_values, extra_lse, lse),
         out, out_lse, dout, dq, delta, extra_weight,
-        *q.stride(), *_omega_strides(omega), *dout.stride(), *dq.stride(),
+        *q.stride(), *omega_strides(omega), *dout.stride(), *dq.stride(),
         heads, tokens, num_features, width, width_v, width**-0.25,
-        BLOCK_N=plan.block_n, HAS_EXTRA=extra_lse is not None, **_common(q, width_v, plan),
+        BLOCK_N=plan.block_n, HAS_EXTRA=extra_lse is not None, **common(q, width_v, plan),
     )  # fmt: skip
     plan = _plan("read_dstate", q, omega, width_v)
     part_dvalues = values.new_empty((batch, heads, plan.slices, num_features, width_v))
     part_pdelta = values.new_empty((batch, heads, plan.slices, num_features))
     performer_read_dstate_kernel[(batch * heads * plan.slices * -(-num_features // plan.block_m),)](
         q, omega, lse, out_lse, dout, delta, part_dvalues, part_pdelta,
-        *q.stride(), *_omega_strides(omega), *dout.stride(),
+        *q.stride(), *omega_strides(omega), *dout.stride(),
         heads, tokens, num_features, width, width_v, plan.slice_length, plan.slices, width**-0.25,
-        BLOCK_N=plan.block_n, **_common(q, width_v, plan),
+        BLOCK_N=plan.block_n, **common(q, width_v, plan),
     )  # fmt: skip
     dvalues = part_dvalues.sum(2)
     dlse = (dvalues * values).sum(-1) - part_pdelta.sum(2)
@@ -237,7 +240,39 @@ def read_backward(
         weighted = (extra_weight.to(dout.dtype).unsqueeze(-2) @ dout).squeeze(-2).float()
         dextra_values = weighted
         dextra_lse = (weighted * extra_values).sum(-1) - (extra_weight * delta).sum(-1)
-    return dq, dvalues, dlse, dextra_values, dextra_lse
+    domega = values.new_empty(0)
+    if with_omega:
+        domega = _omega_gradient(q, dout, omega, None, packed(values, q.dtype), lse, out_lse=out_lse, delta=delta)
+    return dq, dvalues, dlse, dextra_values, dextra_lse, domega
+
+
+def _omega_gradient(
+    x: Tensor,
+    y: Tensor,
+    omega: Tensor,
+    mask: Tensor | None,
+    values: Tensor,
+    lse: Tensor,
+    *,
+    out_lse: Tensor | None = None,
+    delta: Tensor | None = None,
+    shift: Tensor | None = None,
+    unit: Tensor | None = None,
+    bits: float = 0.0,
+) -> Tensor:
+    """(B, H, M, D), of the queries (`out_lse`, `delta`) or of the keys (`shift`, `unit`)."""
+    (batch, heads, tokens, width), width_v, num_features = x.shape, y.shape[-1], omega.shape[-2]
+    plan = _plan("omega", x, omega, width_v)
+    part = lse.new_empty((batch, heads, plan.slices, num_features, width))
+    bytes_mask, *mask_strides = mask_arguments(mask, x)
+    shift, out_lse, delta, unit = (lse if given is None else given for given in (shift, out_lse, delta, unit))
+    performer_omega_kernel[(batch * heads * plan.slices * -(-num_features // plan.block_m),)](
+        x, y, omega, bytes_mask, values, lse, shift, out_lse, delta, unit, part,
+        *x.stride(), *y.stride(), *omega_strides(omega), *mask_strides,
+        heads, tokens, num_features, width, width_v, plan.slice_length, plan.slices, width**-0.25, bits,
+        BLOCK_N=plan.block_n, KEYS=unit is not lse, HAS_MASK=mask is not None, **common(x, width_v, plan),
+    )  # fmt: skip
+    return part.sum(2)
 
 
 def state_backward(
@@ -249,22 +284,27 @@ def state_backward(
     lse: Tensor,
     dvalues: Tensor,
     dlse: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """(dk, dv); see `ops.performer_state_backward`."""
-    omega, lse = _packed(omega, k.dtype), lse.contiguous()
+    with_omega: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dk, dv, domega); see `ops.performer_state_backward`."""
+    omega, lse = packed(omega, k.dtype), lse.contiguous()
     (batch, heads, tokens, width), width_v = k.shape, v.shape[-1]
     shift = dlse - (dvalues * values).sum(-1)
     unit = torch.maximum(dvalues.abs().amax((-1, -2)), shift.abs().amax(-1))
     unit = unit.masked_fill(unit == 0, 1).contiguous()
-    dvalues = _packed(dvalues / unit[..., None, None], k.dtype)
+    dvalues = packed(dvalues / unit[..., None, None], k.dtype)
     shift = (shift / unit.unsqueeze(-1)).contiguous()
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     plan = _plan("state_bwd", k, omega, width_v)
     mask, *mask_strides = mask_arguments(key_padding_mask, k)
+    bits = float(min(8, max(0, tokens.bit_length() - 1)))
     performer_state_bwd_kernel[(batch * heads * -(-tokens // plan.block_n),)](
         k, v, omega, mask, lse, dvalues, shift, unit, dk, dv,
-        *k.stride(), *v.stride(), *dk.stride(), *dv.stride(), *_omega_strides(omega), *mask_strides,
-        heads, tokens, omega.shape[-2], width, width_v, width**-0.25, float(min(8, max(0, tokens.bit_length() - 1))),
-        BLOCK_S=plan.block_n, HAS_MASK=key_padding_mask is not None, **_common(k, width_v, plan),
+        *k.stride(), *v.stride(), *dk.stride(), *dv.stride(), *omega_strides(omega), *mask_strides,
+        heads, tokens, omega.shape[-2], width, width_v, width**-0.25, bits,
+        BLOCK_S=plan.block_n, HAS_MASK=key_padding_mask is not None, **common(k, width_v, plan),
     )  # fmt: skip
-    return dk, dv
+    domega = lse.new_empty(0)
+    if with_omega:
+        domega = _omega_gradient(k, v, omega, key_padding_mask, dvalues, lse, shift=shift, unit=unit, bits=bits)
+    return dk, dv, domega

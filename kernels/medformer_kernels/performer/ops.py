@@ -10,11 +10,12 @@ which is phi(Q) (phi(K)^T V) / (phi(Q) phi(K)^T 1) exactly, since |q'|^2 / 2, th
 Every exponent is taken relative to a maximum of its own feature or query, so that nothing under- or overflows in
 any dtype, and (values, lse), of M x (Dv + 1) numbers a head, is all that passes between the two. The causal
 form, where query i reads keys 0 to i, is derived in `causal`.
-
-Only the PyTorch implementation derives omega's gradient (`with_omega`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -90,10 +91,7 @@ def performer_state_backward(
     de_mn = p_mn (dvalues_m v_n - dvalues_m values_m + dlse_m); dk = (omega^T de - k' sum_m de) / D^(1/4);
     domega_m = sum_n de_mn k'_n."""
     arguments = (k, v, omega, key_padding_mask, values, lse, dvalues, dlse)
-    if with_omega:
-        return chunked.state_backward(*arguments, with_omega=True)
-    dk, dv, *_ = _implementation(backend).state_backward(*arguments)
-    return dk, dv, values.new_empty(0)
+    return _implementation(backend).state_backward(*arguments, with_omega)
 
 
 @performer_state_backward.register_fake
@@ -165,10 +163,7 @@ def performer_read_backward(
     constant.
     """
     arguments = (q, omega, values, lse, extra_values, extra_lse, out, out_lse, dout)
-    if with_omega:
-        return chunked.read_backward(*arguments, with_omega=True)
-    gradients = _implementation(backend).read_backward(*arguments)
-    return (*gradients[:5], values.new_empty(0))
+    return _implementation(backend).read_backward(*arguments, with_omega)
 
 
 @performer_read_backward.register_fake
@@ -206,20 +201,47 @@ def _read_autograd(ctx, dout, _):
 performer_read.register_autograd(_read_autograd, setup_context=_setup_read)
 
 
+def _document_slices(boundaries: Sequence[int]) -> list[slice]:
+    return [slice(start, end) for start, end in pairwise(boundaries) if start < end] or [slice(0, 0)]
+
+
 @torch.library.custom_op("medformer::performer_causal", mutates_args=())
 def performer_causal(
-    q: Tensor, k: Tensor, v: Tensor, omega: Tensor, key_padding_mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(out (B, H, N, Dv), log of its denominator (B, H, N)): query i over keys 0..i.
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    omega: Tensor,
+    key_padding_mask: Tensor | None,
+    boundaries: Sequence[int],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out (B, H, N, Dv), log of its denominator (B, H, N), tops): query i over the keys of its document up to i.
 
-    k and v may have fewer heads, each shared by as many consecutive heads of q.
+    `boundaries` of the documents, 0 first and N last; [0, N] for one. k and v may have fewer heads, each shared by as
+    many consecutive heads of q. tops (3, B, H, N), of the kernels only: the largest and the smallest exponent of each
+    query and the largest of each key, in base 2.
     """
-    return causal.forward(q, k, v, omega, key_padding_mask)
+    if backend == "triton":
+        from medformer_kernels.performer import causal_fused
+
+        return causal_fused.forward(q, k, v, omega, key_padding_mask, boundaries)
+    parts = []
+    for part in _document_slices(boundaries):
+        mask = None if key_padding_mask is None else key_padding_mask[:, part]
+        parts.append(causal.forward(q[:, :, part], k[:, :, part], v[:, :, part], omega, mask))
+    out, out_lse = parts[0] if len(parts) == 1 else (torch.cat(x, 2) for x in zip(*parts, strict=True))
+    return out, out_lse, out_lse.new_empty(0)
 
 
 @performer_causal.register_fake
-def _(q, k, v, omega, key_padding_mask):
-    return q.new_empty((*q.shape[:3], v.shape[-1])), q.new_empty(q.shape[:3], dtype=_state_dtype(q))
+def _(q, k, v, omega, key_padding_mask, boundaries, backend):
+    tops = (3, *q.shape[:3]) if backend == "triton" else (0,)
+    dtype = _state_dtype(q)
+    return (
+        q.new_empty((*q.shape[:3], v.shape[-1])),
+        q.new_empty(q.shape[:3], dtype=dtype),
+        q.new_empty(tops, dtype=dtype),
+    )
 
 
 @torch.library.custom_op("medformer::performer_causal_backward", mutates_args=())
@@ -229,30 +251,52 @@ def performer_causal_backward(
     v: Tensor,
     omega: Tensor,
     key_padding_mask: Tensor | None,
+    boundaries: Sequence[int],
     out: Tensor,
     out_lse: Tensor,
+    tops: Tensor,
     dout: Tensor,
+    with_omega: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, domega (B, H, M, D))."""
-    return causal.backward(q, k, v, omega, key_padding_mask, out, out_lse, dout)
+    """(dq, dk, dv, domega (B, H, M, D) or empty)."""
+    if backend == "triton":
+        from medformer_kernels.performer import causal_fused
+
+        return causal_fused.backward(
+            q, k, v, omega, key_padding_mask, boundaries, out, out_lse, tops, dout, with_omega
+        )  # fmt: skip
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    domega = _omega_buffer(out_lse, q, omega, with_omega).zero_()
+    for part in _document_slices(boundaries):
+        mask = None if key_padding_mask is None else key_padding_mask[:, part]
+        inputs = (q[:, :, part], k[:, :, part], v[:, :, part], omega, mask)
+        made = (out[:, :, part], out_lse[:, :, part], dout[:, :, part])
+        dq[:, :, part], dk[:, :, part], dv[:, :, part], part_domega = causal.backward(*inputs, *made, with_omega)
+        if with_omega:
+            domega += part_domega
+    return dq, dk, dv, domega
 
 
 @performer_causal_backward.register_fake
-def _(q, k, v, omega, key_padding_mask, out, out_lse, dout):
-    domega = _omega_buffer(out_lse, q, omega, True)
+def _(q, k, v, omega, key_padding_mask, boundaries, out, out_lse, tops, dout, with_omega, backend):
+    domega = _omega_buffer(out_lse, q, omega, with_omega)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), domega
 
 
 def _setup_causal(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, *output)
-    ctx.mark_non_differentiable(output[1])
+    *tensors, ctx.boundaries, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _causal_autograd(ctx, dout, _):
-    *inputs, out, out_lse = ctx.saved_tensors
-    omega = inputs[3]
-    dq, dk, dv, domega = performer_causal_backward(*inputs, out, out_lse, dout)
-    return dq, dk, dv, _omega_gradient(domega, omega) if ctx.needs_input_grad[3] else None, None
+def _causal_autograd(ctx, dout, *_):
+    *inputs, out, out_lse, tops = ctx.saved_tensors
+    omega, with_omega = inputs[3], ctx.needs_input_grad[3]
+    dq, dk, dv, domega = performer_causal_backward(
+        *inputs, ctx.boundaries, out, out_lse, tops, dout, with_omega, ctx.backend
+    )
+    return dq, dk, dv, _omega_gradient(domega, omega) if with_omega else None, None, None, None
 
 
 performer_causal.register_autograd(_causal_autograd, setup_context=_setup_causal)

@@ -1,0 +1,418 @@
+"""The Triton kernels of causal FAVOR+; `causal_fused` launches them, `causal` derives what they compute.
+
+A program walks the chunks of one slice of one head. What it carries from chunk to chunk, for each feature the mean of
+the values and the log of their weights, lies in memory that is its own (M x (Dv + 1) float32, read and written once a
+chunk: it stays in the cache), so that features and widths may be of any number:
+
+    performer_state_fwd_kernel    (in `kernels`) the state of each slice alone, of keys, or backward of queries
+    performer_scan_kernel         BLOCK_M features: from these the state before each slice, or after it, in place
+    performer_causal_fwd_kernel   one slice in order: out
+    performer_causal_dq_kernel    one slice in order: dQ
+    performer_causal_dkv_kernel   one slice in reverse: dK, dV
+
+Pairs inside a chunk are products of two tiles of features, each relative to the maximum of its own query or key; where
+a query spans more than SPAN bits, such a product would underflow and the pairs are summed one key at a time instead.
+Exponents are in base 2. No atomics: equal inputs give equal bits.
+"""
+
+import triton
+import triton.language as tl
+
+from medformer_kernels._triton import LOG2E, divide_rows, load_rows, softmax_merge, softmax_step, store_rows
+from medformer_kernels.performer.causal_tiles import (
+    SPAN,
+    add_to_omega,
+    advance,
+    exact_de,
+    exact_du,
+    exact_logs,
+    exponents,
+    key_ok,
+    key_shift,
+    ranged,
+    scale_of_pairs,
+    tops,
+)
+from medformer_kernels.performer.kernels import slice_bounds
+
+# Lengths and slices never specialise a kernel: the first call on a new length compiles nothing.
+_RUNTIME = ["N", "M", "slice_length", "slices", "groups"]
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def performer_scan_kernel(
+    VALUES, LSE, EXTRA, SLICES, M, DV: tl.constexpr, slices,
+    BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr, REVERSE: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
+    """In the place of each slice's own state that of all before it (REVERSE: after it) in its document; lse to base 2.
+
+    The last slice of a document has no state of its own (REVERSE: the first): nobody reads it. EXTRA, one more value
+    of each feature, only in REVERSE.
+    """
+    m_blocks = tl.cdiv(M, BLOCK_M)
+    pid = tl.program_id(0)
+    bh = (pid // m_blocks).to(tl.int64)
+    m0 = (pid % m_blocks) * BLOCK_M
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    m_ok = m0 + offs_m < M
+    dv_ok = offs_dv < DV
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    extra = tl.zeros([BLOCK_M], tl.float32)
+    for step in range(0, slices):
+        s = step
+        if REVERSE:
+            s = slices - 1 - step
+        _start, _end, first, last = slice_bounds(SLICES, s, slices, 0, 0, VARLEN)
+        fresh = first
+        own = last
+        if REVERSE:
+            fresh = last
+            own = first
+        top = tl.where(fresh, float("-inf"), top)
+        total = tl.where(fresh, 0.0, total)
+        acc = tl.where(fresh, 0.0, acc)
+        part = (bh * slices + s) * M
+        part_ok = m0 + offs_m < tl.where(own, 0, M)
+        lse = tl.load(LSE + part + m0 + offs_m, mask=part_ok, other=float("-inf")) * LOG2E
+        values = load_rows(VALUES + part * DV, m0, DV, offs_m, offs_dv, 1, part_ok, dv_ok)
+        store_rows(VALUES + part * DV, m0, DV, offs_m, offs_dv, 1, m_ok, dv_ok, divide_rows(acc, total))
+        tl.store(LSE + part + m0 + offs_m, top + tl.log2(total), mask=m_ok)
+        if REVERSE:
+            extra = tl.where(fresh, 0.0, extra)
+            part_extra = tl.load(EXTRA + part + m0 + offs_m, mask=part_ok, other=0.0)
+            tl.store(EXTRA + part + m0 + offs_m, extra / tl.where(total == 0.0, 1.0, total), mask=m_ok)
+            new_top = tl.maximum(top, lse)
+            base = tl.where(new_top == float("-inf"), 0.0, new_top)
+            extra = extra * tl.exp2(top - base) + part_extra * tl.exp2(lse - base)
+        top, total, acc = softmax_merge(top, total, acc, lse, 1.0, values)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def performer_causal_fwd_kernel(
+    Q, K, V, OMEGA, MASK, SLICES, VALUES, LSE, OUT, OUT_LSE, U_TOP, U_LOW, E_TOP,
+    q_stride_b, q_stride_h, q_stride_n, q_stride_d,
+    k_stride_b, k_stride_h, k_stride_n, k_stride_d,
+    v_stride_b, v_stride_h, v_stride_n, v_stride_d,
+    omega_stride_h, omega_stride_m, mask_stride_b, mask_stride_n,
+    H, groups, N, M, D: tl.constexpr, DV: tl.constexpr, slice_length, slices, scale,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HAS_MASK: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr, RANGED_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out_i = sum_{j <= i} w_ij v_j / sum_{j <= i} w_ij, w_ij = sum_m exp(u_im + e_jm), and the log of the denominator.
+
+    Earlier chunks are read from the state, one softmax over the features; then the chunk itself is one more tile of it.
+    """
+    pid = tl.program_id(0)
+    slice_index = pid % slices
+    bh = (pid // slices).to(tl.int64)
+    b, h = bh // H, bh % H
+    h_kv = h // groups
+    start, end, _first, _last = slice_bounds(SLICES, slice_index, slices, slice_length, N, VARLEN)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    d_ok = offs_d < D
+    dv_ok = offs_dv < DV
+    exponent_scale = scale * LOG2E
+    half_scale = scale * scale * 0.5 * LOG2E
+    Q += b * q_stride_b + h * q_stride_h
+    K += b * k_stride_b + h_kv * k_stride_h
+    V += b * v_stride_b + h_kv * v_stride_h
+    MASK += b * mask_stride_b
+    OMEGA += h * omega_stride_h
+    VALUES += (bh * slices + slice_index) * M * DV
+    LSE += (bh * slices + slice_index) * M
+    for n0 in tl.range(start, end, BLOCK_N, disable_licm=True):
+        n_in = n0 + offs_n < end
+        n_ok = key_ok(MASK, mask_stride_n, n_in, n0, offs_n, HAS_MASK)
+        q = load_rows(Q, n0, q_stride_n, offs_n, offs_d, q_stride_d, n_in, d_ok)
+        k = load_rows(K, n0, k_stride_n, offs_n, offs_d, k_stride_d, n_ok, d_ok)
+        v = load_rows(V, n0, v_stride_n, offs_n, offs_dv, v_stride_d, n_ok, dv_ok)
+        shift = key_shift(k, n_ok, half_scale)
+        no_shift = tl.zeros([BLOCK_N], tl.float32)
+        top = tl.full([BLOCK_N], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_N], tl.float32)
+        acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+        pairs = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
+        u_top = tl.full([BLOCK_N], float("-inf"), tl.float32)
+        u_low = tl.full([BLOCK_N], float("inf"), tl.float32)
+        e_top = tl.full([BLOCK_N], float("-inf"), tl.float32)
+        for m0 in tl.range(0, M, BLOCK_M, disable_licm=True):
+            m_ok = m0 + offs_m < M
+            omega = load_rows(OMEGA, m0, omega_stride_m, offs_m, offs_d, 1, m_ok, d_ok)
+            values = load_rows(VALUES, m0, DV, offs_m, offs_dv, 1, m_ok, dv_ok)
+            lse = tl.load(LSE + m0 + offs_m, mask=m_ok, other=float("-inf"))
+            u = exponents(q, omega, exponent_scale, no_shift, m_ok, PRECISION)
+            top, total, acc = softmax_step(top, total, acc, u + lse[None, :], values.to(v.dtype), PRECISION)
+            e = exponents(k, omega, exponent_scale, shift, m_ok, PRECISION)
+            u_low = tl.minimum(u_low, tl.min(tl.where(m_ok[None, :], u, float("inf")), 1))
+            new_u_top = tl.maximum(u_top, tl.max(u, 1))
+            new_e_top = tl.maximum(e_top, tl.max(e, 1))
+            e_base = tl.where(new_e_top == float("-inf"), 0.0, new_e_top)
+            phi_q = ranged(tl.exp2(u - new_u_top[:, None]), q)
+            phi_k = ranged(tl.exp2(e - e_base[:, None]), q)
+            pairs *= tl.exp2(u_top - new_u_top)[:, None] * tl.exp2(e_top - e_base)[None, :]
+            pairs = tl.dot(phi_q, tl.trans(phi_k), pairs, input_precision=RANGED_PRECISION)
+            u_top = new_u_top
+            e_top = new_e_top
+            values, lse, _shares, _kept = advance(values, lse, e, v, PRECISION)
+            store_rows(VALUES, m0, DV, offs_m, offs_dv, 1, m_ok, dv_ok, values)
+            tl.store(LSE + m0 + offs_m, lse, mask=m_ok)
+        logs = tl.log2(pairs) + u_top[:, None] + e_top[None, :]
+        if tl.max(u_top - u_low, 0) > SPAN:
+            logs = exact_logs(
+                q, k, OMEGA, omega_stride_m, M, exponent_scale, no_shift, shift, offs_n, offs_m, offs_d, d_ok,
+                BLOCK_N, BLOCK_M, PRECISION,
+            )  # fmt: skip
+        logs = tl.where((n0 + offs_n)[:, None] >= (n0 + offs_n)[None, :], logs, float("-inf"))
+        top, total, acc = softmax_step(top, total, acc, logs, v, PRECISION)
+        tl.store(U_TOP + bh * N + n0 + offs_n, u_top, mask=n_in)
+        tl.store(U_LOW + bh * N + n0 + offs_n, u_low, mask=n_in)
+        tl.store(E_TOP + bh * N + n0 + offs_n, e_top, mask=n_in)
+        store_rows(OUT + bh * N * DV, n0, DV, offs_n, offs_dv, 1, n_in, dv_ok, divide_rows(acc, total))
+        tl.store(OUT_LSE + bh * N + n0 + offs_n, (top + tl.log2(total)) / LOG2E, mask=n_in)
+        tl.debug_barrier()  # the state that one thread wrote, another reads
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def performer_causal_dq_kernel(
+    Q, K, V, OMEGA, MASK, SLICES, VALUES, LSE, U_TOP, U_LOW, E_TOP, OUT, OUT_LSE, DELTA, DOUT, DQ, DOMEGA,
+    q_stride_b, q_stride_h, q_stride_n, q_stride_d,
+    k_stride_b, k_stride_h, k_stride_n, k_stride_d,
+    v_stride_b, v_stride_h, v_stride_n, v_stride_d,
+    omega_stride_h, omega_stride_m, mask_stride_b, mask_stride_n,
+    dout_stride_b, dout_stride_h, dout_stride_n, dout_stride_d,
+    dq_stride_b, dq_stride_h, dq_stride_n, dq_stride_d,
+    H, groups, N, M, D: tl.constexpr, DV: tl.constexpr, slice_length, slices, scale,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HAS_MASK: tl.constexpr, OF_OMEGA: tl.constexpr, VARLEN: tl.constexpr,
+    PRECISION: tl.constexpr, RANGED_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq_i = sum_m du_im omega_m / D^(1/4), du_im = exp(u_im - L_i) sum_{j <= i} exp(e_jm) (dout_i v_j - delta_i).
+
+    Also delta_i = dout_i out_i, which the passes after this one read. OF_OMEGA: sum_i du_im q_i for omega's gradient in
+    the place of dq; the two do not fit in the registers together.
+    """
+    pid = tl.program_id(0)
+    slice_index = pid % slices
+    bh = (pid // slices).to(tl.int64)
+    b, h = bh // H, bh % H
+    h_kv = h // groups
+    start, end, _first, _last = slice_bounds(SLICES, slice_index, slices, slice_length, N, VARLEN)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    d_ok = offs_d < D
+    dv_ok = offs_dv < DV
+    exponent_scale = scale * LOG2E
+    half_scale = scale * scale * 0.5 * LOG2E
+    Q += b * q_stride_b + h * q_stride_h
+    K += b * k_stride_b + h_kv * k_stride_h
+    V += b * v_stride_b + h_kv * v_stride_h
+    DOUT += b * dout_stride_b + h * dout_stride_h
+    DQ += b * dq_stride_b + h * dq_stride_h
+    MASK += b * mask_stride_b
+    OMEGA += h * omega_stride_h
+    VALUES += (bh * slices + slice_index) * M * DV
+    LSE += (bh * slices + slice_index) * M
+    DOMEGA += (bh * slices + slice_index) * M * D
+    for n0 in tl.range(start, end, BLOCK_N, disable_licm=True):
+        n_in = n0 + offs_n < end
+        n_ok = key_ok(MASK, mask_stride_n, n_in, n0, offs_n, HAS_MASK)
+        q = load_rows(Q, n0, q_stride_n, offs_n, offs_d, q_stride_d, n_in, d_ok)
+        k = load_rows(K, n0, k_stride_n, offs_n, offs_d, k_stride_d, n_ok, d_ok)
+        v = load_rows(V, n0, v_stride_n, offs_n, offs_dv, v_stride_d, n_ok, dv_ok)
+        dout = load_rows(DOUT, n0, dout_stride_n, offs_n, offs_dv, dout_stride_d, n_in, dv_ok)
+        out = load_rows(OUT + bh * N * DV, n0, DV, offs_n, offs_dv, 1, n_in, dv_ok)
+        delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+        tl.store(DELTA + bh * N + n0 + offs_n, delta, mask=n_in)
+        out_lse = tl.load(OUT_LSE + bh * N + n0 + offs_n, mask=n_in, other=float("inf")) * LOG2E
+        out_lse = tl.where(out_lse == float("-inf"), float("inf"), out_lse)  # no key: every weight 0
+        gains = tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None]  # [BLOCK_N, BLOCK_N]
+        u_top, e_top, wide = tops(U_TOP + bh * N, U_LOW + bh * N, E_TOP + bh * N, n0 + offs_n, n_in, n_ok)
+        causal = (n0 + offs_n)[:, None] >= (n0 + offs_n)[None, :]
+        gains = tl.where(causal, gains, 0.0)
+        pair_scale = scale_of_pairs(u_top, e_top, out_lse, wide)
+        scaled = ranged(gains * pair_scale, q)
+        shift = key_shift(k, n_ok, half_scale)
+        dq = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        if wide:
+            for m0 in tl.range(0, M, BLOCK_M, disable_licm=True):
+                m_ok = m0 + offs_m < M
+                omega = load_rows(OMEGA, m0, omega_stride_m, offs_m, offs_d, 1, m_ok, d_ok)
+                u = exponents(q, omega, exponent_scale, -out_lse, m_ok, PRECISION)
+                e = exponents(k, omega, exponent_scale, shift, m_ok, PRECISION)
+                du = exact_du(u, e, gains, offs_n, BLOCK_N, BLOCK_M)
+                if OF_OMEGA:
+                    add_to_omega(DOMEGA, m0, D, offs_m, offs_d, m_ok, d_ok, du, q, RANGED_PRECISION)
+                else:
+                    dq = tl.dot(ranged(du, q), ranged(omega, q), dq, input_precision=RANGED_PRECISION)
+            tl.debug_barrier()
+        for m0 in tl.range(0, M, BLOCK_M, disable_licm=True):
+            m_ok = m0 + offs_m < M
+            omega = load_rows(OMEGA, m0, omega_stride_m, offs_m, offs_d, 1, m_ok, d_ok)
+            values = load_rows(VALUES, m0, DV, offs_m, offs_dv, 1, m_ok, dv_ok)
+            lse = tl.load(LSE + m0 + offs_m, mask=m_ok, other=float("-inf"))
+            e = exponents(k, omega, exponent_scale, shift, m_ok, PRECISION)
+            phi_k = ranged(tl.exp2(e - e_top[:, None]), q)
+            sums = tl.dot(scaled, phi_k, input_precision=RANGED_PRECISION)
+            u = exponents(q, omega, exponent_scale, -u_top, m_ok, PRECISION)
+            du = tl.exp2(u) * sums
+            dp = tl.dot(dout, tl.trans(values.to(v.dtype)), input_precision=PRECISION)
+            du += tl.exp2(u + lse[None, :] + (u_top - out_lse)[:, None]) * (dp - delta[:, None])
+            if OF_OMEGA:
+                add_to_omega(DOMEGA, m0, D, offs_m, offs_d, m_ok, d_ok, du, q, RANGED_PRECISION)
+            else:
+                dq = tl.dot(ranged(du, q), ranged(omega, q), dq, input_precision=RANGED_PRECISION)
+            values, lse, _shares, _kept = advance(values, lse, e, v, PRECISION)
+            store_rows(VALUES, m0, DV, offs_m, offs_dv, 1, m_ok, dv_ok, values)
+            tl.store(LSE + m0 + offs_m, lse, mask=m_ok)
+        if not OF_OMEGA:
+            store_rows(DQ, n0, dq_stride_n, offs_n, offs_d, dq_stride_d, n_in, d_ok, dq * scale)
+        tl.debug_barrier()  # the state that one thread wrote, another reads
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def performer_causal_dkv_kernel(
+    Q, K, V, OMEGA, MASK, SLICES, VALUES, LSE, EXTRA, U_TOP, U_LOW, E_TOP, OUT_LSE, DELTA, DOUT, DK, DV_OUT, DOMEGA,
+    q_stride_b, q_stride_h, q_stride_n, q_stride_d,
+    k_stride_b, k_stride_h, k_stride_n, k_stride_d,
+    v_stride_b, v_stride_h, v_stride_n, v_stride_d,
+    omega_stride_h, omega_stride_m, mask_stride_b, mask_stride_n,
+    dout_stride_b, dout_stride_h, dout_stride_n, dout_stride_d,
+    dk_stride_b, dk_stride_h, dk_stride_n, dk_stride_d,
+    dv_stride_b, dv_stride_h, dv_stride_n, dv_stride_d,
+    H, groups, N, M, D: tl.constexpr, DV: tl.constexpr, slice_length, slices, scale,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HAS_MASK: tl.constexpr, OF_OMEGA: tl.constexpr, VARLEN: tl.constexpr,
+    PRECISION: tl.constexpr, RANGED_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk_j = (omega^T de_j - k'_j sum_m de_jm) / D^(1/4) and dv_j = sum_{i >= j} P_ij dout_i, one head of q each.
+
+    de_jm = exp(e_jm) sum_{i >= j} exp(u_im - L_i) (dout_i v_j - delta_i). The state is that of the queries: for each
+    feature the mean of dout (VALUES) and of delta (EXTRA), weighted by exp(u_im - L_i), and the log of the weights.
+    OF_OMEGA: sum_j de_jm k_j in the place of both.
+    """
+    pid = tl.program_id(0)
+    slice_index = pid % slices
+    bh = (pid // slices).to(tl.int64)
+    b, h = bh // H, bh % H
+    h_kv = h // groups
+    start, end, _first, _last = slice_bounds(SLICES, slice_index, slices, slice_length, N, VARLEN)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    d_ok = offs_d < D
+    dv_ok = offs_dv < DV
+    exponent_scale = scale * LOG2E
+    half_scale = scale * scale * 0.5 * LOG2E
+    Q += b * q_stride_b + h * q_stride_h
+    K += b * k_stride_b + h_kv * k_stride_h
+    V += b * v_stride_b + h_kv * v_stride_h
+    DOUT += b * dout_stride_b + h * dout_stride_h
+    DK += b * dk_stride_b + h * dk_stride_h
+    DV_OUT += b * dv_stride_b + h * dv_stride_h
+    MASK += b * mask_stride_b
+    OMEGA += h * omega_stride_h
+    VALUES += (bh * slices + slice_index) * M * DV
+    LSE += (bh * slices + slice_index) * M
+    EXTRA += (bh * slices + slice_index) * M
+    DOMEGA += (bh * slices + slice_index) * M * D
+    chunks = tl.cdiv(end - start, BLOCK_N)
+    for chunk in tl.range(0, chunks, disable_licm=True):
+        n0 = start + (chunks - 1 - chunk) * BLOCK_N
+        n_in = n0 + offs_n < end
+        n_ok = key_ok(MASK, mask_stride_n, n_in, n0, offs_n, HAS_MASK)
+        q = load_rows(Q, n0, q_stride_n, offs_n, offs_d, q_stride_d, n_in, d_ok)
+        k = load_rows(K, n0, k_stride_n, offs_n, offs_d, k_stride_d, n_ok, d_ok)
+        v = load_rows(V, n0, v_stride_n, offs_n, offs_dv, v_stride_d, n_ok, dv_ok)
+        dout = load_rows(DOUT, n0, dout_stride_n, offs_n, offs_dv, dout_stride_d, n_in, dv_ok)
+        delta = tl.load(DELTA + bh * N + n0 + offs_n, mask=n_in, other=0.0)
+        out_lse = tl.load(OUT_LSE + bh * N + n0 + offs_n, mask=n_in, other=float("inf")) * LOG2E
+        out_lse = tl.where(out_lse == float("-inf"), float("inf"), out_lse)  # no key: every weight 0
+        u_top, e_top, wide = tops(U_TOP + bh * N, U_LOW + bh * N, E_TOP + bh * N, n0 + offs_n, n_in, n_ok)
+        causal = (n0 + offs_n)[:, None] >= (n0 + offs_n)[None, :]
+        shift = key_shift(k, n_ok, half_scale)
+        pair_scale = scale_of_pairs(u_top, e_top, out_lse, wide)
+        if not OF_OMEGA:
+            # dV and dK one after the other: both at once overfill the registers.
+            dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+            pairs = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
+            for m0 in tl.range(0, M, BLOCK_M, disable_licm=True):
+                m_ok = m0 + offs_m < M
+                omega = load_rows(OMEGA, m0, omega_stride_m, offs_m, offs_d, 1, m_ok, d_ok)
+                values = load_rows(VALUES, m0, DV, offs_m, offs_dv, 1, m_ok, dv_ok)
+                lse = tl.load(LSE + m0 + offs_m, mask=m_ok, other=float("-inf"))
+                e = exponents(k, omega, exponent_scale, shift, m_ok, PRECISION)
+                dv = tl.dot(
+                    ranged(tl.exp2(e + lse[None, :]), q), ranged(values, q), dv, input_precision=RANGED_PRECISION
+                )
+                phi_k = ranged(tl.exp2(e - e_top[:, None]), q)
+                phi_q = ranged(tl.exp2(exponents(q, omega, exponent_scale, -u_top, m_ok, PRECISION)), q)
+                pairs = tl.dot(phi_q, tl.trans(phi_k), pairs, input_precision=RANGED_PRECISION)
+            pairs *= pair_scale
+            if wide:
+                logs = exact_logs(
+                    q, k, OMEGA, omega_stride_m, M, exponent_scale, -out_lse, shift, offs_n, offs_m, offs_d, d_ok,
+                    BLOCK_N, BLOCK_M, PRECISION,
+                )  # fmt: skip
+                pairs = tl.exp2(tl.minimum(logs, SPAN))
+            pairs = tl.where(causal, pairs, 0.0)
+            dv = tl.dot(tl.trans(pairs.to(dout.dtype)), dout, dv, input_precision=PRECISION)
+            store_rows(DV_OUT, n0, dv_stride_n, offs_n, offs_dv, dv_stride_d, n_in, dv_ok, dv)
+        gains = tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None]
+        gains = tl.where(causal, gains, 0.0)
+        scaled = tl.trans(ranged(gains * pair_scale, q))
+        dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        de_sum = tl.zeros([BLOCK_N], tl.float32)
+        if wide:
+            for m0 in tl.range(0, M, BLOCK_M, disable_licm=True):
+                m_ok = m0 + offs_m < M
+                omega = load_rows(OMEGA, m0, omega_stride_m, offs_m, offs_d, 1, m_ok, d_ok)
+                u = exponents(q, omega, exponent_scale, -out_lse, m_ok, PRECISION)
+                e = exponents(k, omega, exponent_scale, shift, m_ok, PRECISION)
+                de = exact_de(u, e, gains, offs_n, BLOCK_N, BLOCK_M)
+                de_sum += tl.sum(de, 1)
+                if OF_OMEGA:
+                    add_to_omega(DOMEGA, m0, D, offs_m, offs_d, m_ok, d_ok, de, k, RANGED_PRECISION)
+                else:
+                    dk = tl.dot(ranged(de, q), ranged(omega, q), dk, input_precision=RANGED_PRECISION)
+            tl.debug_barrier()
+        for m0 in tl.range(0, M, BLOCK_M, disable_licm=True):
+            m_ok = m0 + offs_m < M
+            omega = load_rows(OMEGA, m0, omega_stride_m, offs_m, offs_d, 1, m_ok, d_ok)
+            values = load_rows(VALUES, m0, DV, offs_m, offs_dv, 1, m_ok, dv_ok)
+            lse = tl.load(LSE + m0 + offs_m, mask=m_ok, other=float("-inf"))
+            extra = tl.load(EXTRA + m0 + offs_m, mask=m_ok, other=0.0)
+            e = exponents(k, omega, exponent_scale, shift, m_ok, PRECISION)
+            dp = tl.dot(ranged(v, q), tl.trans(ranged(values, q)), input_precision=RANGED_PRECISION)
+            de = tl.exp2(e + lse[None, :]) * (dp - extra[None, :])
+            u = exponents(q, omega, exponent_scale, -u_top, m_ok, PRECISION)
+            sums = tl.dot(scaled, ranged(tl.exp2(u), q), input_precision=RANGED_PRECISION)
+            de += tl.exp2(e - e_top[:, None]) * sums
+            de_sum += tl.sum(de, 1)
+            if OF_OMEGA:
+                add_to_omega(DOMEGA, m0, D, offs_m, offs_d, m_ok, d_ok, de, k, RANGED_PRECISION)
+            else:
+                dk = tl.dot(ranged(de, q), ranged(omega, q), dk, input_precision=RANGED_PRECISION)
+            values, lse, shares, kept = advance(values, lse, u + (u_top - out_lse)[:, None], dout, PRECISION)
+            extra = extra * kept + tl.sum(shares * delta[:, None], 0)
+            store_rows(VALUES, m0, DV, offs_m, offs_dv, 1, m_ok, dv_ok, values)
+            tl.store(LSE + m0 + offs_m, lse, mask=m_ok)
+            tl.store(EXTRA + m0 + offs_m, extra, mask=m_ok)
+        if not OF_OMEGA:
+            # read again rather than held in registers through the loops
+            k = load_rows(K, n0, k_stride_n, offs_n, offs_d, k_stride_d, n_ok, d_ok)
+            dk = (dk - k.to(tl.float32) * (scale * de_sum)[:, None]) * scale
+            store_rows(DK, n0, dk_stride_n, offs_n, offs_d, dk_stride_d, n_in, d_ok, dk)
+        tl.debug_barrier()  # the state that one thread wrote, another reads
+
+
+# Inside a kernel Triton's language, not Python's, gives operators and indexing their types.
+# pyright: reportOperatorIssue=false, reportArgumentType=false

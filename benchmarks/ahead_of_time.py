@@ -119,8 +119,8 @@ class _Driver:
         return self.target.gpu
 
 
-def record(arch: str, launch: Callable[[], Any]) -> list[Compiled]:
-    """Run `launch` on meta tensors and return every kernel it would have started on `arch`, in order.
+def record(arch: str, launch: Callable[[], Any], only: str | None = None) -> list[Compiled]:
+    """Run `launch` on meta tensors and return every kernel (or `only` that one) it would have started on `arch`.
 
     Raises:
         RuntimeError: kernels were imported under TRITON_INTERPRET=1 (the interpreter has nothing to compile).
@@ -130,6 +130,8 @@ def record(arch: str, launch: Callable[[], Any]) -> list[Compiled]:
     run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
+        if only not in (None, self.__name__):
+            return
         kernel: Any = run(self, *args, grid=grid, warmup=True, **kwargs)
         names = {param.name for param in self.params}
         programs = 1

@@ -17,7 +17,7 @@ from unittest.mock import patch
 import torch
 
 from ahead_of_time import TARGETS, record
-from compile_cases import FAMILIES, WIDTHS
+from compile_cases import FAMILIES
 from medformer_kernels import _dispatch
 
 # By (itemsize, width): (block_m, block_n, num_warps, num_stages), best guess first. Tiles beyond these overfill the
@@ -33,24 +33,37 @@ CANDIDATES = {
     ],
     (4, 64): [(64, 64, 8, 2), (64, 32, 4, 2), (32, 64, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1)],
     (4, 128): [(32, 32, 4, 1), (32, 32, 8, 2), (16, 16, 4, 1), (16, 16, 8, 2)],
+    (2, 256): [
+        (64, 64, 8, 2), (64, 64, 4, 1), (32, 64, 8, 2), (64, 32, 8, 2), (64, 32, 4, 1), (32, 64, 4, 1), (16, 64, 4, 1),
+        (64, 16, 4, 1), (32, 32, 8, 1), (32, 32, 4, 1), (16, 32, 8, 1), (16, 32, 4, 1), (16, 16, 8, 1), (16, 16, 4, 1),
+    ],
+    (4, 256): [(32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)],
+}  # fmt: skip
+# Tokens of a chunk first here: the state is read and written once for each.
+CAUSAL_CANDIDATES = {
+    (2, 64): [(64, 64, 4, 1), (32, 64, 4, 1), (16, 64, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)],
+    (2, 128): [(32, 64, 4, 1), (16, 64, 4, 1), (16, 64, 8, 1), (32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)],
+    (2, 256): [(16, 64, 4, 1), (16, 64, 8, 1), (16, 32, 4, 1), (16, 32, 8, 1), (16, 16, 4, 1), (16, 16, 8, 1)],
+    (4, 64): [(32, 32, 4, 1), (16, 32, 4, 1), (16, 32, 8, 1), (16, 16, 4, 1), (16, 16, 8, 1)],
+    (4, 128): [(16, 32, 8, 1), (16, 16, 4, 1), (16, 16, 8, 1)],
+    (4, 256): [(16, 16, 8, 1), (16, 16, 4, 1)],
 }  # fmt: skip
 
 
 def choose(family: str, kernel: str, arch: str, width: int, dtype: torch.dtype) -> dict[str, int]:
     """The first candidate that fits in every variant (masked or not) of this kernel, width and dtype."""
     cases = [case for case in FAMILIES[family].cases(widths=(width,)) if case.dtype == dtype]
-    for block_m, block_n, num_warps, num_stages in CANDIDATES[dtype.itemsize, width]:
+    candidates = CAUSAL_CANDIDATES if kernel.startswith("causal") else CANDIDATES
+    for block_m, block_n, num_warps, num_stages in candidates[dtype.itemsize, width]:
         entry = {"itemsize": dtype.itemsize, "width": width, "block_m": block_m, "block_n": block_n}
         entry |= {"num_warps": num_warps, "num_stages": num_stages}
-        small = entry | {"block_m": 32, "block_n": 32, "num_stages": 1}  # the others in the same launch, made cheap
-        table = {name: {arch: [entry if name == kernel else small]} for name in cases[0].launches}
+        table = {name: {arch: [entry]} for name in cases[0].launches}
         fits = True
         for case in cases:
             with patch.object(_dispatch, "load_configs", lambda _, table=table: table):
-                for compiled in record(arch, case.launches[kernel]):
-                    if compiled.kernel == f"{family}_{kernel}_kernel":
-                        on_matrix_unit = arch != "sm_90" or dtype == torch.float32 or compiled.matrix == "wgmma"
-                        fits &= compiled.fits and on_matrix_unit
+                for compiled in record(arch, case.launches[kernel], f"{family}_{kernel}_kernel"):
+                    on_matrix_unit = arch != "sm_90" or dtype == torch.float32 or compiled.matrix == "wgmma"
+                    fits &= compiled.fits and on_matrix_unit
             if not fits:
                 break
         if fits:
@@ -63,17 +76,20 @@ def main() -> None:
     parser.add_argument("family", choices=sorted(FAMILIES))
     parser.add_argument("--arch", choices=sorted(TARGETS), action="append", help="default: all")
     parser.add_argument("--kernel", action="append", help="configuration key; default: all")
+    parser.add_argument("--width", type=int, action="append", help="head width; default: all of the family")
     arguments = parser.parse_args()
     path = Path(_dispatch.__file__).parent / "configs" / f"{arguments.family}.json"
-    table = json.loads(path.read_text()) if path.exists() else {}
+    widths = arguments.width or FAMILIES[arguments.family].widths
     kernels = arguments.kernel or list(next(FAMILIES[arguments.family].cases()).launches)
     for arch, kernel in itertools.product(arguments.arch or TARGETS, kernels):
-        entries = []
-        for width, dtype in itertools.product(WIDTHS, (torch.bfloat16, torch.float32)):
-            entries.append(choose(arguments.family, kernel, arch, width, dtype))
-            print(kernel, arch, entries[-1], flush=True)
-        table.setdefault(kernel, {})[arch] = entries
-        path.write_text(_dump(table))
+        for width, dtype in itertools.product(widths, (torch.bfloat16, torch.float32)):
+            entry = choose(arguments.family, kernel, arch, width, dtype)
+            print(kernel, arch, entry, flush=True)
+            table = json.loads(path.read_text()) if path.exists() else {}  # read again: others may choose beside us
+            entries = table.setdefault(kernel, {}).setdefault(arch, [])
+            entries[:] = [e for e in entries if (e["itemsize"], e["width"]) != (entry["itemsize"], width)] + [entry]
+            entries.sort(key=lambda e: (e["width"], e["itemsize"]))
+            path.write_text(_dump(table))
 
 
 def _dump(table: dict) -> str:

@@ -7,14 +7,16 @@ from collections.abc import Iterator
 import torch
 
 from ahead_of_time import TARGETS
-from compile_cases.shapes import WIDTHS, Case, Family, Floor
-from medformer_kernels.performer import default_num_features, fused
+from compile_cases.shapes import Case, Family, Floor
+from medformer_kernels.performer import causal_fused, default_num_features, fused
 
 __all__ = ["FAMILY"]
 
+WIDTHS = (64, 128, 256)
+
 
 def cases(*, widths: tuple[int, ...] = WIDTHS, tokens: int = 262_144) -> Iterator[Case]:
-    """B=1 H=8, key padding mask and epsilon on and off, every configured width, 16-bit and float32."""
+    """B=1 H=8; plain, and with key padding mask, epsilon and a trained omega; every width; 16 bit and float32."""
 
     def case(width: int, dtype: torch.dtype, full: bool) -> Case:
         num_features = default_num_features(width)
@@ -27,10 +29,21 @@ def cases(*, widths: tuple[int, ...] = WIDTHS, tokens: int = 262_144) -> Iterato
         extra = (values[:, :, 0], lse[:, :, 0]) if full else (None, None)
 
         def backward() -> None:
-            fused.read_backward(x, omega, values, lse, *extra, x, row, x)
+            fused.read_backward(x, omega, values, lse, *extra, x, row, x, full)
+
+        def state_backward() -> None:
+            fused.state_backward(x, x, omega, mask, values, lse, values, lse, full)
+
+        def omega_gradient() -> None:
+            fused.read_backward(x, omega, values, lse, *extra, x, row, x, True)
+            fused.state_backward(x, x, omega, mask, values, lse, values, lse, True)
+
+        def causal_backward() -> None:
+            tops = row.new_empty((3, *row.shape))
+            causal_fused.backward(x, x, x, omega, mask, (0, tokens), x, row, tops, x, full)
 
         return Case(
-            name=f"D={width} M={num_features} {str(dtype)[6:]} {'mask eps' if full else 'plain'}",
+            name=f"D={width} M={num_features} {str(dtype)[6:]} {'mask eps omega' if full else 'plain'}",
             width=width,
             dtype=dtype,
             launches={
@@ -38,7 +51,11 @@ def cases(*, widths: tuple[int, ...] = WIDTHS, tokens: int = 262_144) -> Iterato
                 "read_fwd": lambda: fused.read(x, omega, values, lse, *extra),
                 "read_dq": backward,
                 "read_dstate": backward,
-                "state_bwd": lambda: fused.state_backward(x, x, omega, mask, values, lse, values, lse),
+                "state_bwd": state_backward,
+                "omega": omega_gradient,
+                "causal_fwd": lambda: causal_fused.forward(x, x, x, omega, mask, (0, tokens)),
+                "causal_dq": causal_backward,
+                "causal_dkv": causal_backward,
             },
         )
 
@@ -49,26 +66,35 @@ def cases(*, widths: tuple[int, ...] = WIDTHS, tokens: int = 262_144) -> Iterato
 
 
 def floors() -> Iterator[Floor]:
-    """B=1 H=8 N=262,144 (64^3 tokens) D=64 M=256 bf16 on an H200."""
+    """B=1 H=8 N=262,144 (64^3 tokens) D=64 M=256 bf16 on an H200.
+
+    Least bytes are inputs and outputs once; of the causal form, whose slices must know what comes before them before
+    they begin, k and v twice forward; backward, which walks in both directions, all inputs twice, and k, v, q and dout
+    once more for the states between the slices.
+    """
     tokens, heads, width, num_features = 262_144, 8, 64, 256
-    by_kernel = fused.costs(
-        chip=TARGETS["sm_90"].chip, batch_heads=heads, tokens=tokens, num_features=num_features, width=width,
-        width_v=width, itemsize=2,
-    )  # fmt: skip
+    shape = {
+        "chip": TARGETS["sm_90"].chip, "batch_heads": heads, "tokens": tokens, "num_features": num_features,
+        "width": width, "width_v": width, "itemsize": 2,
+    }  # fmt: skip
+    by_kernel, causal = fused.costs(**shape), causal_fused.costs(**shape)
     tensor = heads * tokens * width * 2
     passes = {
-        "forward": (("state_fwd", "merge", "read_fwd"), 4),  # q k v, out
-        "backward": (("read_dq", "read_dstate", "state_bwd"), 8),  # q k v out dout, dq dk dv
+        "forward": ([by_kernel[kernel] for kernel in ("state_fwd", "merge", "read_fwd")], 4),  # q k v, out
+        # q k v out dout, dq dk dv
+        "backward": ([by_kernel[kernel] for kernel in ("read_dq", "read_dstate", "state_bwd")], 8),
+        "causal forward": ([cost for kernel, cost in causal.items() if "fwd" in kernel], 6),
+        "causal backward": ([cost for kernel, cost in causal.items() if "fwd" not in kernel], 16),
     }
-    for direction, (kernels, tensors) in passes.items():
+    for direction, (costs, tensors) in passes.items():
         yield Floor(
             shape="performer B1 H8 N=262,144 D64 M256 bf16",
             direction=direction,
-            flop=sum(by_kernel[kernel].flop for kernel in kernels),
-            exponentials=sum(by_kernel[kernel].exponentials for kernel in kernels),
-            planned_bytes=sum(by_kernel[kernel].bytes for kernel in kernels),
+            flop=sum(cost.flop for cost in costs),
+            exponentials=sum(cost.exponentials for cost in costs),
+            planned_bytes=sum(cost.bytes for cost in costs),
             least_bytes=tensors * tensor,
         )
 
 
-FAMILY = Family(cases=cases, floors=floors)
+FAMILY = Family(cases=cases, floors=floors, widths=WIDTHS)

@@ -43,3 +43,5 @@ class Floor:
 class Family:
     cases: Callable[..., Iterator[Case]]
     floors: Callable[[], Iterator[Floor]]
+    widths: tuple[int, ...] = WIDTHS
+    """Head widths with tiles of their own."""

@@ -149,7 +149,7 @@ def rescale(stored: np.ndarray, slope: np.ndarray | float, intercept: np.ndarray
         out = (stored.astype(np.float64) * slope + intercept).astype(np.float32)
     if not np.isfinite(out).all():
         raise ScanError(
-            f"slope {np.abs(slope).max():g} and intercept {np.abs(intercept).max():g} lead beyond float32; fix the header"
+            f"slope {np.abs(slope).max():g} and intercept {np.abs(intercept).max():g} exceed float32; fix the header"
         )
     return out
 

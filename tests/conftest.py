@@ -129,4 +129,5 @@ class Lives:
 def lives(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lives]:
     found = Lives(tmp_path_factory.mktemp("lives"))
     yield found
-    found.process.communicate(timeout=20)
+    found.process.kill()
+    found.process.wait()

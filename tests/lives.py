@@ -95,7 +95,7 @@ def kill_many(scans: Path, folder: Path, flags: list[str], kills: int, seed: int
     import torch
 
     rng = random.Random(seed)
-    steps = 4 * kills + 6
+    steps = 4 * kills + 30
     whole, often = folder / "whole", folder / "often"
     common = [*flags, f"--data.root={scans}", f"--steps={steps}", "--save_every=2"]
     first = live({"argv": [*common, f"--out={whole}"], "timeout": 600}, folder)

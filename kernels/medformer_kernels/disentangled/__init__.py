@@ -102,7 +102,7 @@ def disentangled_attention(
         dropout: share of the weights that are dropped, the others scaled up.
         seed: of the dropout: equal seeds drop equal weights, whatever computes them. None: drawn from torch's.
         scale: None for 1 / sqrt(D * number of terms).
-        backend: 'triton', 'torch', or 'auto': Triton on a GPU.
+        backend: 'triton', 'torch', or 'auto': Triton on an NVIDIA GPU, for heads up to 64 wide.
 
     Raises:
         ValueError: an argument does not fit the others, or `backend` cannot run.
@@ -123,12 +123,11 @@ def disentangled_attention(
 def _attend(call: Call, backend: str) -> Tensor:
     x = operands(call.q, call.k, call.weights, **call.positions)
     width = max(x.q.shape[3], call.v.shape[3])
-    backend = resolve_backend(
-        "disentangled_attention",
-        backend,
-        call.q,
-        f"scores or values wider than 128 (here {width})" if width > 128 else None,
-    )
+    # Both spill registers.
+    unsupported = f"scores or values wider than 64 (here {width})" if width > 64 else None
+    if torch.version.hip:
+        unsupported = "AMD GPUs"
+    backend = resolve_backend("disentangled_attention", backend, call.q, unsupported)
     buckets = call.buckets if x.t is not None or x.u is not None else None
     if backend == "torch" and call.q.is_cuda and buckets is None and call.dropout == 0:
         return wide(x, call.v, call.grid, scale=call.scale, causal=call.causal, key_padding_mask=call.mask)

@@ -25,6 +25,10 @@ class NoBias:
     queries: int
     columns_first: ClassVar[bool] = False
     """Whether `u` is (columns, S)."""
+    most_rows: ClassVar[int] = 128
+    """Of a block."""
+    keys_first: ClassVar[bool] = False
+    """Whether a block of scores lies in memory key by key."""
 
     def blocks(self, rows: int) -> Iterator[tuple[int, int]]:
         """Query rows that are done together, about `rows` of them."""
@@ -53,9 +57,9 @@ class _BucketBlock(NamedTuple):
     before: int
     behind: int
     index: Tensor
-    """(rows, high - low): the bucket of each pair between."""
-    index_by_key: Tensor
-    """(high - low, rows)"""
+    """(high - low, rows): the bucket of each pair between, by key."""
+    diagonals: Tensor
+    """(high - low + rows - 1,): the bucket of each distance between, falling."""
 
 
 class _GridBlock(NamedTuple):
@@ -80,6 +84,8 @@ class BucketBias(NoBias):
     first_run: int
     """Equal entries at the start of `buckets`."""
     last_run: int
+    keys_first: ClassVar[bool] = True
+    most_rows: ClassVar[int] = 64  # at 128 the diagonals of a block fall onto the same cache lines
 
     @classmethod
     def of(cls, queries: int, buckets: Tensor) -> BucketBias:
@@ -93,33 +99,42 @@ class BucketBias(NoBias):
         all_keys = len(self.buckets) + 1 - self.queries
         low = min(keys, max(0, start - self.queries + self.last_run + 1))
         high = min(keys, max(low, start + rows + all_keys - 1 - self.first_run))
-        # Row r holds distances start + r - j, which fall with j.
-        falling = self.buckets.flip(0).unfold(0, all_keys, 1)[self.queries - start - rows : self.queries - start]
-        index = falling[:, low:high].flip(0)
-        return _BucketBlock(low, high, int(self.buckets[-1]), int(self.buckets[0]), index, index.mT.contiguous())
+        # Entry e of `buckets` is distance e - (S - 1); key j and row r are start + r - j apart.
+        first = start + all_keys - 1
+        index = self.buckets.unfold(0, rows, 1)[first - high + 1 : first - low + 1].flip(0)
+        diagonals = self.buckets[first - high + 1 : first - low + rows].flip(0)
+        return _BucketBlock(low, high, int(self.buckets[-1]), int(self.buckets[0]), index, diagonals)
 
     def add(self, s: Tensor, t: Tensor | None, u: Tensor | None, block: _BucketBlock) -> None:
-        low, high, before, behind, index, index_by_key = block
+        low, high, before, behind, index, diagonals = block
+        by_key = s.mT
         if t is not None:
-            s[:, :low] += t[:, before, None]
-            s[:, low:high] += t.gather(1, index)
-            s[:, high:] += t[:, behind, None]
+            by_key[:low] += t[:, before]
+            by_key[high:] += t[:, behind]
+            # A row of T by distance, then its diagonals: no gather. The last query comes first, so that strides rise.
+            rows = len(t)
+            by_distance = t.flip(0).mT.contiguous().index_select(0, diagonals)
+            by_key[low:high] += by_distance.as_strided((high - low, rows), (rows, rows + 1)).flip(1)
         if u is not None:
-            s[:, :low] += u[:low, before]
-            s[:, low:high] += u[low:high].gather(1, index_by_key).mT  # along rows of u: twice as fast
-            s[:, high:] += u[high : s.shape[1], behind]
+            by_key[:low] += u[:low, before, None]
+            by_key[low:high] += u[low:high].gather(1, index)
+            by_key[high:] += u[high : len(by_key), behind, None]
 
     def take(self, ds: Tensor, dt: Tensor | None, du: Tensor | None, block: _BucketBlock) -> None:
-        low, high, before, behind, index, index_by_key = block
-        middle = ds[:, low:high]
+        low, high, before, behind, index, diagonals = block
+        by_key = ds.mT
         if dt is not None:
-            dt.zero_().scatter_add_(1, index, middle)
-            dt[:, before] += ds[:, :low].sum(1)
-            dt[:, behind] += ds[:, high:].sum(1)
+            rows = len(dt)
+            by_distance = ds.new_zeros(len(diagonals), rows)
+            by_distance.as_strided((high - low, rows), (rows, rows + 1)).copy_(by_key[low:high].flip(1))
+            by_bucket = ds.new_zeros(dt.shape[1], rows).index_add_(0, diagonals, by_distance)
+            by_bucket[before] += by_key[:low].sum(0).flip(0)
+            by_bucket[behind] += by_key[high:].sum(0).flip(0)
+            dt.copy_(by_bucket.mT.flip(0))
         if du is not None:
-            du[low:high].scatter_add_(1, index_by_key, middle.mT)
-            du[:low, before] += ds[:, :low].sum(0)
-            du[high : ds.shape[1], behind] += ds[:, high:].sum(0)
+            du[low:high].scatter_add_(1, index, by_key[low:high])
+            du[:low, before] += by_key[:low].sum(1)
+            du[high : len(by_key), behind] += by_key[high:].sum(1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,9 +58,13 @@ class _Head:
         if self.u is not None and bias.columns_first:
             self.u = self.u.mT.contiguous()
 
+    def product(self, rows: Tensor, keys: Tensor) -> Tensor:
+        """rows keys^T, in the order of memory that the bias likes."""
+        return (keys @ rows.mT).mT if self.bias.keys_first else rows @ keys.mT
+
     def scores(self, start: int, stop: int, keys: int, block: Any) -> Tensor:
         """Scores of the block, -inf where no key may be read."""
-        s = self.q[start:stop] @ self.k[:keys].mT
+        s = self.product(self.q[start:stop], self.k[:keys])
         self.bias.add(s, None if self.t is None else self.t[start:stop], self.u, block)
         s *= self.scale
         if self.causal:
@@ -85,18 +89,9 @@ class _Head:
         return keep.to(s.dtype) / (1 - self.dropout)
 
 
-class _Sums:
-    """The gradients that all blocks of a head add to."""
-
-    def __init__(self, head: _Head) -> None:
-        self.dk, self.dv = torch.zeros_like(head.k), torch.zeros_like(head.v)
-        self.dt = None if head.t is None else torch.empty_like(head.t)
-        self.du = None if head.u is None else torch.zeros_like(head.u)
-
-
 def _blocks(bias: NoBias, keys: int, causal: bool) -> Iterator[tuple[int, int, int, Any]]:
     """(first query, last query + 1, keys, what the bias needs)."""
-    for start, stop in bias.blocks(max(16, min(128, _BLOCK // keys))):
+    for start, stop in bias.blocks(max(16, min(bias.most_rows, _BLOCK // keys))):
         below = bias.keys_below(stop) if causal else keys
         yield start, stop, below, bias.block(start, stop - start, below)
 
@@ -141,41 +136,40 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(dq, dk, dv, dt, du): see `ops.disentangled_backward`."""
     batch, heads, *_ = q.shape
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    dt = None if t is None else t.new_empty(t.shape)
-    du = None if u is None else u.new_empty(u.shape)
+    exact = torch.promote_types(q.dtype, torch.float32)
+    dq, dk, dv = (x.new_zeros(x.shape, dtype=exact) for x in (q, k, v))
+    dt, du = (None if x is None else x.new_zeros(x.shape, dtype=exact) for x in (t, u))
     bias = _bias(q, buckets, grid)
+    if du is not None and bias.columns_first:
+        du = du.mT.contiguous()
     for b in range(batch):
         own = [
             _Head(q, k, v, t, u, mask, scale, bias, b * heads + h, causal, dropout, seed, offset) for h in range(heads)
         ]
-        dout_own = dout[b].to(own[0].q.dtype)
+        dout_own = dout[b].to(exact)
         delta = (dout_own * out[b]).sum(2)
         if dlse is not None:
             delta = delta - dlse[b]
-        sums = [_Sums(head) for head in own]
         for start, stop, keys, block in _blocks(bias, k.shape[2], causal):
-            for h, (head, total) in enumerate(zip(own, sums, strict=True)):
+            for h, head in enumerate(own):
                 do = dout_own[h, start:stop]
                 p = _weights(head.scores(start, stop, keys, block), lse[b, h, start:stop])
-                dp = do @ head.v[:keys].mT
+                dp = head.product(do, head.v[:keys])
                 if dropout > 0:
                     kept = head.dropped(p, start)
                     dp *= kept
-                    total.dv[:keys].addmm_((p * kept).mT, do)
+                    dv[b, h, :keys].addmm_((p * kept).mT, do)
                 else:
-                    total.dv[:keys].addmm_(p.mT, do)
+                    dv[b, h, :keys].addmm_(p.mT, do)
                 ds = dp.sub_(delta[h, start:stop, None]).mul_(p).mul_(scale)
                 dq[b, h, start:stop] = ds @ head.k[:keys]
-                total.dk[:keys].addmm_(ds.mT, head.q[start:stop])
-                bias.take(ds, None if total.dt is None else total.dt[start:stop], total.du, block)
-        for h, (head, total) in enumerate(zip(own, sums, strict=True)):
-            if head.padded is not None:
-                for x in (total.dk, total.dv):
-                    x.masked_fill_(head.padded[:, None], 0)
-            dk[b, h], dv[b, h] = total.dk, total.dv
-            if dt is not None and total.dt is not None:
-                dt[b, h] = total.dt
-            if du is not None and total.du is not None:
-                du[b, h] = total.du.mT if bias.columns_first else total.du
+                dk[b, h, :keys].addmm_(ds.mT, head.q[start:stop])
+                bias.take(ds, None if dt is None else dt[b, h, start:stop], None if du is None else du[b, h], block)
+        if mask is not None:
+            for x in (dk, dv):
+                x[b].masked_fill_(~mask[b, :, None], 0)
+    if du is not None and bias.columns_first:
+        du = du.mT
+    dq, dk, dv = (x.to(q.dtype) for x in (dq, dk, dv))
+    dt, du = (None if x is None else x.to(q.dtype).contiguous() for x in (dt, du))
     return dq, dk, dv, dt, du

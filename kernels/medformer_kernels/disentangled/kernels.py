@@ -12,8 +12,8 @@ is one product with a constant matrix of lines (T_z + T_y by line), one with a c
 tile T_x, loaded once for all tiles. The tables' gradients go the same way back: each program alone adds to the rows of
 its own tokens. With buckets the tables are gathered, and gradients are summed bucket by bucket of a tile.
 
-Products run on the matrix units in the dtype of q, k, v (float32 as three tf32 products on NVIDIA), all else in
-float32, exponents in base 2. No atomics: equal inputs give equal bits.
+Products of float16 and bfloat16 run on the matrix units, those of float32 in plain float32; all else in float32,
+exponents in base 2. No atomics: equal inputs give equal bits.
 """
 
 import triton

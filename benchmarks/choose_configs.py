@@ -52,7 +52,7 @@ CAUSAL_CANDIDATES = {
 
 def choose(family: str, kernel: str, arch: str, width: int, dtype: torch.dtype) -> dict[str, int]:
     """The first candidate that fits in every variant (masked or not) of this kernel, width and dtype."""
-    cases = [case for case in FAMILIES[family].cases(widths=(width,)) if case.dtype == dtype]
+    cases = [c for c in FAMILIES[family].cases(widths=(width,)) if c.dtype == dtype and kernel in c.launches]
     candidates = CAUSAL_CANDIDATES if kernel.startswith("causal") else CANDIDATES
     for block_m, block_n, num_warps, num_stages in candidates[dtype.itemsize, width]:
         entry = {"itemsize": dtype.itemsize, "width": width, "block_m": block_m, "block_n": block_n}
@@ -80,7 +80,7 @@ def main() -> None:
     arguments = parser.parse_args()
     path = Path(_dispatch.__file__).parent / "configs" / f"{arguments.family}.json"
     widths = arguments.width or FAMILIES[arguments.family].widths
-    kernels = arguments.kernel or list(next(FAMILIES[arguments.family].cases()).launches)
+    kernels = arguments.kernel or list(dict.fromkeys(k for c in FAMILIES[arguments.family].cases() for k in c.launches))
     for arch, kernel in itertools.product(arguments.arch or TARGETS, kernels):
         for width, dtype in itertools.product(widths, (torch.bfloat16, torch.float32)):
             entry = choose(arguments.family, kernel, arch, width, dtype)

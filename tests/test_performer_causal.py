@@ -212,7 +212,7 @@ def test_memory_is_flat_in_the_number_of_tokens():
 def test_operator_passes_opcheck():
     q, k, v = inputs(9, heads=4, kv_heads=2, dtype=torch.float32)
     omega = omega_for(dtype=torch.float32).requires_grad_()
-    torch.library.opcheck(ops.performer_causal, (q, k, v, omega, padding(9)))
+    torch.library.opcheck(ops.performer_causal, (q, k, v, omega, padding(9), [0, 9], "torch"))
 
 
 def test_compiles_to_one_graph_with_gradients():

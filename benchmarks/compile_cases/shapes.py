@@ -23,6 +23,8 @@ class Case:
     dtype: torch.dtype
     launches: dict[str, Callable[[], Any]]
     """By configuration key: each starts at least the kernel that key configures."""
+    archs: tuple[str, ...] = ()
+    """Chips that have the kernels; default: all."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -140,6 +140,8 @@ def without_kernel(q: Tensor, v: Tensor, causal: bool, feature: Feature) -> str 
     widest, arch = _widest(q.device, causal, q.element_size())
     if width <= widest:
         return None
+    if widest == 0:
+        return f"causal={causal} in {q.dtype} on {arch}"
     form = "causal=True and " if causal else ""
     return f"{form}heads wider than {widest} in {q.dtype} on {arch} (here {width})"
 

@@ -146,7 +146,7 @@ def _pixels(path: str, name: str, colour: str) -> tuple[np.ndarray, str]:
         mode = image.mode
         if mode not in _MODES:
             raise ScanError(f"{name}: picture of mode {mode}; save it as 8 or 16 bit grey")
-        if mode in {"RGB", "RGBA", "LA"} and ";16" in str(image.tile):
+        if mode in {"RGB", "RGBA", "LA"} and ";16" in str(getattr(image, "tile", "")):
             raise ScanError(f"{name}: 16-bit colour, which Pillow cuts to 8 bits; save it as 16-bit grey")
         try:
             if mode in {"P", "CMYK", "RGBA", "LA", "1"}:

@@ -40,7 +40,7 @@ def scan(root: str | Path) -> list[Record]:
 
 
 def _record(found: Scan, rows: dict[str, dict[str, str]]) -> Record:
-    parts = Path(found.name).parts
+    parts = list(Path(found.name).parts)
     file = Path(found.files[0]).name
     row = next((rows[k] for k in (found.name, f"{found.name.rpartition('/')[0]}/{file}".lstrip("/")) if k in rows), {})
     patient, study = row.get("patient", ""), ""
@@ -50,7 +50,7 @@ def _record(found: Scan, rows: dict[str, dict[str, str]]) -> Record:
     told = row.get("split", "") or (parts[0] if len(parts) > 1 else "")
     if row.get("split") and row["split"] not in _SPLITS:
         raise ScanError(f"labels.csv: split {row['split'][:20]!r} must be one of {', '.join(_SPLITS)}")
-    inside = list(parts[1:] if parts[:1] and parts[0] in _SPLITS else parts)
+    inside = parts[1:] if parts[0] in _SPLITS else parts
     return Record(
         dataset="folder", patient=patient or (inside[0] if len(inside) > 1 else found.name), study=study or found.name,
         paths=found.files, modality=found.modality, split=_SPLITS.get(told), scan=found,

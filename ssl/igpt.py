@@ -193,8 +193,12 @@ class Igpt(nn.Module):
     @torch.no_grad()
     def look(self, views: list[Float[Tensor, "B 1 *size"]]) -> None:
         """Remember patches of a micro-batch for the codebook; then call `start`."""
-        patches = self.student.codebook.patches(views[0]).flatten(0, 1)
-        self._seen.append(patches.float())
+        patches = self.student.codebook.patches(views[0]).flatten(0, 1).float().contiguous()
+        if dist.is_initialized():  # the scans of all processes, in the order in which one alone would see them
+            parts = [torch.empty_like(patches) for _ in range(dist.get_world_size())]
+            dist.all_gather(parts, patches)
+            patches = torch.cat(parts)
+        self._seen.append(patches)
 
     def start(self) -> None:
         """Fit the codebook on what was seen, in the first process; the others get its copy."""

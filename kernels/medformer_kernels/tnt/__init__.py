@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from medformer_kernels._dispatch import resolve_backend
+from medformer_kernels._dispatch import chip_of, resolve_backend
 from medformer_kernels.tnt import ops
+from medformer_kernels.tnt.plans import fits
 from medformer_kernels.tnt.reference import reference
 from medformer_kernels.tnt.weights import TNTInnerWeights
 
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["TNTInnerWeights", "tnt_inner_block", "tnt_inner_block_reference"]
 
-# What one program of the kernels holds.
-_MOST_TOKENS, _MOST_WIDTH, _MOST_HEAD = 128, 128, 64
+# The longest sequence that one program of the kernels holds.
+_MOST_TOKENS = 128
 
 
 def tnt_inner_block(
@@ -50,13 +51,15 @@ def tnt_inner_block(
         drop_path: share of the sequences that skip each branch (stochastic depth, Huang et al. 2016).
         seed: of both, 0 to 2^63 - 1, as a number or an int64 tensor of one element on the device of x; None draws one
             from torch's generator. What is dropped depends on the seed and the place only: equal on every backend.
-        backend: 'auto', 'triton' or 'torch'. The kernels take n and c up to 128 and heads up to 64 wide.
+        backend: 'auto', 'triton' or 'torch'. The kernels take what `configs/tnt.json` has a tile for.
 
     Raises:
         ValueError: shapes, dtypes or probabilities that do not fit, or a backend that cannot run.
     """
     x, weights, seed_tensor = _prepare("tnt_inner_block", x, weights, num_heads, dropout, drop_path, seed)
-    backend = resolve_backend("tnt_inner_block", backend, weights.qkv_weight, _unsupported(x, num_heads))
+    wanted = backend == "triton" or (backend == "auto" and x.is_cuda)
+    unsupported = _unsupported(x, weights.qkv_weight, num_heads) if wanted else None
+    backend = resolve_backend("tnt_inner_block", backend, weights.qkv_weight, unsupported)
     save = backend == "triton" and torch.is_grad_enabled() and _wants_gradient(x, weights)
     with torch.autocast(x.device.type, enabled=False):
         return ops.tnt_inner_block(
@@ -120,18 +123,22 @@ def _prepare(
     return x, weights, torch.full((), seed, dtype=torch.int64, device=x.device)
 
 
-def _unsupported(x: Tensor, num_heads: int) -> str | None:
+def _unsupported(x: Tensor, matrix: Tensor, num_heads: int) -> str | None:
     """What the kernels do not take in this call."""
     sequences, tokens, width = x.shape
     if tokens > _MOST_TOKENS:
         return f"n above {_MOST_TOKENS} (here {tokens})"
-    if width > _MOST_WIDTH:
-        return f"c above {_MOST_WIDTH} (here {width})"
-    if width // num_heads > _MOST_HEAD:
-        return f"heads wider than {_MOST_HEAD} (here {width // num_heads})"
     if sequences >= 2**31:
         return f"S of 2**31 and more (here {sequences})"
+    head, itemsize = width // num_heads, matrix.element_size()
+    if itemsize <= 4 and not _holds(x.device, tokens, width, head, itemsize):
+        return f"n={tokens}, c={width}, heads of {head} in {matrix.dtype}: no tile of it fits on chip"
     return None
+
+
+@torch.compiler.assume_constant_result
+def _holds(device: torch.device, tokens: int, width: int, head: int, itemsize: int) -> bool:
+    return fits(chip_of(torch.empty(0, device=device)), tokens, width, head, itemsize)
 
 
 def _wants_gradient(x: Tensor, weights: TNTInnerWeights) -> bool:

@@ -4,8 +4,9 @@ Cost, forward, of S n = R rows: 2 R (4 c^2 + 2 c f) FLOP in the linear layers, 4
 x and out pass through memory once, and the middle of the block too where a gradient will be wanted. Backward: four
 kernels (`costs` counts), which read x, the middle and dout and keep nothing of size n x n or n x f.
 
-Tested in Triton's interpreter (float32, float16) and compiled ahead of time for every tile shipped
-(`benchmarks/compile_report.py`). Not yet run on a GPU.
+Not proven: an earlier form of the kernels agreed with the reference in Triton's interpreter (float32, three shapes, every
+gradient); this one has neither been run nor compiled. configs/tnt.json therefore holds no tile, backend='triton'
+refuses every shape and 'auto' takes PyTorch. Never run on a GPU.
 """
 
 # Triton's kernel[grid](...) is not the call that a type checker sees.
@@ -19,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medformer_kernels import _dispatch
 from medformer_kernels._dispatch import Chip, block, chip_of
 from medformer_kernels.tnt.dropping import threshold
 from medformer_kernels.tnt.kernels import (
@@ -29,66 +29,10 @@ from medformer_kernels.tnt.kernels import (
     tnt_mlp_dw_kernel,
     tnt_mlp_dx_kernel,
 )
+from medformer_kernels.tnt.plans import Plan, launch_plan
 from medformer_kernels.tnt.weights import TNTInnerWeights
 
-__all__ = ["Cost", "Plan", "backward", "costs", "forward", "launch_plan"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Tiles of one launch: `block_r` rows that hold `per_tile` sequences, `block_f` channels of the MLP at a time."""
-
-    block_r: int
-    block_f: int
-    num_warps: int
-    num_stages: int
-    per_tile: int
-    tiles: int
-    programs: int
-    """Where programs share out tiles: how many; each walks over tiles / programs of them."""
-    slices: int
-    """Where programs share out weights: parts that the tiles are cut into."""
-    slice_length: int
-    """Tiles of a slice."""
-
-
-def launch_plan(kernel: str, *, chip: Chip, sequences: int, tokens: int, width: int, parts: int, itemsize: int) -> Plan:
-    """How `kernel` ('fwd', 'mlp_dx', 'mlp_dw', 'attn_dx', 'attn_dw') is launched.
-
-    `parts` of the weights have programs of their own in 'attn_dw': the heads. In 'mlp_dw' it is the width of the MLP,
-    whose parts are those of `block_f`. Deterministic; tiles come from configs/tnt.json.
-    """
-    table = _dispatch.load_configs("tnt")[kernel]
-    entries = table[_dispatch.nearest_arch(chip.arch, tuple(table))]
-    rows = 64 if kernel == "mlp_dw" else tile_rows(tokens)
-    fitting = [e for e in entries if e["itemsize"] == itemsize and e["width"] >= block(width) and e["block_r"] == rows]
-    entry = min(fitting, key=lambda e: e["width"])
-    if kernel == "mlp_dw":
-        per_tile, tiles = 0, -(-sequences * tokens // rows)
-        parts = -(-parts // entry["block_f"])
-    else:
-        per_tile = rows // tokens
-        tiles = -(-sequences // per_tile)
-    slices = max(1, min(-(-2 * chip.units // max(1, parts)), tiles // 8))  # no less than 8 tiles a program
-    slice_length = -(-tiles // slices)
-    return Plan(
-        block_r=rows,
-        block_f=entry["block_f"],
-        num_warps=entry["num_warps"],
-        num_stages=entry["num_stages"],
-        per_tile=per_tile,
-        tiles=tiles,
-        programs=min(tiles, chip.units * max(1, 16 // entry["num_warps"])),
-        slices=-(-tiles // slice_length),
-        slice_length=slice_length,
-    )
-
-
-def tile_rows(tokens: int) -> int:
-    """Rows of a tile: 64, or 128 where sequences of `tokens` fill that better by a quarter."""
-    if tokens > 64:
-        return 128
-    return 128 if 128 // tokens * tokens / 128 >= 1.25 * (64 // tokens * tokens / 64) else 64
+__all__ = ["Cost", "backward", "costs", "forward"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +55,9 @@ def costs(
     def plan(kernel: str) -> Plan:
         parts = {"attn_dw": num_heads, "mlp_dw": hidden}.get(kernel, 1)
         return launch_plan(
-            kernel, chip=chip, sequences=sequences, tokens=tokens, width=width, parts=parts, itemsize=itemsize
-        )
+            kernel, chip=chip, sequences=sequences, tokens=tokens, width=width, head=width // num_heads, parts=parts,
+            itemsize=itemsize,
+        )  # fmt: skip
 
     linear, mlp, scores = 2 * rows * width * width, 2 * rows * width * hidden, 2 * rows * tokens * width
     exponentials = rows * tokens * num_heads
@@ -130,7 +75,7 @@ def costs(
     }
 
 
-def _plan(kernel: str, x: Tensor, w: TNTInnerWeights, parts: int = 1) -> Plan:
+def _plan(kernel: str, x: Tensor, w: TNTInnerWeights, num_heads: int, parts: int = 1) -> Plan:
     sequences, tokens, width = x.shape
     return launch_plan(
         kernel,
@@ -138,23 +83,18 @@ def _plan(kernel: str, x: Tensor, w: TNTInnerWeights, parts: int = 1) -> Plan:
         sequences=sequences,
         tokens=tokens,
         width=width,
+        head=width // num_heads,
         parts=parts,
         itemsize=w.qkv_weight.element_size(),
     )
 
 
-def _precision(w: Tensor) -> str:
-    """float32 products run as three tf32 products on NVIDIA (24 bits), exactly elsewhere."""
-    return "tf32x3" if w.dtype == torch.float32 and chip_of(w).arch.startswith("sm_") else "ieee"
-
-
-def _constants(x: Tensor, w: TNTInnerWeights, plan: Plan, dropout: float, drop_path: float) -> dict[str, Any]:
+def _constants(x: Tensor, plan: Plan, dropout: float, drop_path: float) -> dict[str, Any]:
     return {
         "C": x.shape[2],
         "DROP": dropout > 0,
         "PATH": drop_path > 0,
         "DENSE": x.is_contiguous(),
-        "PRECISION": _precision(w.qkv_weight),
         "BLOCK_R": plan.block_r,
         "BLOCK_C": block(x.shape[2]),
         "num_warps": plan.num_warps,
@@ -190,13 +130,13 @@ def forward(
     if sequences == 0:
         return out, middle
     w = _packed(w)
-    plan = _plan("fwd", x, w)
+    plan = _plan("fwd", x, w, num_heads)
     tnt_fwd_kernel[(plan.programs,)](
         x, *w.tensors(), seed, out, middle, *x.stride(), sequences, tokens, plan.per_tile, plan.tiles, eps,
         (width // num_heads) ** -0.5, *_dropping(dropout, drop_path),
         H=num_heads, F=w.fc1_weight.shape[0], QKV_BIAS=w.qkv_bias is not None, PROJ_BIAS=w.proj_bias is not None,
         FC1_BIAS=w.fc1_bias is not None, FC2_BIAS=w.fc2_bias is not None, SAVE=save,
-        BLOCK_D=block(width // num_heads), BLOCK_F=plan.block_f, **_constants(x, w, plan, dropout, drop_path),
+        BLOCK_D=block(width // num_heads), BLOCK_F=plan.block_f, **_constants(x, plan, dropout, drop_path),
     )  # fmt: skip
     return out, middle
 
@@ -229,36 +169,36 @@ def backward(
     mlp_constants = {"F": hidden, "FC1_BIAS": w.fc1_bias is not None}
     attention_constants = {"H": num_heads, "QKV_BIAS": w.qkv_bias is not None, "BLOCK_D": block(width // num_heads)}
 
-    plan = _plan("mlp_dx", x, w)
+    plan = _plan("mlp_dx", x, w, num_heads)
     dmiddle = x.new_empty(x.shape)
     mlp_sums = torch.empty(plan.programs, 3, width, **small)
     tnt_mlp_dx_kernel[(plan.programs,)](
         dout, middle, *mlp, dmiddle, mlp_sums, *dout.stride(), sequences, tokens, plan.per_tile, plan.tiles, eps,
-        *dropping, BLOCK_F=plan.block_f, **mlp_constants, **_constants(dout, w, plan, **drop),
+        *dropping, BLOCK_F=plan.block_f, **mlp_constants, **_constants(dout, plan, **drop),
     )  # fmt: skip
-    plan = _plan("attn_dx", x, w)
+    plan = _plan("attn_dx", x, w, num_heads)
     dx = x.new_empty(x.shape)
     attention_sums = torch.empty(plan.programs, 3, width, **small)
     tnt_attn_dx_kernel[(plan.programs,)](
         dmiddle, x, *attention, dx, attention_sums, *x.stride(), sequences, tokens, plan.per_tile, plan.tiles, eps,
-        scale, *dropping, **attention_constants, **_constants(x, w, plan, **drop),
+        scale, *dropping, **attention_constants, **_constants(x, plan, **drop),
     )  # fmt: skip
     if not with_weights:
         return dx, {}
 
-    plan = _plan("mlp_dw", x, w, hidden)
+    plan = _plan("mlp_dw", x, w, num_heads, hidden)
     dfc1 = torch.empty(plan.slices, hidden, width, **small)
     dfc2, dfc1_bias = torch.empty_like(dfc1), torch.empty(plan.slices, hidden, **small)
     tnt_mlp_dw_kernel[(plan.slices * -(-hidden // plan.block_f),)](
         dout, middle, *mlp, dfc1, dfc1_bias, dfc2, *dout.stride(), sequences, tokens, plan.tiles, plan.slice_length,
-        eps, *dropping, BLOCK_F=plan.block_f, **mlp_constants, **_constants(dout, w, plan, **drop),
+        eps, *dropping, BLOCK_F=plan.block_f, **mlp_constants, **_constants(dout, plan, **drop),
     )  # fmt: skip
-    plan = _plan("attn_dw", x, w, num_heads)
+    plan = _plan("attn_dw", x, w, num_heads, num_heads)
     dqkv = torch.empty(plan.slices, 3 * width, width, **small)
     dqkv_bias, dproj = torch.empty(plan.slices, 3 * width, **small), torch.empty(plan.slices, width, width, **small)
     tnt_attn_dw_kernel[(plan.slices * num_heads,)](
         dmiddle, x, *attention, dqkv, dqkv_bias, dproj, *x.stride(), sequences, tokens, plan.per_tile, plan.tiles,
-        plan.slice_length, eps, scale, *dropping, **attention_constants, **_constants(x, w, plan, **drop),
+        plan.slice_length, eps, scale, *dropping, **attention_constants, **_constants(x, plan, **drop),
     )  # fmt: skip
     norm1_weight, norm1_bias, proj_bias = (attention_sums[:, i].sum(0) for i in range(3))
     norm2_weight, norm2_bias, fc2_bias = (mlp_sums[:, i].sum(0) for i in range(3))

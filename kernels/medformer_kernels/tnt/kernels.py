@@ -12,7 +12,8 @@ to another. Programs are persistent: each walks over many tiles.
 
 A head narrower than 16 (or not a power of two) is padded in registers, by masked loads of its weights: nothing is
 packed in memory, and weights come from the cache. Products run on the matrix units in the dtype of the weights
-(float32 as three tf32 products on NVIDIA), all else in float32, exponents in base 2. No atomics: equal inputs give
+(float32 in plain registers: three tf32 products
+spill), all else in float32, exponents in base 2. No atomics: equal inputs give
 equal bits.
 """
 
@@ -112,31 +113,28 @@ def _vector(V, offs, ok, PRESENT: tl.constexpr):
 @triton.jit
 def _head_qkv(
     normed, QKV_W, QKV_B, h, offs_d, d_ok, offs_c, c_ok,
-    C: tl.constexpr, D: tl.constexpr, QKV_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, QKV_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Queries, keys and values of one head, [R, D], in the dtype of the products."""
+    """Queries, keys and values [R, D] of one head in the dtype of the products, and its weights [D, C]."""
     wq = _matrix(QKV_W, h * D, offs_d, d_ok, offs_c, c_ok, C)  # [D, C]
-    q = (
-        tl.dot(normed, tl.trans(wq), input_precision=PRECISION)
-        + _vector(QKV_B, h * D + offs_d, d_ok, QKV_BIAS)[None, :]
-    )
+    q = tl.dot(normed, tl.trans(wq), input_precision="ieee") + _vector(QKV_B, h * D + offs_d, d_ok, QKV_BIAS)[None, :]
     wk = _matrix(QKV_W, C + h * D, offs_d, d_ok, offs_c, c_ok, C)
     k = (
-        tl.dot(normed, tl.trans(wk), input_precision=PRECISION)
+        tl.dot(normed, tl.trans(wk), input_precision="ieee")
         + _vector(QKV_B, C + h * D + offs_d, d_ok, QKV_BIAS)[None, :]
     )
     wv = _matrix(QKV_W, 2 * C + h * D, offs_d, d_ok, offs_c, c_ok, C)
     v = (
-        tl.dot(normed, tl.trans(wv), input_precision=PRECISION)
+        tl.dot(normed, tl.trans(wv), input_precision="ieee")
         + _vector(QKV_B, 2 * C + h * D + offs_d, d_ok, QKV_BIAS)[None, :]
     )
-    return q.to(normed.dtype), k.to(normed.dtype), v.to(normed.dtype)
+    return q.to(normed.dtype), k.to(normed.dtype), v.to(normed.dtype), wq, wk, wv
 
 
 @triton.jit
-def _weights(q, k, same, scale, PRECISION: tl.constexpr):
+def _weights(q, k, same, scale):
     """softmax(q k^T / sqrt(D)) [R, R] within each sequence; `scale` is log2(e) / sqrt(D)."""
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     s = tl.where(same, s, float("-inf"))
     p = tl.exp2(s - tl.max(s, 1)[:, None])  # a row always sees itself
     return p / tl.sum(p, 1)[:, None]
@@ -149,7 +147,7 @@ def tnt_fwd_kernel(
     drop_threshold, path_threshold, drop_scale, path_scale,
     C: tl.constexpr, H: tl.constexpr, F: tl.constexpr,
     QKV_BIAS: tl.constexpr, PROJ_BIAS: tl.constexpr, FC1_BIAS: tl.constexpr, FC2_BIAS: tl.constexpr,
-    DROP: tl.constexpr, PATH: tl.constexpr, DENSE: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
+    DROP: tl.constexpr, PATH: tl.constexpr, DENSE: tl.constexpr, SAVE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """out = y + f2 (fc2(GELU(fc1(LN2(y))))), y = x + f1 proj(attention(LN1(x))), tile by tile."""
@@ -175,11 +173,11 @@ def tnt_fwd_kernel(
         normed = normed.to(QKV_W.dtype.element_ty)
         acc = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
         for h in range(0, H):
-            q, k, v = _head_qkv(normed, QKV_W, QKV_B, h, offs_d, d_ok, offs_c, c_ok, C, D, QKV_BIAS, PRECISION)
-            p = _weights(q, k, same, scale * LOG2E, PRECISION)
-            o = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)  # [R, D]
+            q, k, v, _wq, _wk, _wv = _head_qkv(normed, QKV_W, QKV_B, h, offs_d, d_ok, offs_c, c_ok, C, D, QKV_BIAS)
+            p = _weights(q, k, same, scale * LOG2E)
+            o = tl.dot(p.to(v.dtype), v, input_precision="ieee")  # [R, D]
             wo = _matrix(PROJ_W + h * D, 0, offs_c, c_ok, offs_d, d_ok, C)  # [C out, D]
-            acc = tl.dot(o.to(wo.dtype), tl.trans(wo), acc, input_precision=PRECISION)
+            acc = tl.dot(o.to(wo.dtype), tl.trans(wo), acc, input_precision="ieee")
         branch = acc + _vector(PROJ_B, offs_c, c_ok, PROJ_BIAS)[None, :]
         if DROP or PATH:
             branch *= _factor(
@@ -209,11 +207,11 @@ def tnt_fwd_kernel(
         for f0 in range(0, F, BLOCK_F):
             f_ok = f0 + offs_f < F
             w1 = _matrix(FC1_W, f0, offs_f, f_ok, offs_c, c_ok, C)  # [F, C]
-            u = tl.dot(normed, tl.trans(w1), input_precision=PRECISION)
+            u = tl.dot(normed, tl.trans(w1), input_precision="ieee")
             u += _vector(FC1_B, f0 + offs_f, f_ok, FC1_BIAS)[None, :]
             gelu = u * 0.5 * (1.0 + tl.math.erf(u * _INV_SQRT2))
             w2 = _matrix(FC2_W + f0, 0, offs_c, c_ok, offs_f, f_ok, F)  # [C out, F]
-            acc = tl.dot(gelu.to(w2.dtype), tl.trans(w2), acc, input_precision=PRECISION)
+            acc = tl.dot(gelu.to(w2.dtype), tl.trans(w2), acc, input_precision="ieee")
         branch = acc + _vector(FC2_B, offs_c, c_ok, FC2_BIAS)[None, :]
         if DROP or PATH:
             branch *= _factor(
@@ -239,7 +237,7 @@ def tnt_mlp_dx_kernel(
     dout_stride_s, dout_stride_n, dout_stride_c, S, N, per_tile, tiles, eps,
     drop_threshold, path_threshold, drop_scale, path_scale,
     C: tl.constexpr, F: tl.constexpr, FC1_BIAS: tl.constexpr,
-    DROP: tl.constexpr, PATH: tl.constexpr, DENSE: tl.constexpr, PRECISION: tl.constexpr,
+    DROP: tl.constexpr, PATH: tl.constexpr, DENSE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """dy = dout + LN2 backward of fc1^T (GELU'(u) fc2^T (f2 dout)); sums of dLN2 xhat, dLN2 and f2 dout by program."""
@@ -284,12 +282,12 @@ def tnt_mlp_dx_kernel(
         for f0 in range(0, F, BLOCK_F):
             f_ok = f0 + offs_f < F
             w1 = _matrix(FC1_W, f0, offs_f, f_ok, offs_c, c_ok, C)  # [F, C]
-            u = tl.dot(normed, tl.trans(w1), input_precision=PRECISION)
+            u = tl.dot(normed, tl.trans(w1), input_precision="ieee")
             u += _vector(FC1_B, f0 + offs_f, f_ok, FC1_BIAS)[None, :]
             w2 = _matrix(FC2_W + f0, 0, offs_c, c_ok, offs_f, f_ok, F)  # [C out, F]
-            du = tl.dot(dbranch, w2, input_precision=PRECISION)
+            du = tl.dot(dbranch, w2, input_precision="ieee")
             du *= 0.5 * (1.0 + tl.math.erf(u * _INV_SQRT2)) + u * _INV_SQRT_2PI * tl.exp2(u * u * (-0.5 * LOG2E))
-            dnormed = tl.dot(du.to(w1.dtype), w1, dnormed, input_precision=PRECISION)
+            dnormed = tl.dot(du.to(w1.dtype), w1, dnormed, input_precision="ieee")
         # What the loop did not need is read again rather than held in registers through it.
         y = _read(MIDDLE, row0, sequence, position, 0, 0, 1, offs_r, offs_c, ok, C, True)
         xhat, rstd = _normalise(y, c_ok, eps, C)
@@ -312,10 +310,10 @@ def tnt_mlp_dw_kernel(
     dout_stride_s, dout_stride_n, dout_stride_c, S, N, tiles, slice_length, eps,
     drop_threshold, path_threshold, drop_scale, path_scale,
     C: tl.constexpr, F: tl.constexpr, FC1_BIAS: tl.constexpr,
-    DROP: tl.constexpr, PATH: tl.constexpr, DENSE: tl.constexpr, PRECISION: tl.constexpr,
+    DROP: tl.constexpr, PATH: tl.constexpr, DENSE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """dfc1 = du^T LN2(y), dfc1_bias = sum du, dfc2^T = GELU(u)^T (f2 dout): BLOCK_F of F, over one slice of the tiles."""
+    """dfc1 = du^T LN2(y), dfc1_bias = sum du, dfc2^T = GELU(u)^T (f2 dout): BLOCK_F of F, over a slice of the tiles."""
     F_BLOCKS: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
     offs_r = tl.arange(0, BLOCK_R)
     offs_c = tl.arange(0, BLOCK_C)
@@ -360,14 +358,14 @@ def tnt_mlp_dw_kernel(
                 PATH,
             )
         dbranch = dbranch.to(w1.dtype)
-        u = tl.dot(normed, tl.trans(w1), input_precision=PRECISION)
+        u = tl.dot(normed, tl.trans(w1), input_precision="ieee")
         u += _vector(FC1_B, f0 + offs_f, f_ok, FC1_BIAS)[None, :]
         cumulative = 0.5 * (1.0 + tl.math.erf(u * _INV_SQRT2))
-        dfc2 = tl.dot(tl.trans((u * cumulative).to(w1.dtype)), dbranch, dfc2, input_precision=PRECISION)
-        du = tl.dot(dbranch, w2, input_precision=PRECISION)
+        dfc2 = tl.dot(tl.trans((u * cumulative).to(w1.dtype)), dbranch, dfc2, input_precision="ieee")
+        du = tl.dot(dbranch, w2, input_precision="ieee")
         du *= cumulative + u * _INV_SQRT_2PI * tl.exp2(u * u * (-0.5 * LOG2E))
         dbias += tl.sum(du, 0)  # rows beyond the last have du = 0: their dout is
-        dfc1 = tl.dot(tl.trans(du.to(w1.dtype)), normed, dfc1, input_precision=PRECISION)
+        dfc1 = tl.dot(tl.trans(du.to(w1.dtype)), normed, dfc1, input_precision="ieee")
     ok = f_ok[:, None] & c_ok[None, :]
     place = tl.cast(part, tl.int64) * (F * C) + (f0 + offs_f)[:, None] * C + offs_c[None, :]
     tl.store(DFC1 + place, dfc1, mask=ok)
@@ -381,7 +379,7 @@ def tnt_attn_dx_kernel(
     x_stride_s, x_stride_n, x_stride_c, S, N, per_tile, tiles, eps, scale,
     drop_threshold, path_threshold, drop_scale, path_scale,
     C: tl.constexpr, H: tl.constexpr, QKV_BIAS: tl.constexpr,
-    DROP: tl.constexpr, PATH: tl.constexpr, DENSE: tl.constexpr, PRECISION: tl.constexpr,
+    DROP: tl.constexpr, PATH: tl.constexpr, DENSE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dx = dy + LN1 backward of (dq wq + dk wk + dv wv); sums of dLN1 xhat, dLN1 and f1 dy by program."""
@@ -425,22 +423,19 @@ def tnt_attn_dx_kernel(
         dbranch = dbranch.to(QKV_W.dtype.element_ty)
         dnormed = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
         for h in range(0, H):
-            q, k, v = _head_qkv(normed, QKV_W, QKV_B, h, offs_d, d_ok, offs_c, c_ok, C, D, QKV_BIAS, PRECISION)
-            p = _weights(q, k, same, scale * LOG2E, PRECISION)
+            q, k, v, wq, wk, wv = _head_qkv(normed, QKV_W, QKV_B, h, offs_d, d_ok, offs_c, c_ok, C, D, QKV_BIAS)
+            p = _weights(q, k, same, scale * LOG2E)
             wo = _matrix(PROJ_W + h * D, 0, offs_c, c_ok, offs_d, d_ok, C)  # [C out, D]
-            do = tl.dot(dbranch, wo, input_precision=PRECISION).to(v.dtype)  # [R, D]
-            dv = tl.dot(tl.trans(p.to(v.dtype)), do, input_precision=PRECISION).to(v.dtype)
-            wv = _matrix(QKV_W, 2 * C + h * D, offs_d, d_ok, offs_c, c_ok, C)  # [D, C]
-            dnormed = tl.dot(dv, wv, dnormed, input_precision=PRECISION)
-            ds = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            do = tl.dot(dbranch, wo, input_precision="ieee").to(v.dtype)  # [R, D]
+            dv = tl.dot(tl.trans(p.to(v.dtype)), do, input_precision="ieee").to(v.dtype)
+            dnormed = tl.dot(dv, wv, dnormed, input_precision="ieee")
+            ds = tl.dot(do, tl.trans(v), input_precision="ieee")
             ds = p * (ds - tl.sum(p * ds, 1)[:, None]) * scale
             ds = ds.to(v.dtype)
-            dq = tl.dot(ds, k, input_precision=PRECISION).to(v.dtype)
-            wq = _matrix(QKV_W, h * D, offs_d, d_ok, offs_c, c_ok, C)
-            dnormed = tl.dot(dq, wq, dnormed, input_precision=PRECISION)
-            dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION).to(v.dtype)
-            wk = _matrix(QKV_W, C + h * D, offs_d, d_ok, offs_c, c_ok, C)
-            dnormed = tl.dot(dk, wk, dnormed, input_precision=PRECISION)
+            dq = tl.dot(ds, k, input_precision="ieee").to(v.dtype)
+            dnormed = tl.dot(dq, wq, dnormed, input_precision="ieee")
+            dk = tl.dot(tl.trans(ds), q, input_precision="ieee").to(v.dtype)
+            dnormed = tl.dot(dk, wk, dnormed, input_precision="ieee")
         x = _read(X, row0, sequence, position, x_stride_s, x_stride_n, x_stride_c, offs_r, offs_c, ok, C, DENSE)
         xhat, rstd = _normalise(x, c_ok, eps, C)
         sum_gain += tl.sum(dnormed * xhat, 0)
@@ -460,7 +455,7 @@ def tnt_attn_dw_kernel(
     x_stride_s, x_stride_n, x_stride_c, S, N, per_tile, tiles, slice_length, eps, scale,
     drop_threshold, path_threshold, drop_scale, path_scale,
     C: tl.constexpr, H: tl.constexpr, QKV_BIAS: tl.constexpr,
-    DROP: tl.constexpr, PATH: tl.constexpr, DENSE: tl.constexpr, PRECISION: tl.constexpr,
+    DROP: tl.constexpr, PATH: tl.constexpr, DENSE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dqkv^T = LN1(x)^T (dq, dk, dv), dproj = (f1 dy)^T o, and their biases: one head, over one slice of the tiles."""
@@ -509,23 +504,23 @@ def tnt_attn_dw_kernel(
                 PATH,
             )
         dbranch = dbranch.to(QKV_W.dtype.element_ty)
-        q, k, v = _head_qkv(normed, QKV_W, QKV_B, h, offs_d, d_ok, offs_c, c_ok, C, D, QKV_BIAS, PRECISION)
-        p = _weights(q, k, same, scale * LOG2E, PRECISION)
-        o = tl.dot(p.to(v.dtype), v, input_precision=PRECISION).to(v.dtype)
-        dwo = tl.dot(tl.trans(dbranch), o, dwo, input_precision=PRECISION)
+        q, k, v, _wq, _wk, _wv = _head_qkv(normed, QKV_W, QKV_B, h, offs_d, d_ok, offs_c, c_ok, C, D, QKV_BIAS)
+        p = _weights(q, k, same, scale * LOG2E)
+        o = tl.dot(p.to(v.dtype), v, input_precision="ieee").to(v.dtype)
+        dwo = tl.dot(tl.trans(dbranch), o, dwo, input_precision="ieee")
         wo = _matrix(PROJ_W + h * D, 0, offs_c, c_ok, offs_d, d_ok, C)  # [C out, D]
-        do = tl.dot(dbranch, wo, input_precision=PRECISION).to(v.dtype)  # [R, D]
-        dv = tl.dot(tl.trans(p.to(v.dtype)), do, input_precision=PRECISION)
+        do = tl.dot(dbranch, wo, input_precision="ieee").to(v.dtype)  # [R, D]
+        dv = tl.dot(tl.trans(p.to(v.dtype)), do, input_precision="ieee")
         dbv += tl.sum(dv, 0)
-        dwv = tl.dot(tl.trans(normed), dv.to(v.dtype), dwv, input_precision=PRECISION)
-        ds = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        dwv = tl.dot(tl.trans(normed), dv.to(v.dtype), dwv, input_precision="ieee")
+        ds = tl.dot(do, tl.trans(v), input_precision="ieee")
         ds = (p * (ds - tl.sum(p * ds, 1)[:, None]) * scale).to(v.dtype)
-        dq = tl.dot(ds, k, input_precision=PRECISION)
+        dq = tl.dot(ds, k, input_precision="ieee")
         dbq += tl.sum(dq, 0)
-        dwq = tl.dot(tl.trans(normed), dq.to(v.dtype), dwq, input_precision=PRECISION)
-        dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
+        dwq = tl.dot(tl.trans(normed), dq.to(v.dtype), dwq, input_precision="ieee")
+        dk = tl.dot(tl.trans(ds), q, input_precision="ieee")
         dbk += tl.sum(dk, 0)
-        dwk = tl.dot(tl.trans(normed), dk.to(v.dtype), dwk, input_precision=PRECISION)
+        dwk = tl.dot(tl.trans(normed), dk.to(v.dtype), dwk, input_precision="ieee")
     ok = c_ok[:, None] & d_ok[None, :]
     DQKV += tl.cast(part, tl.int64) * (3 * C * C)
     place = (h * D + offs_d)[None, :] * C + offs_c[:, None]  # rows of qkv are outputs

@@ -1,0 +1,92 @@
+"""Which tiles the kernels of the inner block run with, and whether any holds a shape at all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from medformer_kernels import _dispatch
+from medformer_kernels._dispatch import Chip, block
+
+__all__ = ["KERNELS", "Plan", "fits", "launch_plan", "tile_rows"]
+
+KERNELS = ("fwd", "mlp_dx", "mlp_dw", "attn_dx", "attn_dw")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Tiles of one launch: `block_r` rows that hold `per_tile` sequences, `block_f` channels of the MLP at a time."""
+
+    block_r: int
+    block_f: int
+    num_warps: int
+    num_stages: int
+    per_tile: int
+    tiles: int
+    programs: int
+    """Where programs share out tiles: how many; each walks over tiles / programs of them."""
+    slices: int
+    """Where programs share out weights: parts that the tiles are cut into."""
+    slice_length: int
+    """Tiles of a slice."""
+
+
+def _entry(kernel: str, chip: Chip, tokens: int, width: int, head: int, itemsize: int) -> dict | None:
+    table = _dispatch.load_configs("tnt").get(kernel, {})
+    known = tuple(arch for arch in table if arch[:2] == chip.arch[:2])
+    if not known:
+        return None
+    rows = [64] if kernel == "mlp_dw" else tile_rows(tokens)  # which knows no sequences
+    fitting = [
+        entry
+        for entry in table[_dispatch.nearest_arch(chip.arch, known)]
+        if entry["itemsize"] == itemsize
+        and entry["block_r"] in rows
+        and entry["width"] >= block(width)
+        and (entry["head"] >= block(head) or kernel.startswith("mlp"))
+    ]
+    return min(fitting, key=lambda e: (rows.index(e["block_r"]), e["width"], e["head"]), default=None)
+
+
+def fits(chip: Chip, tokens: int, width: int, head: int, itemsize: int) -> bool:
+    """Whether every kernel has a tile for sequences of `tokens` of `width`, heads of `head`, in registers whole."""
+    return all(_entry(kernel, chip, tokens, width, head, itemsize) for kernel in KERNELS)
+
+
+def launch_plan(
+    kernel: str, *, chip: Chip, sequences: int, tokens: int, width: int, head: int, parts: int, itemsize: int
+) -> Plan:
+    """How a kernel of `KERNELS` is launched.
+
+    `parts` of the weights have programs of their own in 'attn_dw': the heads. In 'mlp_dw' it is the width of the MLP,
+    whose parts are those of `block_f`. Deterministic; tiles come from configs/tnt.json.
+    """
+    entry = _entry(kernel, chip, tokens, width, head, itemsize)
+    assert entry is not None  # `fits` was asked
+    rows = entry["block_r"]
+    if kernel == "mlp_dw":
+        per_tile, tiles = 0, -(-sequences * tokens // rows)
+        parts = -(-parts // entry["block_f"])
+    else:
+        per_tile = rows // tokens
+        tiles = -(-sequences // per_tile)
+    slices = max(1, min(-(-2 * chip.units // max(1, parts)), tiles // 8))  # no less than 8 tiles a program
+    slice_length = -(-tiles // slices)
+    return Plan(
+        block_r=rows,
+        block_f=entry["block_f"],
+        num_warps=entry["num_warps"],
+        num_stages=entry["num_stages"],
+        per_tile=per_tile,
+        tiles=tiles,
+        programs=min(tiles, chip.units * max(1, 16 // entry["num_warps"])),
+        slices=-(-tiles // slice_length),
+        slice_length=slice_length,
+    )
+
+
+def tile_rows(tokens: int) -> list[int]:
+    """Rows of a tile, the better first: 64, or 128 where sequences of `tokens` fill that better by a quarter."""
+    if tokens > 64:
+        return [128]
+    better = 128 // tokens * tokens / 128 >= 1.25 * (64 // tokens * tokens / 64)
+    return [128, 64] if better else [64]

@@ -197,7 +197,7 @@ def test_one_graph_without_breaks_matches_eager(attention: str, mlp: str) -> Non
         out = version(x)
         model.zero_grad()
         (out.square().mean() + medformer.auxiliary_loss(model)).backward()
-        gradients.append([out.detach(), *(p.grad.clone() for p in model.parameters())])
+        gradients.append([out.detach(), *(p.grad.clone() for p in model.parameters())])  # type: ignore[union-attr]
     torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-3)
 
 

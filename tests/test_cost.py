@@ -41,7 +41,7 @@ def test_operations_of_a_backbone_follow_from_its_shape() -> None:
             width=width, depth=depth, heads=3, patch_stride=8, patch_padding=0, num_features=64, position_grid=2
         )
     )
-    with counting(Method(model)) as found, torch.no_grad():
+    with counting(Method(model)) as found:
         model.forward_features(torch.zeros(2, 1, 16, 16, 16))
     block = 2 * tokens * (4 * width**2 + 2 * width * hidden) + 8 * tokens * features * width
     assert found.operations == pytest.approx(2 * (depth * block + 2 * 8 * 512 * width), rel=0.02)

@@ -197,16 +197,16 @@ print(status("VmHWM") - before, found.tokens.nbytes / 2**20)
 """
 
 
-@pytest.mark.parametrize("method", ["windows", "one_pass"])
-def test_peak_memory_stays_below_the_limit(tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(("method", "limit"), [("windows", 100), ("one_pass", 120)])
+def test_peak_memory_stays_below_the_limit(tmp_path: Path, method: str, limit: int) -> None:
     """61 MiB of int16; a float copy alone would be 122."""
     np.save(tmp_path / "ct.npy", np.random.default_rng(0).integers(-1000, 1000, (160, 448, 448), dtype=np.int16))
-    command = [sys.executable, "-c", _PEAK, str(tmp_path / "ct.npy"), method, "100 MiB"]
+    command = [sys.executable, "-c", _PEAK, str(tmp_path / "ct.npy"), method, f"{limit} MiB"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     print(f"{method}: {done.stdout.strip()} MiB")
     peak, tokens = map(float, done.stdout.split())
-    assert tokens < peak < 100
+    assert tokens < peak < limit
 
 
 def test_the_command_line_writes_tokens_and_where_they_lie(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,9 +4,9 @@ Cost, forward, of S n = R rows: 2 R (4 c^2 + 2 c f) FLOP in the linear layers, 4
 x and out pass through memory once, and the middle of the block too where a gradient will be wanted. Backward: four
 kernels (`costs` counts), which read x, the middle and dout and keep nothing of size n x n or n x f.
 
-Right in Triton's interpreter (float32, float16; with tiles that no compiler has proven: branch tnt-unrun), not compiled
-in this form. configs/tnt.json therefore holds no tile, backend='triton' refuses every shape and 'auto' takes PyTorch.
-Never run on a GPU.
+Right in Triton's interpreter (tests/test_tnt_kernel.py, float32 and float16), not compiled without spills in this form
+(`benchmarks/choose_tnt_configs.py` looks for tiles). configs/tnt.json therefore holds none, backend='triton' refuses
+every shape and 'auto' takes PyTorch. Never run on a GPU.
 """
 
 # Triton's kernel[grid](...) is not the call that a type checker sees.

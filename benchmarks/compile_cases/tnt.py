@@ -1,0 +1,96 @@
+"""The inner block of a TNT: what is compiled and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ahead_of_time import TARGETS
+from compile_cases.shapes import Case, Family, Floor
+from medformer_kernels.tnt import TNTInnerWeights, fused
+from medformer_kernels.tnt.plans import KERNELS
+
+__all__ = ["FAMILY", "SHAPES", "launches"]
+
+# (tile width, tile head, rows of a tile) of every entry in configs/tnt.json: (tokens, width, heads) that takes it.
+SHAPES = {
+    2: {
+        (32, 16, 64): (16, 24, 4),
+        (64, 16, 64): (64, 48, 4),
+        (128, 32, 64): (64, 128, 4),
+        (64, 32, 64): (64, 64, 2),
+        (32, 16, 128): (100, 24, 4),
+        (64, 16, 128): (100, 48, 4),
+    },
+    4: {(32, 16, 64): (16, 24, 4), (64, 16, 64): (64, 48, 4)},
+}
+SEQUENCES = 32_768
+
+
+def launches(tokens: int, width: int, heads: int, dtype: torch.dtype, full: bool) -> dict[str, Callable[[], Any]]:
+    """By kernel: a forward and a backward pass; `full` with dropping, biases of qkv and a strided x."""
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    hidden = 4 * width
+    w = TNTInnerWeights(
+        norm1_weight=empty(width), norm1_bias=empty(width), qkv_weight=empty(3 * width, width),
+        qkv_bias=empty(3 * width) if full else None, proj_weight=empty(width, width), proj_bias=empty(width),
+        norm2_weight=empty(width), norm2_bias=empty(width), fc1_weight=empty(hidden, width), fc1_bias=empty(hidden),
+        fc2_weight=empty(width, hidden), fc2_bias=empty(width),
+    )  # fmt: skip
+    dense = empty(SEQUENCES, tokens, width)
+    x = empty(tokens, SEQUENCES, width).transpose(0, 1) if full else dense
+    seed = torch.empty((), dtype=torch.int64, device="meta") if full else None
+    drop = (0.1, 0.1) if full else (0.0, 0.0)
+
+    def forward() -> None:
+        fused.forward(x, w, seed, heads, 1e-6, *drop, True)
+
+    def backward() -> None:
+        fused.backward(x, x, dense, w, seed, heads, 1e-6, *drop, True)
+
+    return {kernel: forward if kernel == "fwd" else backward for kernel in KERNELS}
+
+
+def cases(*, widths: tuple[int, ...] = (32, 64, 128)) -> Iterator[Case]:
+    """Every entry of configs/tnt.json, 16-bit and float32, plain and with everything that adds to a kernel."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for (tile, _, _), (tokens, width, heads) in SHAPES[dtype.itemsize].items():
+            for full in (False, True):
+                if tile in widths:
+                    yield Case(
+                        name=f"n={tokens} c={width} H={heads} {str(dtype)[6:]} {'dropping' if full else 'plain'}",
+                        width=tile,
+                        dtype=dtype,
+                        launches=launches(tokens, width, heads, dtype, full),
+                    )
+
+
+def floors() -> Iterator[Floor]:
+    """32,768 sequences of 64 tokens of width 48, MLP of 192, 4 heads, bf16, on an H200."""
+    sequences, tokens, width, heads = SEQUENCES, 64, 48, 4
+    by_kernel = fused.costs(
+        chip=TARGETS["sm_90"].chip, sequences=sequences, tokens=tokens, width=width, hidden=4 * width,
+        num_heads=heads, itemsize=2,
+    )  # fmt: skip
+    tensor = sequences * tokens * width * 2
+    passes = {
+        "forward": (("fwd",), 2),  # x, out
+        "backward": (("mlp_dx", "mlp_dw", "attn_dx", "attn_dw"), 4),  # x, middle, dout, dx
+    }
+    for direction, (kernels, tensors) in passes.items():
+        yield Floor(
+            shape="tnt_inner_block 32,768 x 64 x 48 bf16",
+            direction=direction,
+            flop=sum(by_kernel[kernel].flop for kernel in kernels),
+            exponentials=sum(by_kernel[kernel].exponentials for kernel in kernels),
+            planned_bytes=sum(by_kernel[kernel].bytes for kernel in kernels),
+            least_bytes=tensors * tensor,
+        )
+
+
+FAMILY = Family(cases=cases, floors=floors, widths=(32, 64, 128))

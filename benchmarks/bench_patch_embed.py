@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -330,7 +330,7 @@ def measure_paths(seconds: float = 0.7) -> dict[str, list[dict]]:
             began = time.perf_counter()
             for rounds in itertools.count():
                 for path in best:
-                    chosen = {"backend": "triton"} if path == "fused" else {"path": path}
+                    chosen: dict[str, Any] = {"backend": "triton"} if path == "fused" else {"path": path}
                     start = time.perf_counter()
                     tokens = patch_embed(
                         x, weights.weight, weights.bias, stride=shape.stride, padding=shape.padding, norm="layer",

@@ -34,7 +34,9 @@ def candidates(kernel: str, itemsize: int, width: int, first: dict[str, Any] | N
     tiles = [] if first is None else [{name: first[name] for name in names}]
     for block_f, num_warps, num_stages in TILES:
         if (block_f, itemsize, width) <= (32, 2, 128) or (block_f == 64 and itemsize == 2 and width <= 32):
-            tile = dict(zip(names, (32 if kernel.startswith("attn") else block_f, num_warps, num_stages), strict=True))
+            tile: dict[str, Any] = dict(
+                zip(names, (32 if kernel.startswith("attn") else block_f, num_warps, num_stages), strict=True)
+            )
             if tile not in tiles and (itemsize == 2 or num_stages == 1):
                 tiles.append(tile)
     return tiles

@@ -131,6 +131,7 @@ def test_no_sequences_give_none() -> None:
     out = triton(x[:0].requires_grad_(), w, num_heads=2)
     assert out.shape == (0, 5, 12)
     out.sum().backward()
+    assert w.fc1_weight.grad is not None
     assert not w.fc1_weight.grad.any()
 
 

@@ -93,7 +93,7 @@ def by_loops(model: TNT, x: Tensor) -> Tensor:
         )
         outer.append(start)
     last = torch.stack(outer)[None] + model.position(grid)
-    last = torch.cat([(model.class_token + model.position.cls).expand(1, 1, -1), last], 1)
+    last = torch.cat([(model.class_token + model.position.cls).expand(1, 1, -1), last], 1)  # type: ignore[operator]
     for stage in model.stages:
         inner = [stage.inner[0][0](tokens) for tokens in inner]
         taken = torch.cat([stage.fusions[0](tokens) for tokens in inner])
@@ -123,7 +123,8 @@ def test_raw_fusion_has_no_linear_layer_and_replace_no_embedding() -> None:
 
 def test_depths_may_differ_and_are_interleaved_evenly() -> None:
     model = build(FINE | {"depth": 1}, MIDDLE | {"depth": 5}, COARSE | {"depth": 3})
-    assert [[len(blocks) for blocks in stage.inner] for stage in model.stages] == [[0, 1], [0, 2], [1, 2]]
+    depths = [[len(blocks) for blocks in stage.inner] for stage in model.stages]  # type: ignore[union-attr]
+    assert depths == [[0, 1], [0, 2], [1, 2]]
     out = model(scan(1, 1, 12, 12, 12))
     out.sum().backward()
     assert all(parameter.grad is not None for name, parameter in model.named_parameters())

@@ -69,7 +69,7 @@ class Stage(nn.Module):
         last = config.levels[-1]
         self.outer = Block(
             last.width,
-            _attention(config, stage),
+            _attention(config, stage),  # type: ignore[arg-type]
             MLP(last.width, round(last.width * last.mlp_ratio)),
             drop_path=drop_path,
         )

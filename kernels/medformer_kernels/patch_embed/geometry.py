@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -116,7 +116,7 @@ def resolve(
     Raises:
         ValueError: a number is out of range, or the kernel is larger than the padded volume.
     """
-    given = (tuple(size), _frozen(kernel), _frozen(stride), _frozen(padding), _frozen(dilation), function)
+    given: Any = (tuple(size), _frozen(kernel), _frozen(stride), _frozen(padding), _frozen(dilation), function)
     if torch.compiler.is_compiling():  # sizes may be symbols
         return _resolve(*given)
     return _resolved(*given)

@@ -143,4 +143,4 @@ def add_to_omega(DOMEGA, m0, D, offs_m, offs_d, m_ok, d_ok, dx, x, PRECISION: tl
 
 
 # Inside a kernel Triton's language, not Python's, gives operators and indexing their types.
-# pyright: reportOperatorIssue=false, reportArgumentType=false
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false

@@ -126,9 +126,9 @@ class _Heads:
 
     def softmax_backward(self, dweights: Tensor, weights: Tensor) -> Tensor:
         if self.columns:
-            dscores = torch._softmax_backward_data(dweights.mT, weights.mT, 1, weights.dtype).mT
+            dscores = torch.ops.aten._softmax_backward_data(dweights.mT, weights.mT, 1, weights.dtype).mT
         else:
-            dscores = torch._softmax_backward_data(dweights, weights, 2, weights.dtype)
+            dscores = torch.ops.aten._softmax_backward_data(dweights, weights, 2, weights.dtype)
         return dscores * self.width**-0.5
 
 

@@ -10,7 +10,7 @@ every shape and 'auto' takes PyTorch. Never run on a GPU.
 """
 
 # Triton's kernel[grid](...) is not the call that a type checker sees.
-# pyright: reportCallIssue=false
+# pyright: reportCallIssue=false, reportArgumentType=false
 
 from __future__ import annotations
 

@@ -18,9 +18,7 @@ from medformer_kernels.tnt.weights import NAMES, TNTInnerWeights
 __all__ = ["tnt_inner_block", "tnt_inner_block_backward"]
 
 
-def _implementation(backend: str):
-    if backend == "torch":
-        return chunked
+def _fused():
     from medformer_kernels.tnt import fused  # Triton decides at import whether it interprets
 
     return fused
@@ -60,7 +58,7 @@ def tnt_inner_block(
     )  # fmt: skip
     if backend == "torch":
         return chunked.forward(x, w, seed, num_heads, eps, dropout, drop_path), x.new_empty(0)
-    return _implementation(backend).forward(x, w, seed, num_heads, eps, dropout, drop_path, save)
+    return _fused().forward(x, w, seed, num_heads, eps, dropout, drop_path, save)
 
 
 @tnt_inner_block.register_fake
@@ -105,7 +103,7 @@ def tnt_inner_block_backward(
     if backend == "torch":
         dx, sums = chunked.backward(dout, x, w, *settings)
     else:
-        dx, sums = _implementation(backend).backward(dout, x, middle, w, *settings, with_weights)
+        dx, sums = _fused().backward(dout, x, middle, w, *settings, with_weights)
     gradients = [
         x.new_empty(0) if tensor is None or not with_weights else sums[name].to(tensor.dtype)
         for name, tensor in zip(NAMES, w.tensors(), strict=True)

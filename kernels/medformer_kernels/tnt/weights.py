@@ -18,19 +18,19 @@ __all__ = ["MATRICES", "NAMES", "TNTInnerWeights"]
 class TNTInnerWeights:
     """Parameters of one inner transformer block, as `nn.LayerNorm` and `nn.Linear` hold them; f is the MLP's width."""
 
-    norm1_weight: Float[Tensor, c]
-    norm1_bias: Float[Tensor, c]
+    norm1_weight: Float[Tensor, " c"]
+    norm1_bias: Float[Tensor, " c"]
     qkv_weight: Float[Tensor, "3c c"]
     """Queries, keys, values; within each, head by head."""
     qkv_bias: Float[Tensor, "3c"] | None = None
     proj_weight: Float[Tensor, "c c"]
-    proj_bias: Float[Tensor, c] | None = None
-    norm2_weight: Float[Tensor, c]
-    norm2_bias: Float[Tensor, c]
+    proj_bias: Float[Tensor, " c"] | None = None
+    norm2_weight: Float[Tensor, " c"]
+    norm2_bias: Float[Tensor, " c"]
     fc1_weight: Float[Tensor, "f c"]
-    fc1_bias: Float[Tensor, f] | None = None
+    fc1_bias: Float[Tensor, " f"] | None = None
     fc2_weight: Float[Tensor, "c f"]
-    fc2_bias: Float[Tensor, c] | None = None
+    fc2_bias: Float[Tensor, " c"] | None = None
 
     def tensors(self) -> list[Tensor | None]:
         """In the order of `NAMES`."""
@@ -57,7 +57,7 @@ class TNTInnerWeights:
                     f"{function}: weights.{name} is {tensor.dtype} on {tensor.device}; it must be floating point on "
                     f"{x.device}, as x is"
                 )
-        dtypes = {tensor.dtype for name, tensor in zip(NAMES, self.tensors(), strict=True) if name in MATRICES}
+        dtypes = {getattr(self, name).dtype for name in MATRICES}
         if len(dtypes) > 1:
             raise ValueError(
                 f"{function}: the matrices in weights are {' and '.join(sorted(map(str, dtypes)))}; they must share "

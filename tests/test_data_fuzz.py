@@ -75,9 +75,18 @@ def _itk(path: Path) -> None:
     sitk.WriteImage(sitk.GetImageFromArray(DATA), str(path))
 
 
+def _hdf5(path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(path, "w") as file:
+        file["kspace"] = np.zeros((2, 8, 6), np.complex64)
+        file["reconstruction_esc"] = np.ones((2, 4, 4), np.float32)
+        file.attrs["acquisition"] = "AXT2"
+
+
 MAKERS: dict[str, Callable[[Path], None]] = {
     "a.dcm": _dicom, "e.dcm": _enhanced, "m.dcm": _mosaic, "a.nii": _nifti, "a.nii.gz": _nifti, "s.nii": _saved,
     "a.png": _png, "a.jpg": _jpeg, "a.npy": _npy, "a.zip": _zip, "a.mha": _itk, "a.nrrd": _itk,
+    "a.h5": _hdf5,
 }  # fmt: skip
 
 

@@ -15,12 +15,14 @@ __all__ = ["FAMILY"]
 WIDTHS = (64, 128)
 # Chips with causal tiles, which are for 16 bit and heads up to 64: elsewhere none of those tried fits.
 CAUSAL_ARCHS = ("sm_80", "sm_90", "sm_100")
+# Chips with a tile for the gradient of omega in float32 at heads of 128: elsewhere none of those tried fits.
+WIDE_OMEGA_ARCHS = ("sm_80", "gfx942")
 
 
 def cases(*, widths: tuple[int, ...] = WIDTHS, tokens: int = 262_144) -> Iterator[Case]:
     """B=1 H=8; plain, and with key padding mask, epsilon and a trained omega; every width; 16 bit and float32."""
 
-    def case(width: int, dtype: torch.dtype, full: bool) -> Case:
+    def case(width: int, dtype: torch.dtype, full: bool, trained: bool, archs: tuple[str, ...] = ()) -> Case:
         num_features = default_num_features(width)
         x = torch.empty(1, 8, tokens, width, dtype=dtype, device="meta")
         omega = torch.empty(num_features, width, device="meta")
@@ -31,27 +33,28 @@ def cases(*, widths: tuple[int, ...] = WIDTHS, tokens: int = 262_144) -> Iterato
         extra = (values[:, :, 0], lse[:, :, 0]) if full else (None, None)
 
         def backward() -> None:
-            fused.read_backward(x, omega, values, lse, *extra, x, row, x, full)
+            fused.read_backward(x, omega, values, lse, *extra, x, row, x, trained)
 
         def state_backward() -> None:
-            fused.state_backward(x, x, omega, mask, values, lse, values, lse, full)
+            fused.state_backward(x, x, omega, mask, values, lse, values, lse, trained)
 
         def omega_gradient() -> None:
             fused.read_backward(x, omega, values, lse, *extra, x, row, x, True)
             fused.state_backward(x, x, omega, mask, values, lse, values, lse, True)
 
         return Case(
-            name=f"D={width} M={num_features} {str(dtype)[6:]} {'mask eps omega' if full else 'plain'}",
+            name=f"D={width} M={num_features} {str(dtype)[6:]} {'mask eps' if full else 'plain'}{' omega' * trained}",
             width=width,
             dtype=dtype,
+            archs=archs,
             launches={
                 "state_fwd": lambda: fused.state(x, x, omega, mask, full),
                 "read_fwd": lambda: fused.read(x, omega, values, lse, *extra),
                 "read_dq": backward,
                 "read_dstate": backward,
                 "state_bwd": state_backward,
-                "omega": omega_gradient,
-            },
+            }
+            | ({"omega": omega_gradient} if trained else {}),
         )
 
     def causal_case(width: int, dtype: torch.dtype, full: bool) -> Case:
@@ -80,7 +83,11 @@ def cases(*, widths: tuple[int, ...] = WIDTHS, tokens: int = 262_144) -> Iterato
     for width in widths:
         for dtype in (torch.bfloat16, torch.float32):
             for full in (False, True):
-                yield case(width, dtype, full)
+                if width == 128 and dtype == torch.float32:
+                    yield case(width, dtype, full, trained=False)
+                    yield case(width, dtype, full, trained=True, archs=WIDE_OMEGA_ARCHS)
+                else:
+                    yield case(width, dtype, full, trained=True)
                 if width == 64 and dtype == torch.bfloat16:
                     yield causal_case(width, dtype, full)
 

@@ -99,7 +99,7 @@ def performer_attention(
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    backend = resolve_backend("performer_attention", backend, q, without_kernel(q, v, causal, feature))
+    backend = resolve_backend("performer_attention", backend, q, without_kernel(q, v, omega, causal, feature))
     omega = two_sided(omega, feature)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

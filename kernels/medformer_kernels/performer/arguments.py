@@ -100,24 +100,29 @@ def elementwise(feature: Feature) -> bool:
     return callable(feature) or feature == "relu"
 
 
+_BIDIRECTIONAL = ("state_fwd", "read_fwd", "read_dq", "read_dstate", "state_bwd")
 _PASSES = {
-    False: ("state_fwd", "read_fwd", "read_dq", "read_dstate", "state_bwd", "omega"),
-    True: ("causal_fwd", "causal_dq", "causal_dkv"),
+    "": _BIDIRECTIONAL,
+    "a gradient of omega": (*_BIDIRECTIONAL, "omega"),
+    "causal=True": ("causal_fwd", "causal_dq", "causal_dkv"),
 }
 
 
-def _widest_heads() -> dict[tuple[bool, int], dict[str, int]]:
-    """By form (causal or not) and bytes of a value, by chip: the widest heads for which every pass has a tile."""
+def _widest_heads() -> dict[tuple[str, int], dict[str, int]]:
+    """By form and bytes of a value, by chip: the widest heads for which every pass has a tile."""
     tables = load_configs("performer")
     return {
-        (causal, itemsize): {
+        (form, itemsize): {
             arch: min(
-                max((entry["width"] for entry in tables[kernel][arch] if entry["itemsize"] == itemsize), default=0)
+                max(
+                    (entry["width"] for entry in tables[kernel].get(arch, ()) if entry["itemsize"] == itemsize),
+                    default=0,
+                )
                 for kernel in kernels
             )
             for arch in tables[kernels[0]]
         }
-        for causal, kernels in _PASSES.items()
+        for form, kernels in _PASSES.items()
         for itemsize in (2, 4)
     }
 
@@ -126,24 +131,25 @@ _WIDEST = _widest_heads()
 
 
 @torch.compiler.assume_constant_result
-def _widest(device: torch.device, causal: bool, itemsize: int) -> tuple[int, str]:
+def _widest(device: torch.device, form: str, itemsize: int) -> tuple[int, str]:
     arch = chip_of(torch.empty(0, device=device)).arch
-    widest = _WIDEST[causal, min(4, itemsize)]
+    widest = _WIDEST[form, min(4, itemsize)]
     return widest[nearest_arch(arch, tuple(widest))], arch
 
 
-def without_kernel(q: Tensor, v: Tensor, causal: bool, feature: Feature) -> str | None:
+def without_kernel(q: Tensor, v: Tensor, omega: Tensor, causal: bool, feature: Feature) -> str | None:
     """What keeps this call from the Triton kernels, if anything: wider heads do not fit in the registers."""
     if elementwise(feature):
         return f"feature={feature!r}"
     width = max(q.shape[3], v.shape[3])
-    widest, arch = _widest(q.device, causal, q.element_size())
+    trained = omega.requires_grad and torch.is_grad_enabled()
+    form = "causal=True" if causal else "a gradient of omega" if trained else ""
+    widest, arch = _widest(q.device, form, q.element_size())
     if width <= widest:
         return None
     if widest == 0:
-        return f"causal={causal} in {q.dtype} on {arch}"
-    form = "causal=True and " if causal else ""
-    return f"{form}heads wider than {widest} in {q.dtype} on {arch} (here {width})"
+        return f"{form} in {q.dtype} on {arch}"
+    return f"{form}{' and ' if form else ''}heads wider than {widest} in {q.dtype} on {arch} (here {width})"
 
 
 def two_sided(omega: Tensor, feature: Feature) -> Tensor:

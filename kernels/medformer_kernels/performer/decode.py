@@ -49,7 +49,7 @@ def performer_prefill(
     )  # fmt: skip
     _refuse_elementwise(function, feature)
     omega = two_sided(omega, feature)
-    backend = resolve_backend(function, backend, k, without_kernel(k, v, False, feature))
+    backend = resolve_backend(function, backend, k, without_kernel(k, v, omega, False, feature))
     with torch.autocast(k.device.type, enabled=False):  # which would round the state
         values, lse, _ = performer_state(k, v, omega, key_padding_mask, False, backend)
     return PerformerState(values, lse)

@@ -48,4 +48,6 @@ def test_memory_and_open_files_stay_where_they_were(trainer: Any, tmp_path: Path
     settled = [sample for sample in seen if sample[0] >= steps // 5]  # the first steps load code
     first, last = settled[0], settled[-1]
     assert last[1] < 1.01 * first[1]
-    assert {files for _, _, files in settled} == {first[2]}
+    # A file may be open for a moment when its turn comes; one that is never closed counts in every later sample.
+    files, half = [count for _, _, count in settled], len(settled) // 2
+    assert min(files[half:]) == min(files[:half])

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import medformer_kernels
+from config_files import dump
 from measuring import DEVICE, cpu_peak_memory_mib, environment, peak_memory_mib
 from medformer_kernels import hu_window, patch_embed, patch_embed_choice
 from medformer_kernels.patch_embed import ops
@@ -360,18 +361,6 @@ def main() -> None:
         tables = json.loads(path.read_text())
         tables["paths"] |= measured
         path.write_text(dump(tables))
-
-
-def dump(tables: dict) -> str:
-    """JSON with an entry a line."""
-    parts = []
-    for kernel, by_arch in tables.items():
-        rows = [
-            f'    "{arch}": [\n' + ",\n".join(f"      {json.dumps(entry)}" for entry in entries) + "\n    ]"
-            for arch, entries in by_arch.items()
-        ]
-        parts.append(f'  "{kernel}": {{\n' + ",\n".join(rows) + "\n  }")
-    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 if __name__ == "__main__":

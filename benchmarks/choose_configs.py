@@ -18,6 +18,7 @@ import torch
 
 from ahead_of_time import TARGETS, record
 from compile_cases import FAMILIES
+from config_files import dump
 from medformer_kernels import _dispatch
 
 # By (itemsize, width): (block_m, block_n, num_warps, num_stages), best guess first. Tiles beyond these overfill the
@@ -89,19 +90,7 @@ def main() -> None:
             entries = table.setdefault(kernel, {}).setdefault(arch, [])
             entries[:] = [e for e in entries if (e["itemsize"], e["width"]) != (entry["itemsize"], width)] + [entry]
             entries.sort(key=lambda e: (e["width"], e["itemsize"]))
-            path.write_text(_dump(table))
-
-
-def _dump(table: dict) -> str:
-    """JSON with an entry a line."""
-    kernels = []
-    for kernel, archs in table.items():
-        rows = [
-            f'    "{arch}": [\n' + ",\n".join(f"      {json.dumps(entry)}" for entry in entries) + "\n    ]"
-            for arch, entries in archs.items()
-        ]
-        kernels.append(f'  "{kernel}": {{\n' + ",\n".join(rows) + "\n  }")
-    return "{\n" + ",\n".join(kernels) + "\n}\n"
+            path.write_text(dump(table))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import torch
 
 from ahead_of_time import TARGETS, record
 from compile_cases.tnt import SHAPES, launches
+from config_files import dump
 from medformer_kernels import _dispatch
 from medformer_kernels.tnt.plans import KERNELS
 
@@ -81,7 +82,7 @@ def main() -> None:
                     break  # a shape needs every kernel
                 tables = read()  # again: others may choose beside us
                 tables.setdefault(kernel, {}).setdefault(arch, []).append(entry | {"block_r": name[3]})
-                PATH.write_text(_dump(tables))
+                PATH.write_text(dump(tables))
 
 
 def read() -> dict[str, Any]:
@@ -90,18 +91,6 @@ def read() -> dict[str, Any]:
 
 def key(entry: dict[str, Any]) -> tuple[int, ...]:
     return tuple(entry[name] for name in ("itemsize", "width", "head", "block_r"))
-
-
-def _dump(tables: dict[str, Any]) -> str:
-    """JSON with an entry a line."""
-    kernels = []
-    for kernel, archs in tables.items():
-        rows = [
-            f'    "{arch}": [\n' + ",\n".join(f"      {json.dumps(entry)}" for entry in entries) + "\n    ]"
-            for arch, entries in archs.items()
-        ]
-        kernels.append(f'  "{kernel}": {{\n' + ",\n".join(rows) + "\n  }")
-    return "{\n" + ",\n".join(kernels) + "\n}\n"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,80 @@
+"""Time implementations against each other in rounds whose order is drawn.
+
+    python benchmarks/interleaved.py nystrom --tokens 4096 --rounds 12
+    python benchmarks/interleaved.py patch_embed --rounds 250
+
+In a fixed order whoever follows the heaviest neighbour finds cold caches: for ratios near 1 that decides. Milliseconds,
+least and median.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import bench_nystrom
+import bench_patch_embed
+from measuring import environment
+
+
+def rounds(calls: dict[str, Callable[[], Any]], number: int) -> dict[str, str]:
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(number):
+        for name, call in random.sample(list(calls.items()), len(calls)):
+            start = time.perf_counter()
+            call()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: f"{min(t):.2f} {statistics.median(t):.2f}" for name, t in times.items()}
+
+
+def nystrom(tokens: int, number: int) -> None:
+    shape = (1, bench_nystrom.HEADS, tokens, bench_nystrom.WIDTH)
+    q, k, v, dout = (torch.randn(shape) for _ in range(4))
+    weight = 0.1 * torch.randn(bench_nystrom.HEADS, bench_nystrom.TAPS)
+    made = {
+        name: getattr(bench_nystrom, name)(weight, tokens)
+        for name in ("medformer", "composition", "nystrom_attention_pypi")
+    }
+
+    def step(attention: bench_nystrom.Attention) -> None:
+        given = [x.detach().requires_grad_() for x in (q, k, v)]
+        torch.autograd.grad(attention(*given), given, dout)
+
+    with torch.no_grad():
+        print("forward", rounds({name: lambda f=f: f(q, k, v) for name, f in made.items()}, number))
+    print("forward and backward", rounds({name: lambda f=f: step(f) for name, f in made.items()}, number))
+
+
+@torch.no_grad()
+def patch_embed(number: int) -> None:
+    shape = bench_patch_embed.SHAPES[1]
+    for dtype in bench_patch_embed.DTYPES:
+        x, weights = bench_patch_embed.make(shape, dtype)
+        last = x.contiguous(memory_format=torch.channels_last_3d)
+        names = {"medformer": x, "conv_ln": x, "medformer_channels_last": last, "conv_ln_channels_last": last}
+        calls = {name: (getattr(bench_patch_embed, name)(shape, weights), volume) for name, volume in names.items()}
+        print(shape, dtype, rounds({name: lambda f=f, v=v: f(v) for name, (f, v) in calls.items()}, number))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("family", choices=["nystrom", "patch_embed"])
+    parser.add_argument("--tokens", type=int, default=4096, help="of nystrom")
+    parser.add_argument("--rounds", type=int, default=20)
+    arguments = parser.parse_args()
+    print(environment())
+    torch.manual_seed(0)
+    if arguments.family == "nystrom":
+        nystrom(arguments.tokens, arguments.rounds)
+    else:
+        patch_embed(arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()

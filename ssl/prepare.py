@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from medformer.data import ScanError, Volume, find_scans, sample_scans
-from medformer.data.intensity import Scaling, scaling_of
+from medformer.data.intensity import Scaling, count_labels, scaling_of
 from medformer.data.store import MAX_OPEN, Scaled, compresses, open_array, suffix, write_array
 from runs import UserError, write_whole
 from views import Plan, ViewsConfig, draw
@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 # Part of every cache key: raise it when what is stored changes.
-_VERSION = 2
+_VERSION = 3
 _JUNK = "not a scan"  # what find_scans says of a file that is none
 INDEX = "index.sqlite"  # of a store that building.py made
 _POINTS = 2048  # places in the tissue kept for each scan
@@ -64,6 +64,9 @@ class DataConfig:
     small: Literal["auto", "skip", "pad"] = "auto"
     """A scan below --views.global_size: skip it, or pad it by repeating its edge. auto: skip, but pad the built-in
     scans."""
+    labels: Literal["skip", "keep"] = "skip"
+    """What looks like a label map lying among the scans (few whole numbers in large areas): skip it, or train on it
+    too."""
     held_out: int = 1
     """Scans kept out of training for the pictures; 0 or more. One scan alone is never held out."""
 
@@ -87,6 +90,8 @@ class Stored:
     threshold: float
     """Tissue is above it, air below."""
     notes: tuple[str, ...]
+    labels: int = 0
+    """Labels in what looks like a label map; 0 for a scan."""
 
     @property
     def points_path(self) -> str:
@@ -150,7 +155,7 @@ def prepare(
         except ScanError as error:
             skipped.append((scan.name, str(error)))
             continue
-        reason = _too_small(stored, views, pad)
+        reason = _unwanted(stored, config, views, pad)
         if reason:
             skipped.append((scan.name, reason))
         else:
@@ -172,7 +177,7 @@ def _from_store(store: Path, config: DataConfig, views: ViewsConfig, seed: int) 
             continue
         stored = look_up(store / row.key, row.name)
         reason = "its stored array is gone; prepare the store again" if stored is None else None
-        if stored is not None and (reason := _too_small(stored, views, config.small == "pad")) is None:
+        if stored is not None and (reason := _unwanted(stored, config, views, config.small == "pad")) is None:
             good.append(stored)
         else:
             skipped.append((row.name, reason or ""))
@@ -187,6 +192,12 @@ def _nothing_left(where: str, skipped: list[tuple[str, str]]) -> str:
         return f"{where} holds no .nii, .nii.gz or DICOM file; point --data.root at a folder that does"
     name, reason = skipped[-1]
     return f"{where}: none of {len(skipped)} candidates can be used; for instance {name}: {reason}"
+
+
+def _unwanted(scan: Stored, config: DataConfig, views: ViewsConfig, pad: bool) -> str | None:
+    if scan.labels and config.labels == "skip":
+        return f"looks like a label map ({scan.labels} labels), not a scan; --data.labels keep trains on it too"
+    return _too_small(scan, views, pad)
 
 
 def _too_small(scan: Stored, views: ViewsConfig, pad: bool) -> str | None:
@@ -223,6 +234,7 @@ def look_up(base: Path, name: str) -> Stored | None:
     return Stored(
         name=name, path=str(path), shape=tuple(values["shape"]), spacing_mm=tuple(values["spacing_mm"]),
         modality=values["modality"], threshold=values["threshold"], notes=tuple(values["notes"]),
+        labels=values.get("labels", 0),  # stores made before 2026-11-28 do not say
     )  # fmt: skip
 
 
@@ -251,6 +263,7 @@ def keep(volume: Volume, base: Path, name: str, files: Sequence[str]) -> Stored:
         "intensity": {"low": scaling.low, "high": scaling.high, "mean": scaling.mean, "scale": scaling.scale},
         "threshold": threshold,
         "foreground_zyx": _box(tissue),
+        "labels": count_labels(volume.voxels),
         "notes": [n for n in volume.notes if not n.startswith("left out: ")],  # which names files
         "tags": dict(volume.provenance.get("tags", {})),
         "source_hash": _content(files),

@@ -98,6 +98,22 @@ def test_bad_scans_among_good_ones_are_skipped_with_their_reasons(folder: Path) 
     assert "--data.small pad" in reasons["small"]
 
 
+def test_label_maps_among_scans_are_skipped_unless_kept(folder: Path) -> None:
+    z, y, x = np.ogrid[:16, :16, :16]
+    balls = ((z - 8) ** 2 + (y - 8) ** 2 + (x - 8) ** 2 < 30) * 1 + (x < 3) * 2
+    nib.save(nib.Nifti1Image(balls.astype(np.uint8), np.eye(4)), folder / "organs.nii")
+    grey = np.random.default_rng(0).integers(0, 40, (16, 16, 16))  # as few values, but a scan
+    nib.save(nib.Nifti1Image(grey.astype(np.uint8), np.eye(4)), folder / "grey.nii")
+    result = ready(folder)
+    assert result.skipped == [
+        ("organs", "looks like a label map (2 labels), not a scan; --data.labels keep trains on it too")
+    ]
+    assert len(result.train) + len(result.held_out) == 6
+    kept = ready(folder, labels="keep")
+    assert kept.skipped == []
+    assert len(kept.train) + len(kept.held_out) == 7
+
+
 def test_padding_admits_small_scans(folder: Path) -> None:
     write(folder / "slice.nii", shape=(1, 12, 12))
     result = ready(folder, small="pad", held_out=3)

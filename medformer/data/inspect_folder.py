@@ -8,6 +8,7 @@ from collections import Counter
 from typing import Any
 
 from medformer.data.geometry import ScanError
+from medformer.data.intensity import count_labels
 from medformer.data.scans import ScanIndex, Skipped, find_scans
 
 __all__ = ["as_json", "inspect", "report"]
@@ -29,10 +30,13 @@ def inspect(root: str, *, images: bool = True, read: bool = False, workers: int 
         notes = list(scan.notes)
         if read:
             try:
-                notes = list(scan.read(canonical=False, colour="grey").notes)
+                volume = scan.read(canonical=False, colour="grey")
             except ScanError as error:
                 problems.append(f"{scan.name}: {error}")
                 continue
+            notes = list(volume.notes)
+            if labels := count_labels(volume.voxels):
+                notes.append(f"looks like a label map ({labels} labels): the trainer skips it")
         scans.append(
             {
                 "name": scan.name,

@@ -10,11 +10,12 @@ import numpy as np
 from medformer.data.geometry import ScanError
 from medformer.data.volumes import Volume
 
-__all__ = ["HU_RANGE", "HU_SCALE", "Scaling", "normalise", "scaling_of"]
+__all__ = ["HU_RANGE", "HU_SCALE", "Scaling", "count_labels", "normalise", "scaling_of"]
 
 HU_RANGE = (-1000.0, 1000.0)
 HU_SCALE = 500.0
 _SAMPLES = 2_000_000
+_MOST_LABELS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,3 +95,26 @@ def _robust(sample: np.ndarray) -> Scaling:
     clipped = np.clip(foreground, low, high)
     mean = float(clipped.mean())
     return Scaling(low=low, high=high, mean=mean, scale=max(float(clipped.std()), (mean - low) / 2))
+
+
+def count_labels(voxels: np.ndarray) -> int:
+    """Labels in what looks like a label map, or 0 for what looks like a scan.
+
+    A label map holds few whole numbers from 0 up, and most voxels of a label have their right neighbour in the same one
+    (mean over labels: 0.57 for small lesions to 0.9 for organs; scans of 8 bits: 0.2 at most).
+    """
+    if not voxels.size or voxels.min() != 0:
+        return 0
+    if voxels.dtype.kind == "f" and not all(np.array_equal(plane, np.rint(plane)) for plane in voxels):
+        return 0
+    if len(np.unique(voxels.reshape(-1)[:: max(1, voxels.size // _SAMPLES)])) > _MOST_LABELS:
+        return 0
+    values = np.unique(voxels)
+    if not 2 <= len(values) <= _MOST_LABELS:
+        return 0
+    index = np.searchsorted(values, voxels)
+    left, right = index[..., :-1], index[..., 1:]
+    pairs = np.bincount(left.ravel(), minlength=len(values))[1:]
+    alike = np.bincount(left[left == right], minlength=len(values))[1:]
+    shares = alike[pairs > 0] / pairs[pairs > 0]
+    return len(values) - 1 if len(shares) and shares.mean() > 0.4 else 0

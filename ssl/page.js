@@ -14,7 +14,7 @@ const PRESETS = [["soft tissue", 40, 400], ["lung", -600, 1500], ["bone", 400, 1
 const LONGEST = 390; // pixels of the longest side of all planes
 
 let scan = null; // the scan shown, unpacked
-const state = { scan: 0, at: [0, 0, 0], plane: 0, centre: 0, width: 1, overlay: "none", before: "none", opacity: 0.55, token: null };
+const state = { scan: 0, at: [0, 0, 0], plane: 0, centre: 0, width: 1, overlay: "", before: "none", opacity: 0.55, token: null };
 
 async function unpack(text, Type) {
   const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));

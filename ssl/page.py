@@ -35,6 +35,7 @@ import medformer
 import probes
 import runs
 from medformer.data import ScanError, Volume, find_scans, normalise, read_volume
+from medformer.data.intensity import count_labels
 from runs import UserError
 from tasks import resize
 
@@ -281,7 +282,7 @@ def read_probe(path: Path, model: medformer.Backbone) -> Probe:
 
 
 def read_cases(viewer: Viewer, root: Path, limit: int, progress: Callable[[Any], Any]) -> list[Case]:
-    """Embed up to `limit` cases below a folder, or of the train_images of an .npz."""
+    """Embed up to `limit` cases below a folder, or of the train_images of an .npz; what the trainer skips is skipped."""
     volumes: list[tuple[str, Callable[[], Volume]]] = []
     if root.suffix == ".npz":
         with np.load(root, allow_pickle=False) as file:
@@ -299,9 +300,11 @@ def read_cases(viewer: Viewer, root: Path, limit: int, progress: Callable[[Any],
     for name, read in progress(volumes):
         try:
             volume = read()
+            if viewer.model.config.dims == 3 and count_labels(volume.voxels):
+                continue
             cases.append(Case(name=name, vector=viewer.embed(volume), picture=thumbnail(volume.voxels)))
         except ScanError:
-            continue  # the trainer skips it too
+            continue
     return cases
 
 

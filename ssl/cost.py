@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import medformer_kernels.performer.ops  # noqa: F401 - so that its operators exist below
+from sharding import blocks
 
 __all__ = ["MACHINES", "Counted", "Estimate", "Machine", "counting", "estimate", "here", "table"]
 
@@ -111,7 +112,7 @@ def counting(method: Any) -> Iterator[Counted]:
     found = Counted(
         trained=4 * sum(p.numel() for p in student.parameters() if p.requires_grad),
         average=4 * sum(p.numel() for p in method.parameters() if not p.requires_grad),
-        largest=4 * max((_size(m) for m in student.modules() if type(m).__name__ == "Block"), default=0),
+        largest=4 * max((_size(m) for m in blocks(student)), default=0),
     )
     seen: dict[int, int] = {}
 

@@ -125,20 +125,20 @@ class Lars(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         assert closure is None, "Lars takes no closure"
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                g = p.grad
-                if group["decay"]:
-                    g = g + group["weight_decay"] * p
-                    w_norm, g_norm = p.norm(), g.norm()
-                    usable = (w_norm > 0) & (g_norm > 0)
-                    g = g * torch.where(usable, group["eta"] * w_norm / g_norm, torch.ones_like(w_norm))
-                m = self.state[p].get("m")
-                if m is None:
-                    m = self.state[p]["m"] = torch.zeros_like(p)
+            found = [p for p in group["params"] if p.grad is not None]
+            weights, grads = ([sharding.own(t) for t in some] for some in (found, [p.grad for p in found]))
+            if group["decay"] and found:
+                grads = [g + group["weight_decay"] * w for g, w in zip(grads, weights, strict=True)]
+                w_norms, g_norms = (sharding.norms(some, of=found) for some in (weights, grads))
+                usable = (w_norms > 0) & (g_norms > 0)
+                ratios = torch.where(usable, group["eta"] * w_norms / g_norms, torch.ones_like(w_norms))
+                grads = [g * ratio for g, ratio in zip(grads, ratios, strict=True)]
+            for p, w, g in zip(found, weights, grads, strict=True):
+                if "m" not in self.state[p]:
+                    self.state[p]["m"] = torch.zeros_like(p)
+                m = sharding.own(self.state[p]["m"])
                 m.mul_(group["momentum"]).add_(g)
-                p.sub_(group["lr"] * m)
+                w.sub_(group["lr"] * m)
 
 
 @torch.no_grad()

@@ -81,7 +81,7 @@ def due(batches: Iterator[T], named: Callable[[], str]) -> T:
     """The next batch; `named` tells which scans it should hold.
 
     Raises:
-        LocalError: a worker hangs, or could not read its scan.
+        LocalError: a read hangs, or failed.
     """
     try:
         return next(batches)
@@ -90,7 +90,7 @@ def due(batches: Iterator[T], named: Callable[[], str]) -> T:
         if is_worker(error):
             raise
         if "timed out" in text:
-            what = "no batch from the loader's workers within --loader_timeout"
+            what = "no batch within --loader_timeout"
         else:
             what = f"a batch cannot be cut: {text[:240]}"
         raise LocalError(f"{what}; scans due: {named()}; mend or remove them, then --resume") from error

@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import queue
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +30,7 @@ from views import Plan, ViewsConfig, draw
 
 __all__ = [
     "INDEX",
+    "Ahead",
     "Crops",
     "DataConfig",
     "Prepared",
@@ -40,6 +43,8 @@ __all__ = [
     "prepare",
     "sample_scan",
 ]
+
+T = TypeVar("T")
 
 # Part of every cache key: raise it when what is stored changes.
 _VERSION = 3
@@ -439,6 +444,52 @@ def loader(
         # Its own generator, so that making a loader never moves torch's.
         generator=torch.Generator().manual_seed(0),
     )
+
+
+class Ahead(Iterator[T], Generic[T]):
+    """What an iterator gives, in its order, the next ones fetched by a thread while the caller computes.
+
+    Errors come at their turn. Where the caller stands is what it has taken: a checkpoint knows nothing of this.
+    """
+
+    def __init__(self, source: Iterator[T], *, device: torch.device, timeout: float = 0, depth: int = 2) -> None:
+        """At most `depth` are held, and one more is being fetched; `device`: of the caller, for pinned memory."""
+        self._timeout = timeout or None
+        self._held: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
+        self._closed = False
+        self._thread = threading.Thread(target=self._fetch, args=(source, device), name="crops", daemon=True)
+        self._thread.start()
+
+    def _fetch(self, source: Iterator[T], device: torch.device) -> None:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # each thread has a choice of its own, GPU 0 at first
+        while not self._closed:
+            try:
+                self._held.put((next(source), None))
+            except BaseException as error:  # StopIteration too: the caller's to see
+                self._held.put((None, error))
+                return
+
+    def __next__(self) -> T:
+        """Raises what the iterator did; RuntimeError where nothing came within `timeout` seconds (0: no limit)."""
+        try:
+            item, error = self._held.get(timeout=self._timeout)
+        except queue.Empty:
+            raise RuntimeError(f"timed out after {self._timeout} seconds") from None
+        if error is not None:
+            self._held.put((None, error))  # and at every later call
+            raise error
+        return item  # pyright: ignore[reportReturnType] - None only beside an error
+
+    def close(self) -> None:
+        """Stop fetching; what was fetched is dropped."""
+        self._closed = True
+        while True:
+            try:
+                self._held.get_nowait()
+            except queue.Empty:
+                break
+        self._thread.join(5)  # longer only where a read hangs, and then the process may end without it
 
 
 def _quiet_worker(_: int) -> None:

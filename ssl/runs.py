@@ -13,15 +13,19 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
 
 __all__ = [
     "Metrics",
     "UserError",
+    "Writer",
     "check_free",
     "checkpoints",
     "complain",
@@ -29,6 +33,7 @@ __all__ = [
     "load_checkpoint",
     "new_run",
     "save_checkpoint",
+    "snapshot",
     "write_whole",
 ]
 
@@ -169,6 +174,9 @@ def save_checkpoint(run: Path, step: int, state: dict[str, Any], *, keep: int = 
     """
     path = run / "checkpoints" / f"step-{step:08d}.pt"
 
+    for left in path.parent.glob(".step-*.partial"):
+        left.unlink(missing_ok=True)  # of a run that was killed while it wrote
+
     def write(file: io.BufferedWriter) -> None:
         hashed = _Hashed(file)
         torch.save(state, hashed)  # pyright: ignore[reportArgumentType]
@@ -185,6 +193,57 @@ def save_checkpoint(run: Path, step: int, state: dict[str, Any], *, keep: int = 
     for old in checkpoints(run)[:-keep]:
         old.unlink(missing_ok=True)
     return path
+
+
+def snapshot(state: Any) -> Any:
+    """The same with a copy of every tensor in main memory, which later steps do not touch."""
+
+    def copy(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        kept = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda)
+        return kept.copy_(x, non_blocking=True)
+
+    with torch.no_grad():
+        copied = tree_map(copy, state)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return copied
+
+
+class Writer:
+    """Writes in a thread while training goes on; one thing at a time.
+
+    Checksums, copies and the disk leave the interpreter to the training thread.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[object] | None = None
+
+    def start(self, write: Callable[[], object]) -> None:
+        """Have `write` called, once what was given before is finished."""
+        self.finish()
+        self._writing = self._pool.submit(write)
+
+    def check(self) -> None:
+        """Raise what a write has failed with; returns at once."""
+        if self._writing is not None and self._writing.done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until nothing is being written; raises what it failed with."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def close(self) -> None:
+        """Wait, where another error may already be on its way: one of the writer is printed."""
+        try:
+            self.finish()
+        except UserError as error:
+            complain(str(error))
+        self._pool.shutdown()
 
 
 def _link(path: Path, name: Path) -> None:

@@ -7,6 +7,7 @@ gathered for the time it computes. Checkpoints hold whole tensors, so a run can 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_map
 
 from runs import UserError
 
-__all__ = ["average_gradients", "check", "norms", "own", "place_moments", "shard", "split_groups", "whole"]
+__all__ = ["average_gradients", "blocks", "check", "norms", "own", "place_moments", "shard", "split_groups", "whole"]
 
 
 def check(config: Any, ranks: int) -> None:
@@ -28,7 +29,6 @@ def check(config: Any, ranks: int) -> None:
         raise UserError("--parallel fsdp2 with one process: nothing to split; start with torchrun, or use ddp", 2)
     for name, bad, instead in (
         ("--precision fp16", config.precision == "fp16", "bf16"),
-        ("--optim.name lars", config.optim.name == "lars", "adamw"),
         ("--optim.agc", config.optim.agc > 0, "0"),
         ("--views.cutmix", config.views.cutmix > 0, "0"),
         ("--online.task", config.online.task is not None, "evaluate the finished run"),
@@ -38,12 +38,17 @@ def check(config: Any, ranks: int) -> None:
             raise UserError(f"--parallel fsdp2 does not go with {name}: a whole model is needed; use {instead}", 2)
 
 
+def blocks(module: nn.Module) -> list[nn.Module]:
+    """What is split and gathered as one: the members of every list named `blocks`, outermost first."""
+    return [m for name, m in module.named_modules() if re.fullmatch(r"(?:.*\.)?blocks\.\d+", name)]
+
+
 def shard(method: nn.Module) -> None:
     """Split the blocks, in place; all processes hold the same weights before."""
-    blocks = [m for m in method.modules() if type(m).__name__ == "Block"]
-    if not blocks:
+    found = blocks(method)
+    if not found:
         raise UserError("--parallel fsdp2: this model has no blocks to split; use ddp", 2)
-    for block in blocks:
+    for block in found:
         fully_shard(block, reshard_after_forward=True)
 
 
@@ -64,10 +69,10 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 @torch.no_grad()
-def norms(tensors: Sequence[Tensor]) -> Tensor:
-    """Euclidean norm of each, over all its parts."""
+def norms(tensors: Sequence[Tensor], of: Sequence[Tensor] | None = None) -> Tensor:
+    """Euclidean norm of each, over all its parts; `of`: weights that are split as the tensors are."""
     found = torch.stack(torch._foreach_norm([own(t) for t in tensors]))  # pyright: ignore[reportPrivateImportUsage]
-    split = torch.tensor([isinstance(t, DTensor) for t in tensors], device=found.device)
+    split = torch.tensor([isinstance(t, DTensor) for t in of or tensors], device=found.device)
     if not split.any():
         return found
     squares = torch.where(split, found.square(), 0.0)

@@ -15,8 +15,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,7 @@ import settings
 import sharding
 from medformer import auxiliary_loss
 from optim import adaptive_clip, clip_per_tensor, make_optimiser
-from prepare import Crops, Prepared, loader
+from prepare import Ahead, Crops, Prepared, loader
 from roots import Order, gather, voxel_scale
 from runs import UserError
 from schedules import cosine
@@ -270,6 +270,8 @@ def train(
         at_end.callback(metrics.close)
         at_end.callback(meter.close)
         say = meter.say
+    writer = runs.Writer()
+    at_end.callback(writer.close)  # before the metrics, which a write relies on
     workers = config.workers if config.workers is not None else 4 if device.type == "cuda" else 0
     feed = partial(
         loader, crops, accumulate=config.accumulate, batch=config.batch_size, rank=rank, ranks=ranks,
@@ -287,9 +289,18 @@ def train(
             with autocast():
                 method.look(views)
         method.start()
-    batches = iter(feed(steps=config.steps - first, origin=sample, workers=workers))
+    source = iter(feed(steps=config.steps - first, origin=sample, workers=workers))
+    batches = Ahead(source, device=device, timeout=config.loader_timeout)
+    at_end.callback(batches.close)
     saved = first
+    waited = {"data_wait_s": 0.0, "save_wait_s": 0.0}  # since the last step: for crops, for checkpoints
     clock = time.monotonic()
+
+    @contextmanager
+    def waiting(name: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        waited[name] += time.monotonic() - began
 
     def save(step: int, better: bool) -> None:
         nonlocal saved
@@ -301,13 +312,14 @@ def train(
         saved = step
         if run is None or metrics is None:
             return
-        metrics.sync()
-        runs.save_checkpoint(run, step, {
+        writer.finish()  # never two copies in memory
+        content = {
             "format": "medformer-run-1", "step": step, "config": settings.as_dict(config),
-            "method": weights, "optimiser": moments, "scaler": scaler.state_dict(),
+            "method": runs.snapshot(weights), "optimiser": runs.snapshot(moments), "scaler": scaler.state_dict(),
             "scans": prepared.fingerprint(), "sample": sample, "bad": bad, "bad_in_a_row": bad_in_a_row, "best": best,
             "scans_per_step": scans_per_step,
-        }, keep=config.keep, best=better)  # fmt: skip
+        }  # fmt: skip
+        writer.start(partial(_write, metrics, run, step, content, keep=config.keep, best=better))
 
     def evaluate(step: int) -> dict[str, float]:
         if labelled is None:
@@ -319,6 +331,7 @@ def train(
     untrained = {f"untrained_{name}": value for name, value in evaluate(0).items()} if first == 0 else {}
     method.train()
     for step in range(first, config.steps):
+        writer.check()
         lr = cosine(step, config.steps, config.optim.lr, config.optim.final_lr, warmup=warmup)
         decay = cosine(step, config.steps, config.optim.weight_decay, config.optim.final_weight_decay)
         for group in optimiser.param_groups:
@@ -330,7 +343,8 @@ def train(
             # Drop path and masks draw from torch's generator: seeded per step, it needs no place in the checkpoint.
             torch.manual_seed(_seed(config.seed, step, micro, rank))
             at = sample + (micro * ranks + rank) * config.batch_size
-            seen.append(peers.due(batches, partial(_names, prepared, order, range(at, at + config.batch_size))))
+            with waiting("data_wait_s"):
+                seen.append(peers.due(batches, partial(_names, prepared, order, range(at, at + config.batch_size))))
             views = cut(seen[-1])
             last = micro == config.accumulate - 1
             with student.no_sync() if ranks > 1 and not split and not last else nullcontext():  # type: ignore[operator]
@@ -390,9 +404,9 @@ def train(
                 metrics.write(step, {
                     "loss": mean_loss, **figures, "gradient_norm": norm.item(), "lr": lr, "weight_decay": decay,
                     **method.schedules(step), "skipped_steps": bad, **measured,
-                    "scans_per_s": scans_per_step / max(now - clock, 1e-9),
+                    "scans_per_s": scans_per_step / max(now - clock, 1e-9), **waited,
                 })  # fmt: skip
-            clock = now
+            clock, waited = now, dict.fromkeys(waited, 0.0)
             meter(mean_loss, figures[method.headline])
         collapse = method.watch(mean_loss, figures)
         if collapse:
@@ -404,11 +418,13 @@ def train(
         better = measured.get("knn_accuracy", -1.0) > best
         best = max(best, measured.get("knn_accuracy", -1.0))
         if done % config.save_every == 0 or done == config.steps or asked or better:
-            save(done, better)
+            with waiting("save_wait_s"):
+                save(done, better)
         if asked and done < config.steps:
             break
     else:
         step = config.steps - 1
+    writer.finish()
 
     if split and step + 1 == config.steps:
         finished = sharding.whole(method.state_dict())
@@ -424,6 +440,11 @@ def train(
         print(f"{bad} steps were skipped because their loss or gradient was not finite (WARNING lines above)")
     _finish(config, prepared, run, method, None if math.isnan(meter.loss) else meter.loss)
     return 0
+
+
+def _write(metrics: runs.Metrics, run: Path, step: int, content: dict[str, Any], *, keep: int, best: bool) -> None:
+    metrics.sync()  # the lines that a resumed run keeps
+    runs.save_checkpoint(run, step, content, keep=keep, best=best)
 
 
 def _finish(config: TrainConfig, prepared: Prepared, run: Path, method: methods.Method, loss: float | None) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import pytest
 import torch
 
 import prepare as module
-from prepare import Crops, DataConfig, Prepared, loader, prepare, sample_scan
+from prepare import Ahead, Crops, DataConfig, Prepared, loader, prepare, sample_scan
 from runs import UserError
 from views import ViewsConfig
 
@@ -179,6 +182,42 @@ def test_processes_and_micro_batches_share_the_same_samples(folder: Path) -> Non
     for step in range(2):
         assert torch.equal(whole[step], torch.cat(halves[2 * step : 2 * step + 2]))
         assert torch.equal(whole[step], torch.cat([ranks[0][step], ranks[1][step]]))
+
+
+def ahead(source: Iterator[Any], **options: Any) -> Ahead[Any]:
+    return Ahead(source, device=torch.device("cpu"), **options)
+
+
+def test_batches_are_fetched_ahead_in_order_and_not_too_many() -> None:
+    fetched: list[int] = []
+    batches = ahead(n for n in range(9) if not fetched.append(n))
+    until = time.monotonic() + 10
+    while len(fetched) < 3 and time.monotonic() < until:
+        time.sleep(0.001)
+    time.sleep(0.05)
+    assert fetched == [0, 1, 2]  # two held, one in hand, none asked for
+    assert list(batches) == list(range(9))
+    assert next(batches, None) is None
+    batches.close()
+
+
+def test_an_error_comes_at_its_turn_and_a_silence_has_its_limit() -> None:
+    def failing() -> Iterator[int]:
+        yield 1
+        raise OSError("torn")
+
+    batches, go = ahead(failing()), threading.Event()
+    assert next(batches) == 1
+    for _ in range(2):
+        with pytest.raises(OSError, match="torn"):
+            next(batches)
+    silent = ahead(iter(lambda: go.wait(10), None), timeout=0.05)
+    with pytest.raises(RuntimeError, match=r"timed out after 0\.05 seconds"):
+        next(silent)
+    go.set()
+    for each in (batches, silent):
+        each.close()
+        assert not each._thread.is_alive()
 
 
 def test_making_a_loader_leaves_torch_random_state_alone(folder: Path) -> None:

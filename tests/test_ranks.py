@@ -1,7 +1,8 @@
-"""Two processes train like one with the same global batch, for DINO and all of it that looks across a batch."""
+"""Several processes train like one with the same global batch, for each method and whatever looks across a batch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,24 @@ from torch.utils._pytree import tree_leaves
 
 import runs
 
+# LARS, whose steps are as long as the gradient's share of the weights: AdamW turns the rounding of a gradient that is 0
+# (of biases in front of a norm) into whole steps. Batches of 4 scans that hardly differ allow no higher rates,
+# and less where they are divided by how much they differ.
+BYOL = (
+    "byol", "--views.local_views=0", "--byol.hidden=32", "--byol.projection=16", "--optim.name=lars",
+)  # fmt: skip
 VARIANTS = {
     "dino": (),
     "sinkhorn": ("--dino.balance=sinkhorn",),
     "koleo": ("--dino.koleo=0.1",),
-}
+    "byol": (*BYOL, "--optim.lr=0.01"),
+    "byol-sync": (*BYOL, "--optim.lr=0.002", "--byol.norm=sync"),
+    "igpt": (
+        "igpt", "--views.local_views=0", "--views.global_views=1", "--igpt.colours=16", "--igpt.patch=4x4x4",
+        "--igpt.fit_steps=2",
+    ),
+}  # fmt: skip
+FLAGS = ("--steps=3", "--model.depth=2", "--save_every=2", "--keep=9")
 
 
 def assert_same_weights(expected: Path, found: Path) -> None:
@@ -25,47 +39,69 @@ def assert_same_weights(expected: Path, found: Path) -> None:
         torch.testing.assert_close(b[key], value, rtol=1e-4, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}")
 
 
-@pytest.mark.parametrize("name", ["sinkhorn", "koleo"])  # plain dino: test_train.py
-def test_two_processes_train_like_one(trainer: Any, lives: Any, tmp_path: Path, name: str) -> None:
-    flags = ("--steps=3", *VARIANTS[name])
-    one = lives(trainer.arguments(tmp_path / "one", *flags, "--batch_size=4"))
-    two = lives(trainer.arguments(tmp_path / "two", *flags, "--batch_size=2"), ranks=2)
-    assert (one["codes"], two["codes"]) == ([0], [0, 0]), (one, two)
-    assert trainer.losses(tmp_path / "two") == pytest.approx(trainer.losses(tmp_path / "one"), rel=1e-5)
-    assert_same_weights(tmp_path / "one", tmp_path / "two")
+@pytest.fixture(scope="module")
+def alone(trainer: Any, lives: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The run of a variant in one process with four scans a step, trained once."""
+    folder = tmp_path_factory.mktemp("alone")
+
+    def train(name: str) -> Path:
+        if not (folder / name).exists():
+            done = lives(trainer.arguments(folder / name, *FLAGS, *VARIANTS[name], "--batch_size=4"))
+            assert done["codes"] == [0], done
+        return folder / name
+
+    return train
 
 
-@pytest.mark.parametrize("name", ["dino"])
+@pytest.mark.parametrize("name", ["sinkhorn", "koleo", "byol", "byol-sync", "igpt"])  # plain dino: test_train.py
+def test_two_processes_train_like_one(trainer: Any, lives: Any, alone: Any, tmp_path: Path, name: str) -> None:
+    two = lives(trainer.arguments(tmp_path / "two", *FLAGS, *VARIANTS[name], "--batch_size=2"), ranks=2)
+    assert two["codes"] == [0, 0], two
+    assert trainer.losses(tmp_path / "two") == pytest.approx(trainer.losses(alone(name)), rel=1e-5)
+    assert_same_weights(alone(name), tmp_path / "two")
+
+
+@pytest.mark.parametrize("name", ["dino", "byol", "igpt"])
 def test_accumulation_moves_averages_and_schedules_once_a_step(
-    trainer: Any,
-    lives: Any,
-    tmp_path: Path,
-    name: str,
+    trainer: Any, lives: Any, alone: Any, tmp_path: Path, name: str
 ) -> None:
-    flags = ("--steps=3", *VARIANTS[name])
-    whole = lives(trainer.arguments(tmp_path / "whole", *flags, "--batch_size=4"))
-    halves = lives(trainer.arguments(tmp_path / "halves", *flags, "--batch_size=2", "--accumulate=2"))
-    assert (whole["codes"], halves["codes"]) == ([0], [0]), (whole, halves)
+    flags = (*FLAGS, *VARIANTS[name], "--batch_size=2", "--accumulate=2")
+    halves = lives(trainer.arguments(tmp_path / "halves", *flags))
+    assert halves["codes"] == [0], halves
     for key in ("loss", "lr", "weight_decay", "momentum"):
-        a, b = ([line.get(key) for line in trainer.lines(tmp_path / run)] for run in ("whole", "halves"))
+        a, b = ([line.get(key) for line in trainer.lines(run)] for run in (alone(name), tmp_path / "halves"))
         assert (a == b) if a[0] is None else a == pytest.approx(b, rel=1e-5), key
-    assert_same_weights(tmp_path / "whole", tmp_path / "halves")
+    assert_same_weights(alone(name), tmp_path / "halves")
 
 
-@pytest.mark.parametrize("name", ["dino"])
-def test_split_over_two_processes_a_run_is_the_same(trainer: Any, lives: Any, tmp_path: Path, name: str) -> None:
-    """fsdp2 against one process, then from its second step on again: whole tensors are saved, halves are trained."""
-    flags = ("--steps=3", "--model.depth=2", "--save_every=2", "--keep=9", *VARIANTS[name])
-    one = lives(trainer.arguments(tmp_path / "one", *flags, "--batch_size=4"))
+@pytest.mark.parametrize("name", ["dino", "byol", "byol-sync", "igpt"])
+def test_split_over_processes_a_run_is_the_same(
+    trainer: Any, lives: Any, alone: Any, tmp_path: Path, name: str
+) -> None:
+    """fsdp2 on two processes against one; then from its second step on again, on four."""
     run = tmp_path / "two"
-    two = lives(trainer.arguments(run, *flags, "--batch_size=2", "--parallel=fsdp2"), ranks=2)
-    assert (one["codes"], two["codes"]) == ([0], [0, 0]), (one, two)
-    assert trainer.losses(run) == pytest.approx(trainer.losses(tmp_path / "one"), rel=1e-5)
-    assert_same_weights(tmp_path / "one", run)
+    two = lives(trainer.arguments(run, *FLAGS, *VARIANTS[name], "--batch_size=2", "--parallel=fsdp2"), ranks=2)
+    assert two["codes"] == [0, 0], two
+    assert trainer.losses(run) == pytest.approx(trainer.losses(alone(name)), rel=1e-5)
+    assert_same_weights(alone(name), run)
+    (run / "checkpoints" / "step-00000003.pt").unlink()
+    four = lives([f"--resume={run}", "--batch_size=1"], ranks=4)
+    assert four["codes"] == [0] * 4, four
+    assert "going on at step 2 of 3" in four["out"][0]
+    assert trainer.losses(run) == pytest.approx(trainer.losses(alone(name)), rel=1e-5)
+    assert_same_weights(alone(name), run)
+
+
+def test_split_again_over_as_many_processes_a_run_goes_on_to_the_same_bits(
+    trainer: Any, lives: Any, tmp_path: Path
+) -> None:
+    """Whole tensors are saved, halves are trained."""
+    run = tmp_path / "run"
+    first = lives(trainer.arguments(run, *FLAGS, "--parallel=fsdp2"), ranks=2)
     _, before = runs.load_checkpoint(run, print)
     (run / "checkpoints" / "step-00000003.pt").unlink()
     again = lives([f"--resume={run}"], ranks=2)
-    assert again["codes"] == [0, 0], again
+    assert (first["codes"], again["codes"]) == ([0, 0], [0, 0]), (first, again)
     _, after = runs.load_checkpoint(run, print)
     assert after["step"] == 3
     leaves = (tree_leaves([s["method"], s["optimiser"]["state"]]) for s in (before, after))

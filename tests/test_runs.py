@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,55 @@ def test_a_link_that_fails_is_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyP
     save_checkpoint(tmp_path, 1, state(1), best=True)
     assert names(tmp_path) == ["best.pt", "step-00000001.pt"]
     assert load_checkpoint(tmp_path / "checkpoints" / "best.pt", print)[1]["step"] == 1
+
+
+def test_a_snapshot_stays_what_it_was() -> None:
+    held = {"a": torch.ones(3), "b": [torch.arange(6).view(2, 3).T, 7, "text"], "c": torch.ones(4)[::2]}
+    copied = runs.snapshot(held)
+    held["a"].zero_()
+    held["b"][0].zero_()
+    assert torch.equal(copied["a"], torch.ones(3))
+    assert torch.equal(copied["b"][0], torch.arange(6).view(2, 3).T)
+    assert copied["b"][1:] == [7, "text"]
+    assert copied["c"].untyped_storage().nbytes() == 8  # no more than what is seen
+
+
+def test_writes_take_turns_and_the_caller_goes_on() -> None:
+    writer, go, order = runs.Writer(), threading.Event(), []
+    writer.start(lambda: (go.wait(10), order.append(1)))
+    writer.check()
+    order.append(0)
+    threading.Timer(0.05, go.set).start()
+    writer.start(lambda: order.append(2))
+    writer.finish()
+    assert order == [0, 1, 2]
+    writer.close()
+
+
+def test_a_failed_write_is_told_once_at_the_next_look(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise UserError("cannot write it")
+
+    for look in ("check", "finish", "start"):
+        writer = runs.Writer()
+        writer.start(fail)
+        wait([writer._writing])
+        with pytest.raises(UserError, match="cannot write it"):
+            getattr(writer, look)(*([print] if look == "start" else []))
+        writer.check()
+        writer.close()
+        assert capsys.readouterr().err == ""
+    writer = runs.Writer()
+    writer.start(fail)
+    writer.close()  # where another error ends the run
+    assert capsys.readouterr().err == "error: cannot write it\n"
+
+
+def test_what_a_killed_write_left_is_cleared_away(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / ".step-00000001.pt.4711.partial").write_bytes(b"half")
+    save_checkpoint(tmp_path, 2, state(2))
+    assert names(tmp_path) == ["step-00000002.pt"]
 
 
 def test_a_write_that_dies_leaves_no_checkpoint_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

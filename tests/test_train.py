@@ -36,6 +36,9 @@ def test_a_run_leaves_everything_it_promises(trainer: Any, tmp_path: Path, capsy
     assert list((run / "tensorboard").iterdir())
     assert [line["step"] for line in trainer.lines(run)] == [0, 1, 2]
     assert {"loss", "teacher_entropy", "kl", "lr", "momentum", "teacher_temp"} <= trainer.lines(run)[0].keys()
+    waits = [(line["data_wait_s"], line["save_wait_s"]) for line in trainer.lines(run)]
+    assert all(data > 0 for data, _ in waits)
+    assert [save > 0 for _, save in waits] == [False, False, True]  # of the save after the second step
     assert [path.name for path in runs.checkpoints(run)] == ["step-00000002.pt", "step-00000003.pt"]
     for words in ("held out", "1 skipped", "broken.nii", "ln K", f"--resume {run}", "medformer.load", "tensorboard"):
         assert words in said

@@ -8,6 +8,7 @@ within 0.3 %, and writes faster.
 from __future__ import annotations
 
 import os
+import threading
 import uuid
 from collections.abc import Sequence
 from functools import lru_cache
@@ -124,13 +125,15 @@ class Scaled:
         self.shape: tuple[int, ...] = tuple(array.shape)
         self.dtype = np.dtype(np.float16)
         self.table: np.ndarray | None = None
+        self.lock = threading.Lock()  # one handle of blosc2 is not for two threads at once
         if array.dtype.kind in "iu" and array.dtype.itemsize <= 2:
             bits = np.arange(2 ** (8 * array.dtype.itemsize)).astype(f"u{array.dtype.itemsize}")
             self.table = scaling.apply(bits.view(array.dtype)).astype(np.float16)
 
     def __getitem__(self, box: Any) -> np.ndarray:
         try:
-            stored = np.ascontiguousarray(self.array[box])
+            with self.lock:
+                stored = np.ascontiguousarray(self.array[box])
         except (RuntimeError, OSError) as error:
             raise ScanError(f"stored array is damaged ({error}); prepare it again") from error
         if self.table is not None:

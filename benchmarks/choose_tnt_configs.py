@@ -3,8 +3,8 @@
     python benchmarks/choose_tnt_configs.py --arch sm_90
 
 adds what is missing to kernels/medformer_kernels/configs/tnt.json. Its own script because a tile here is keyed by
-width, head and rows, and not by one width as in `choose_configs.py`. A shape that no candidate holds has no entry, and
-is refused by name.
+width, head and rows, and not by one width as in `choose_configs.py`. What no candidate holds has no entry, and is
+refused by name: the gradients of a shape, or all of it.
 """
 
 from __future__ import annotations
@@ -25,40 +25,51 @@ from medformer_kernels import _dispatch
 from medformer_kernels.tnt.plans import KERNELS
 
 PATH = Path(_dispatch.__file__).parent / "configs" / "tnt.json"
-# (block_f, num_warps, num_stages), best guess first.
-TILES = [(64, 4, 2), (32, 4, 2), (32, 4, 1), (32, 8, 1), (16, 8, 1)]
+# (block_f, num_warps, split), best guess first: two programs of 4 warps hide more than one of 8, and two launches read
+# the tokens twice.
+TILES = [(32, 4, False), (16, 4, False), (32, 8, False), (16, 8, False), (32, 4, True), (32, 8, True), (16, 8, True)]
+Key = tuple[int, int, int]
 
 
-def candidates(kernel: str, itemsize: int, width: int, first: dict[str, Any] | None) -> list[dict[str, int]]:
-    """What to try; `first` what the same shape took on another chip."""
-    names = ("block_f", "num_warps", "num_stages")
-    tiles = [] if first is None else [{name: first[name] for name in names}]
-    for block_f, num_warps, num_stages in TILES:
-        if (block_f, itemsize, width) <= (32, 2, 128) or (block_f == 64 and itemsize == 2 and width <= 32):
-            tile: dict[str, Any] = dict(
-                zip(names, (32 if kernel.startswith("attn") else block_f, num_warps, num_stages), strict=True)
-            )
-            if tile not in tiles and (itemsize == 2 or num_stages == 1):
-                tiles.append(tile)
-    return tiles
+def keys(kernel: str, itemsize: int) -> dict[Key, list[tuple[int, int, int]]]:
+    """(width, head, rows) of the entries of a kernel, and the shapes that each must hold."""
+    if not kernel.startswith("mlp"):
+        return SHAPES[itemsize]
+    found: dict[Key, list[tuple[int, int, int]]] = {}  # the gradients of the MLP know no sequences, and no heads
+    for (width, _, _), shapes in SHAPES[itemsize].items():
+        found.setdefault((width, 0, 64 if itemsize == 2 else 32), []).extend(shapes)
+    return {key: list({shape[1]: shape for shape in shapes}.values()) for key, shapes in found.items()}
 
 
-def choose(kernel: str, arch: str, dtype: torch.dtype, key: tuple[int, int, int], first: Any) -> dict[str, Any] | None:
+def choose(
+    kernel: str, arch: str, itemsize: int, key: Key, shapes: list[tuple[int, int, int]]
+) -> dict[str, Any] | None:
     width, head, rows = key
-    shape = SHAPES[dtype.itemsize][key]
-    for tile in candidates(kernel, dtype.itemsize, width, first):
-        entry = {"itemsize": dtype.itemsize, "width": width, "head": head, "block_r": rows, **tile}
+    tried = set()
+    for block_f, num_warps, split in TILES:
+        block_f = 32 if kernel.startswith("attn") else block_f
+        if (block_f, num_warps, split) in tried or (split and kernel.startswith("mlp")):
+            continue
+        tried.add((block_f, num_warps, split))
+        entry: dict[str, Any] = {
+            "itemsize": itemsize, "width": width, "head": head, "block_r": rows, "block_f": block_f,
+            "num_warps": num_warps, "num_stages": 1,
+        }  # fmt: skip
+        entry |= {"split": True} if split else {}
         # The other kernels of the same launch are planned, not compiled.
-        table = {name: {arch: [entry | {"block_r": 64 if name == "mlp_dw" else rows}]} for name in KERNELS}
-        with patch.object(_dispatch, "load_configs", lambda _, table=table: table):
-            if all(_fits(kernel, arch, dtype, shape, full) for full in (False, True)):
+        tables = {name: {arch: [entry | {"head": 128, "block_r": 128}]} for name in KERNELS}
+        tables[kernel] = {arch: [entry]}
+        with patch.object(_dispatch, "load_configs", lambda _, tables=tables: tables):
+            dtypes = (torch.bfloat16, torch.float16) if itemsize == 2 else (torch.float32,)
+            if all(_fits(kernel, arch, dtype, shape) for dtype, shape in itertools.product(dtypes, shapes)):
                 return entry
     return None
 
 
-def _fits(kernel: str, arch: str, dtype: torch.dtype, shape: tuple[int, int, int], full: bool) -> bool:
-    (compiled,) = record(arch, launches(*shape, dtype, full)[kernel], f"tnt_{kernel}_kernel")
-    return compiled.fits and (arch != "sm_90" or dtype.itemsize == 4 or compiled.matrix == "wgmma")
+def _fits(kernel: str, arch: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> bool:
+    # With everything that adds to a kernel; `compile_report` looks at the plain one too.
+    compiled = record(arch, launches(*shape, dtype, True)[kernel], f"tnt_{kernel}_kernel")
+    return all(c.fits and (arch != "sm_90" or dtype.itemsize == 4 or c.matrix == "wgmma") for c in compiled)
 
 
 def main() -> None:
@@ -66,30 +77,24 @@ def main() -> None:
     parser.add_argument("--arch", choices=sorted(TARGETS), action="append", help="default: all")
     parser.add_argument("--kernel", choices=KERNELS, action="append", help="default: all")
     arguments = parser.parse_args()
-    for arch, dtype in itertools.product(arguments.arch or TARGETS, (torch.bfloat16, torch.float32)):
-        for width, head, rows in SHAPES[dtype.itemsize]:
-            for kernel in arguments.kernel or KERNELS:
-                # The gradient of the MLP's weights looks at no sequences.
-                name = (dtype.itemsize, width, head, 64 if kernel == "mlp_dw" else rows)
-                tables = read()
-                table = tables.setdefault(kernel, {})
-                if any(key(entry) == name for entry in table.get(arch, [])):
+    for arch, itemsize in itertools.product(arguments.arch or TARGETS, (2, 4)):
+        for kernel in arguments.kernel or KERNELS:
+            for key, shapes in keys(kernel, itemsize).items():
+                if any(name(entry) == (itemsize, *key) for entry in read().get(kernel, {}).get(arch, [])):
                     continue
-                known = [entry for entries in table.values() for entry in entries if key(entry) == name]
-                entry = choose(kernel, arch, dtype, (width, head, rows), known[0] if known else None)
-                print(kernel, arch, dtype, (width, head, rows), entry or "NO TILE", flush=True)
-                if entry is None:
-                    break  # a shape needs every kernel
-                tables = read()  # again: others may choose beside us
-                tables.setdefault(kernel, {}).setdefault(arch, []).append(entry | {"block_r": name[3]})
-                PATH.write_text(dump(tables))
+                entry = choose(kernel, arch, itemsize, key, shapes)
+                print(kernel, arch, itemsize, key, entry or "NO TILE", flush=True)
+                if entry is not None:
+                    tables = read()  # again: others may choose beside us
+                    tables.setdefault(kernel, {}).setdefault(arch, []).append(entry)
+                    PATH.write_text(dump(tables))
 
 
 def read() -> dict[str, Any]:
     return json.loads(PATH.read_text()) if PATH.exists() else {}
 
 
-def key(entry: dict[str, Any]) -> tuple[int, ...]:
+def name(entry: dict[str, Any]) -> tuple[int, ...]:
     return tuple(entry[name] for name in ("itemsize", "width", "head", "block_r"))
 
 

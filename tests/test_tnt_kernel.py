@@ -1,6 +1,6 @@
 """The Triton kernels of the inner block, in the interpreter where there is no GPU.
 
-configs/tnt.json ships no tile yet, so nothing but these tests runs them: the tiles here are for that alone.
+The tiles here take every shape at small cost; that those of configs/tnt.json compile is in test_tnt_compile.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from medformer_kernels import _dispatch
 from medformer_kernels._dispatch import Chip, assume_chip
 from medformer_kernels.tnt import TNTInnerWeights, ops, tnt_inner_block, tnt_inner_block_reference
-from medformer_kernels.tnt.plans import KERNELS, tile_rows
+from medformer_kernels.tnt.plans import KERNELS, launch_plan
 from medformer_kernels.tnt.weights import NAMES
 from tests.test_tnt import make, run
 
@@ -23,11 +23,15 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DROP: dict[str, Any] = {"dropout": 0.2, "drop_path": 0.3, "seed": 2**33 + 5}
 
 
-@pytest.fixture(autouse=True)
-def _tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    tile = {"width": 128, "head": 128, "block_f": 32, "num_warps": 4, "num_stages": 1}
+def use_tiles(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    tile = {"width": 128, "head": 128, "block_f": 32, "num_warps": 4, "num_stages": 1} | options
     entries = [tile | {"itemsize": i, "block_r": rows} for i, rows in itertools.product((2, 4), (64, 128))]
     monkeypatch.setattr(_dispatch, "load_configs", lambda _: {kernel: {"sm_80": entries} for kernel in KERNELS})
+
+
+@pytest.fixture(autouse=True)
+def _tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_tiles(monkeypatch)
 
 
 def triton(x: Tensor, weights: TNTInnerWeights, **options: Any) -> Tensor:
@@ -59,9 +63,32 @@ def test_output_and_gradients_match_reference(sequences: int, tokens: int, width
 
 
 def test_long_sequences_fill_a_tile_of_128_rows() -> None:
-    assert tile_rows(100) == [128]
+    chip = Chip(arch="sm_80", units=4)
+    shape = {"chip": chip, "sequences": 100, "width": 12, "head": 6, "parts": 1, "itemsize": 2}
+    assert [launch_plan("fwd", tokens=n, **shape).block_r for n in (5, 16, 40, 64, 65, 100)] == [
+        64,
+        64,
+        128,
+        64,
+        128,
+        128,
+    ]
+    assert launch_plan("mlp_dx", tokens=100, **shape).block_r == 64
     x, weights = inputs(2, 100, 12)
     assert_as_good_as_pytorch(x, weights, torch.float16, num_heads=2)
+
+
+@pytest.mark.parametrize("drop", [{}, DROP], ids=["plain", "dropping"])
+def test_kernels_in_two_launches_match_reference(monkeypatch: pytest.MonkeyPatch, drop: dict[str, Any]) -> None:
+    use_tiles(monkeypatch, split=True)
+    x, weights = inputs(9, 10, 24)
+    assert_as_good_as_pytorch(x, weights, torch.float32, num_heads=4, **drop)
+
+
+def test_a_gain_of_zero_has_a_gradient() -> None:
+    x, weights = inputs(5, 8, 12)
+    weights["norm1_weight"][3] = weights["norm2_weight"][5] = 0.0
+    assert_as_good_as_pytorch(x, weights, torch.float32, num_heads=2)
 
 
 @pytest.mark.parametrize("biases", [True, False], ids=["biases", "none"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,23 +11,34 @@ import torch
 from ahead_of_time import TARGETS
 from compile_cases.shapes import Case, Family, Floor
 from medformer_kernels.tnt import TNTInnerWeights, fused
-from medformer_kernels.tnt.plans import KERNELS
+from medformer_kernels.tnt.plans import KERNELS, fits
 
 __all__ = ["FAMILY", "SHAPES", "launches"]
 
-# (tile width, tile head, rows of a tile) of every entry in configs/tnt.json: (tokens, width, heads) that takes it.
+# (tile width, tile head, rows of a tile) of every entry in configs/tnt.json: (tokens, width, heads) that take it.
 SHAPES = {
     2: {
-        (32, 16, 64): (16, 24, 4),
-        (64, 16, 64): (64, 48, 4),
-        (128, 32, 64): (64, 128, 4),
-        (64, 32, 64): (64, 64, 2),
-        (32, 16, 128): (100, 24, 4),
-        (64, 16, 128): (100, 48, 4),
+        (16, 16, 64): [(8, 12, 2)],
+        (32, 16, 64): [(16, 24, 4), (64, 32, 2)],
+        (32, 32, 64): [(64, 32, 1)],
+        (64, 16, 64): [(64, 48, 4), (16, 40, 4), (64, 64, 4)],
+        (64, 32, 64): [(64, 64, 2), (64, 48, 2)],
+        (64, 64, 64): [(64, 64, 1)],
+        (128, 16, 64): [(64, 128, 8), (64, 96, 6)],
+        (128, 32, 64): [(64, 128, 4), (64, 96, 4)],
+        (16, 16, 128): [(100, 12, 2)],
+        (32, 16, 128): [(100, 24, 4), (128, 32, 2)],
+        (64, 16, 128): [(100, 48, 4), (128, 64, 4)],
     },
-    4: {(32, 16, 64): (16, 24, 4), (64, 16, 64): (64, 48, 4)},
+    4: {
+        (16, 16, 32): [(8, 12, 2)],
+        (32, 16, 32): [(16, 24, 4), (32, 32, 2)],
+        (64, 16, 32): [(16, 40, 4), (27, 48, 4), (32, 64, 4)],
+        (32, 16, 64): [(64, 24, 4), (64, 32, 2)],
+    },
 }
 SEQUENCES = 32_768
+WIDTHS = (16, 32, 64, 128)
 
 
 def launches(tokens: int, width: int, heads: int, dtype: torch.dtype, full: bool) -> dict[str, Callable[[], Any]]:
@@ -48,7 +60,7 @@ def launches(tokens: int, width: int, heads: int, dtype: torch.dtype, full: bool
     drop = (0.1, 0.1) if full else (0.0, 0.0)
 
     def forward() -> None:
-        fused.forward(x, w, seed, heads, 1e-6, *drop, True)
+        fused.forward(x, w, seed, heads, 1e-6, *drop, dense)
 
     def backward() -> None:
         fused.backward(x, x, dense, w, seed, heads, 1e-6, *drop, True)
@@ -56,18 +68,24 @@ def launches(tokens: int, width: int, heads: int, dtype: torch.dtype, full: bool
     return {kernel: forward if kernel == "fwd" else backward for kernel in KERNELS}
 
 
-def cases(*, widths: tuple[int, ...] = (32, 64, 128)) -> Iterator[Case]:
+def cases(*, widths: tuple[int, ...] = WIDTHS) -> Iterator[Case]:
     """Every entry of configs/tnt.json, 16-bit and float32, plain and with everything that adds to a kernel."""
     for dtype in (torch.bfloat16, torch.float32):
-        for (tile, _, _), (tokens, width, heads) in SHAPES[dtype.itemsize].items():
-            for full in (False, True):
-                if tile in widths:
-                    yield Case(
-                        name=f"n={tokens} c={width} H={heads} {str(dtype)[6:]} {'dropping' if full else 'plain'}",
-                        width=tile,
-                        dtype=dtype,
-                        launches=launches(tokens, width, heads, dtype, full),
-                    )
+        for (tile, _, _), shapes in SHAPES[dtype.itemsize].items():
+            for (tokens, width, heads), full in itertools.product(shapes if tile in widths else [], (False, True)):
+                by_kernel = launches(tokens, width, heads, dtype, full)
+                settings = (tokens, width, width // heads, dtype.itemsize)
+                forward = {a for a, t in TARGETS.items() if fits(t.chip, *settings, gradients=False)}
+                both = {a for a, t in TARGETS.items() if fits(t.chip, *settings)}
+                for archs, kernels in ((both, KERNELS), (forward - both, KERNELS[:1])):
+                    if archs:
+                        yield Case(
+                            name=f"n={tokens} c={width} H={heads} {str(dtype)[6:]} {'dropping' if full else 'plain'}",
+                            width=tile,
+                            dtype=dtype,
+                            launches={kernel: by_kernel[kernel] for kernel in kernels},
+                            archs=tuple(archs),
+                        )
 
 
 def floors() -> Iterator[Floor]:
@@ -93,4 +111,4 @@ def floors() -> Iterator[Floor]:
         )
 
 
-FAMILY = Family(cases=cases, floors=floors, widths=(32, 64, 128))
+FAMILY = Family(cases=cases, floors=floors, widths=WIDTHS)

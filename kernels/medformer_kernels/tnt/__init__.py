@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from medformer_kernels._dispatch import chip_of, resolve_backend
-from medformer_kernels.tnt import ops
+from medformer_kernels.tnt import chunked, ops
 from medformer_kernels.tnt.plans import fits
 from medformer_kernels.tnt.reference import reference
 from medformer_kernels.tnt.weights import TNTInnerWeights
@@ -58,9 +58,12 @@ def tnt_inner_block(
     """
     x, weights, seed_tensor = _prepare("tnt_inner_block", x, weights, num_heads, dropout, drop_path, seed)
     wanted = backend == "triton" or (backend == "auto" and x.is_cuda)
-    unsupported = _unsupported(x, weights.qkv_weight, num_heads) if wanted else None
+    save = torch.is_grad_enabled() and _wants_gradient(x, weights)
+    unsupported = _unsupported(x, weights.qkv_weight, num_heads, save) if wanted else None
     backend = resolve_backend("tnt_inner_block", backend, weights.qkv_weight, unsupported)
-    save = backend == "triton" and torch.is_grad_enabled() and _wants_gradient(x, weights)
+    if backend == "torch" and save:
+        kept = chunked.saved_bytes(x, weights.qkv_weight.dtype, weights.fc1_weight.shape[0], num_heads)
+        save = kept <= chunked.SAVED_BYTES
     with torch.autocast(x.device.type, enabled=False):
         return ops.tnt_inner_block(
             x, *weights.tensors(), seed_tensor, num_heads, eps, dropout, drop_path, save, backend
@@ -123,7 +126,7 @@ def _prepare(
     return x, weights, torch.full((), seed, dtype=torch.int64, device=x.device)
 
 
-def _unsupported(x: Tensor, matrix: Tensor, num_heads: int) -> str | None:
+def _unsupported(x: Tensor, matrix: Tensor, num_heads: int, gradients: bool) -> str | None:
     """What the kernels do not take in this call."""
     sequences, tokens, width = x.shape
     if tokens > _MOST_TOKENS:
@@ -131,14 +134,15 @@ def _unsupported(x: Tensor, matrix: Tensor, num_heads: int) -> str | None:
     if sequences >= 2**31:
         return f"S of 2**31 and more (here {sequences})"
     head, itemsize = width // num_heads, matrix.element_size()
-    if itemsize <= 4 and not _holds(x.device, tokens, width, head, itemsize):
-        return f"n={tokens}, c={width}, heads of {head} in {matrix.dtype}: no tile of it fits on chip"
+    if itemsize <= 4 and not _holds(x.device, tokens, width, head, itemsize, gradients):
+        what = "gradients of " if gradients and _holds(x.device, tokens, width, head, itemsize, False) else ""
+        return f"{what}n={tokens}, c={width}, heads of {head} in {matrix.dtype}: no tile of it fits on chip"
     return None
 
 
 @torch.compiler.assume_constant_result
-def _holds(device: torch.device, tokens: int, width: int, head: int, itemsize: int) -> bool:
-    return fits(chip_of(torch.empty(0, device=device)), tokens, width, head, itemsize)
+def _holds(device: torch.device, tokens: int, width: int, head: int, itemsize: int, gradients: bool) -> bool:
+    return fits(chip_of(torch.empty(0, device=device)), tokens, width, head, itemsize, gradients=gradients)
 
 
 def _wants_gradient(x: Tensor, weights: TNTInnerWeights) -> bool:

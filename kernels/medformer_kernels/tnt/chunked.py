@@ -1,5 +1,6 @@
 """The inner block in plain PyTorch, a few hundred sequences at a time, so that everything between its two ends stays in
-the cache; backward computes each chunk again.
+the cache. Backward takes what forward saved where that is no more than `SAVED_BYTES`; where it is more, it computes
+each chunk again.
 
 Attention over so few and so narrow tokens is a question of layout. Tokens of one head lie either as rows (n, D) or as
 columns (D, n): with columns the products of up to `_COLUMNS` tokens are up to three times as fast in float32, and so
@@ -10,7 +11,9 @@ Measured with `benchmarks/bench_tnt.py`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +22,57 @@ from torch import Tensor
 from medformer_kernels.tnt.dropping import ATTENTION, MLP, factor
 from medformer_kernels.tnt.weights import NAMES, TNTInnerWeights
 
-__all__ = ["backward", "forward"]
+__all__ = ["SAVED_BYTES", "Saved", "backward", "forward", "saved_bytes"]
+
+# What one call may keep for its backward pass. Computing 4096 x 16 x 24 again costs a fifth of a step.
+SAVED_BYTES = 512 << 20
 
 # Up to so many tokens a head is laid out in columns.
 _COLUMNS = 32
 # Numbers of x in a chunk, for each thread.
 _CHUNK = 1 << 17
+
+
+class Saved(NamedTuple):
+    """What forward may keep: each tensor whole, or of one chunk."""
+
+    middle: Tensor
+    """(S, n, c), between attention and MLP, in float32 or better."""
+    qkv: Tensor
+    """(S, n, 3c)."""
+    weights: Tensor
+    """Attention's, (S, H, n, n); transposed where heads lie in columns."""
+    mixed: Tensor
+    """(S, n, c), in front of the projection."""
+    before: Tensor
+    """(S, n, f), in front of the GELU."""
+
+    @classmethod
+    def empty(cls, x: Tensor, product: torch.dtype, hidden: int, heads: int) -> Saved:
+        kept = _kept(x, product, hidden, heads)
+        return cls(*(x.new_empty((x.shape[0], *shape), dtype=dtype) for shape, dtype in kept))
+
+    def part(self, rows: slice) -> Saved:
+        return Saved(*(tensor[rows] for tensor in self))
+
+
+def saved_bytes(x: Tensor, product: torch.dtype, hidden: int, heads: int) -> int:
+    """What `Saved` takes."""
+    kept = _kept(x, product, hidden, heads)
+    return x.shape[0] * sum(math.prod(shape) * dtype.itemsize for shape, dtype in kept)
+
+
+def _kept(x: Tensor, product: torch.dtype, hidden: int, heads: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape a sequence and dtype of each field of `Saved`."""
+    tokens, width = x.shape[1:]
+    weights = torch.promote_types(product, torch.float32) if tokens <= _COLUMNS else product
+    return [
+        ((tokens, width), torch.promote_types(x.dtype, torch.float32)),
+        ((tokens, 3 * width), product),
+        ((heads, tokens, tokens), weights),
+        ((tokens, width), product),
+        ((tokens, hidden), product),
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +91,17 @@ class _Block:
         result = factor(self.seed, branch, first, (sequences, tokens, width), self.dropout, self.drop_path)
         return None if result is None else result.to(x.dtype)
 
-    def linear(self, x: Tensor, name: str) -> Tensor:
-        weight = getattr(self.w, f"{name}_weight")
-        return F.linear(x.to(weight.dtype), weight, getattr(self.w, f"{name}_bias"))
+    def linear(self, x: Tensor, name: str, out: Tensor | None = None) -> Tensor:
+        weight, bias = getattr(self.w, f"{name}_weight"), getattr(self.w, f"{name}_bias")
+        x = x.to(weight.dtype)
+        if out is None:
+            return F.linear(x, weight, bias)
+        rows = out.view(-1, out.shape[-1])
+        if bias is None:
+            torch.mm(x.flatten(0, 1), weight.t(), out=rows)
+        else:
+            torch.addmm(bias, x.flatten(0, 1), weight.t(), out=rows)
+        return out
 
     def norm(self, x: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
         weight, bias = getattr(self.w, f"{name}_weight").to(x.dtype), getattr(self.w, f"{name}_bias").to(x.dtype)
@@ -53,13 +109,21 @@ class _Block:
 
 
 def forward(
-    x: Tensor, w: TNTInnerWeights, seed: Tensor | None, num_heads: int, eps: float, dropout: float, drop_path: float
+    x: Tensor,
+    w: TNTInnerWeights,
+    seed: Tensor | None,
+    num_heads: int,
+    eps: float,
+    dropout: float,
+    drop_path: float,
+    saved: Saved | None,
 ) -> Tensor:
-    """See `reference.reference`."""
+    """See `reference.reference`; fills `saved` where there is one."""
     block = _Block(w=w, seed=seed, heads=num_heads, eps=eps, dropout=dropout, drop_path=drop_path)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     for first, chunk in _chunks(x):
-        out[first : first + chunk.shape[0]] = _forward(block, chunk, first)
+        rows = slice(first, first + chunk.shape[0])
+        out[rows] = _forward(block, chunk, first, None if saved is None else saved.part(rows))
     return out
 
 
@@ -69,11 +133,30 @@ def _chunks(x: Tensor) -> list[tuple[int, Tensor]]:
     return [(first, x[first : first + length].to(exact).contiguous()) for first in range(0, x.shape[0], length)]
 
 
-def _forward(block: _Block, x: Tensor, first: int) -> Tensor:
-    qkv = block.linear(block.norm(x, "norm1")[0], "qkv")
-    x = _add(x, block.linear(_attention(block, qkv), "proj"), block.factor(ATTENTION, first, x))
-    hidden = F.gelu(block.linear(block.norm(x, "norm2")[0], "fc1"))
-    return _add(x, block.linear(hidden, "fc2"), block.factor(MLP, first, x))
+def _forward(block: _Block, x: Tensor, first: int, saved: Saved | None) -> Tensor:
+    if saved is None:
+        mixed = _attention(block, block.linear(block.norm(x, "norm1")[0], "qkv"))
+        middle = _add(x, block.linear(mixed, "proj"), block.factor(ATTENTION, first, x))
+        before = block.linear(block.norm(middle, "norm2")[0], "fc1")
+    else:
+        middle, before = _fill(block, x, first, saved)
+    return _add(middle, block.linear(F.gelu(before), "fc2"), block.factor(MLP, first, x))
+
+
+def _fill(block: _Block, x: Tensor, first: int, saved: Saved) -> tuple[Tensor, Tensor]:
+    """Compute all of `saved`; its `middle` and `before`."""
+    qkv = block.linear(block.norm(x, "norm1")[0], "qkv", saved.qkv)
+    heads = _Heads(qkv, block.heads)
+    q, k, v = heads.split(qkv)
+    weights = heads.softmax(heads.product(q, k.mT, heads.scale), saved.weights.flatten(0, 1))
+    heads.merge(heads.product(weights, v), out=saved.mixed)
+    branch = block.linear(saved.mixed, "proj")
+    factor = block.factor(ATTENTION, first, x)
+    if factor is None:
+        torch.add(x, branch, out=saved.middle)
+    else:
+        torch.addcmul(x, branch.to(x.dtype), factor, out=saved.middle)
+    return saved.middle, block.linear(block.norm(saved.middle, "norm2")[0], "fc1", saved.before)
 
 
 def _add(x: Tensor, branch: Tensor, multiplier: Tensor | None) -> Tensor:
@@ -88,7 +171,7 @@ def _attention(block: _Block, qkv: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(sequences, tokens, width)
     heads = _Heads(qkv, block.heads)
     q, k, v = heads.split(qkv)
-    return heads.merge(heads.product(heads.softmax(heads.product(q, k.mT)), v))
+    return heads.merge(heads.product(heads.softmax(heads.product(q, k.mT, heads.scale)), v))
 
 
 class _Heads:
@@ -97,6 +180,7 @@ class _Heads:
     def __init__(self, qkv: Tensor, heads: int) -> None:
         self.sequences, self.tokens, width = qkv.shape
         self.heads, self.width = heads, width // 3 // heads
+        self.scale = self.width**-0.5
         self.columns = self.tokens <= _COLUMNS
         self.dtype = torch.promote_types(qkv.dtype, torch.float32) if self.columns else qkv.dtype
 
@@ -107,29 +191,36 @@ class _Heads:
         x = x.permute(order).to(self.dtype, memory_format=torch.contiguous_format).flatten(1, 2)
         return (x.mT if self.columns else x).unbind(0)
 
-    def merge(self, *xs: Tensor) -> Tensor:
+    def merge(self, *xs: Tensor, out: Tensor | None = None) -> Tensor:
         """The opposite of `split`."""
-        merged = torch.empty(
-            (self.sequences, self.tokens, len(xs), self.heads, self.width), dtype=xs[0].dtype, device=xs[0].device
-        )
+        if out is None:
+            shape = (self.sequences, self.tokens, len(xs) * self.heads * self.width)
+            out = torch.empty(shape, dtype=xs[0].dtype, device=xs[0].device)
+        merged = out.view(self.sequences, self.tokens, len(xs), self.heads, self.width)
         for part, x in enumerate(xs):
             merged[:, :, part] = x.unflatten(0, (self.sequences, self.heads)).transpose(1, 2)
-        return merged.flatten(2)
+        return out
 
-    def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """a @ b, whose memory is laid out as the heads are."""
-        return torch.bmm(b.mT, a.mT).mT if self.columns else torch.bmm(a, b)
+    def product(self, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+        """scale a @ b, whose memory is laid out as the heads are."""
+        if self.columns:
+            a, b = b.mT, a.mT
+        result = torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)
+        return result.mT if self.columns else result
 
-    def softmax(self, scores: Tensor) -> Tensor:
-        scores = scores * self.width**-0.5
-        return scores.mT.softmax(1).mT if self.columns else scores.softmax(2)
+    def softmax(self, scores: Tensor, out: Tensor | None = None) -> Tensor:
+        """Over keys; `out` (s H, n, n) in the layout of the heads."""
+        axis = 1 if self.columns else 2
+        return self.laid_out(torch.softmax(self.laid_out(scores), axis, out=out))
 
     def softmax_backward(self, dweights: Tensor, weights: Tensor) -> Tensor:
-        if self.columns:
-            dscores = torch.ops.aten._softmax_backward_data(dweights.mT, weights.mT, 1, weights.dtype).mT
-        else:
-            dscores = torch.ops.aten._softmax_backward_data(dweights, weights, 2, weights.dtype)
-        return dscores * self.width**-0.5
+        axis = 1 if self.columns else 2
+        dweights, weights = self.laid_out(dweights), self.laid_out(weights)
+        return self.laid_out(torch.ops.aten._softmax_backward_data(dweights, weights, axis, weights.dtype))
+
+    def laid_out(self, x: Tensor) -> Tensor:
+        """Between rows by columns and the layout of memory, both ways."""
+        return x.mT if self.columns else x
 
 
 def backward(
@@ -141,6 +232,7 @@ def backward(
     eps: float,
     dropout: float,
     drop_path: float,
+    saved: Saved | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(dx, gradients of the weights by name, in float32 or better)."""
     block = _Block(w=w, seed=seed, heads=num_heads, eps=eps, dropout=dropout, drop_path=drop_path)
@@ -151,26 +243,30 @@ def backward(
         for name, tensor in zip(NAMES, w.tensors(), strict=True)
         if tensor is not None
     }
+    spare = None
     for first, chunk in _chunks(x):
         rows = slice(first, first + chunk.shape[0])
-        dx[rows] = _backward(block, chunk, dout[rows].to(exact), first, sums)
+        if saved is not None:
+            part = saved.part(rows)
+        else:
+            # One set of buffers for all chunks: memory fresh from the system costs more than what is written to it.
+            spare = spare or Saved.empty(chunk, w.qkv_weight.dtype, w.fc1_weight.shape[0], num_heads)
+            part = spare.part(slice(chunk.shape[0]))
+            _fill(block, chunk, first, part)
+        dx[rows] = _backward(block, chunk, dout[rows].to(exact), first, part, sums)
     return dx, sums
 
 
-def _backward(block: _Block, x: Tensor, dout: Tensor, first: int, sums: dict[str, Tensor]) -> Tensor:
+def _backward(block: _Block, x: Tensor, dout: Tensor, first: int, saved: Saved, sums: dict[str, Tensor]) -> Tensor:
     product = block.w.qkv_weight.dtype
+    middle, qkv, weights, mixed, before = saved
     normed1, mean1, rstd1 = block.norm(x, "norm1")
-    normed1 = normed1.to(product)
-    qkv = block.linear(normed1, "qkv")
+    normed2, mean2, rstd2 = block.norm(middle, "norm2")
+    normed1, normed2 = normed1.to(product), normed2.to(product)
     heads = _Heads(qkv, block.heads)
     q, k, v = heads.split(qkv)
-    weights = heads.softmax(heads.product(q, k.mT))
-    mixed = heads.merge(heads.product(weights, v)).to(product)
+    weights = heads.laid_out(weights.flatten(0, 1))
     factor1, factor2 = block.factor(ATTENTION, first, x), block.factor(MLP, first, x)
-    middle = _add(x, block.linear(mixed, "proj"), factor1)
-    normed2, mean2, rstd2 = block.norm(middle, "norm2")
-    normed2 = normed2.to(product)
-    before = block.linear(normed2, "fc1")
 
     dbranch = (dout if factor2 is None else dout * factor2).to(product)
     dhidden = _linear_backward(block, "fc2", dbranch, F.gelu(before), sums)
@@ -182,7 +278,8 @@ def _backward(block: _Block, x: Tensor, dout: Tensor, first: int, sums: dict[str
     (dmixed,) = heads.split(_linear_backward(block, "proj", dbranch, mixed, sums), 1)
     dv = heads.product(weights.mT, dmixed)
     dscores = heads.softmax_backward(heads.product(dmixed, v.mT), weights)
-    dqkv = heads.merge(heads.product(dscores, k), heads.product(dscores.mT, q), dv).to(product)
+    dq, dk = heads.product(dscores, k, heads.scale), heads.product(dscores.mT, q, heads.scale)
+    dqkv = heads.merge(dq, dk, dv).to(product)
     dnormed = _linear_backward(block, "qkv", dqkv, normed1, sums)
     return dmiddle + _norm_backward(block, "norm1", dnormed, x, mean1, rstd1, sums)
 

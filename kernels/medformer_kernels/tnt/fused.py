@@ -106,11 +106,29 @@ def _dropping(dropout: float, drop_path: float) -> tuple[int, int, float, float]
     return threshold(dropout), threshold(drop_path), 1.0 / (1.0 - dropout), 1.0 / (1.0 - drop_path)
 
 
-def _packed(w: TNTInnerWeights) -> TNTInnerWeights:
-    """A few thousand numbers: a copy costs nothing."""
-    return TNTInnerWeights(**{
-        name: None if tensor is None else tensor.contiguous() for name, tensor in vars(w).items()
-    })  # fmt: skip
+def _halves(plan: Plan) -> tuple[tuple[bool, bool], ...]:
+    """Which halves of a kernel each of its launches computes."""
+    return ((True, False), (False, True)) if plan.split else ((True, True),)
+
+
+def _packed(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def fold(weight: Tensor, bias: Tensor | None, gain: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """W (xhat gain + shift) + b as W' xhat + b': W' in the dtype of W, b' in float32. A few thousand numbers."""
+    exact = weight.float()
+    folded = exact @ shift.float()
+    return (exact * gain.float()).to(weight.dtype), folded if bias is None else folded + bias.float()
+
+
+def unfold(
+    dfolded: Tensor, dbias: Tensor, weight: Tensor, gain: Tensor, shift: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dW, dgain, dshift) from the gradients of what `fold` gave: d(W') = sum dy^T xhat, d(b') = sum dy."""
+    exact = weight.float()
+    dweight = dfolded * gain.float() + dbias[:, None] * shift.float()
+    return dweight, (exact * dfolded).sum(0), dbias @ exact
 
 
 def forward(
@@ -121,24 +139,28 @@ def forward(
     eps: float,
     dropout: float,
     drop_path: float,
-    save: bool,
-) -> tuple[Tensor, Tensor]:
-    """(out, middle): see `ops.tnt_inner_block`."""
+    middle: Tensor | None,
+) -> Tensor:
+    """See `ops.tnt_inner_block`; fills `middle` where there is one."""
     sequences, tokens, width = x.shape
     out = x.new_empty(x.shape)
-    middle = x.new_empty(x.shape if save else (0,))
     if sequences == 0:
-        return out, middle
-    w = _packed(w)
+        return out
+    qkv = fold(w.qkv_weight, w.qkv_bias, w.norm1_weight, w.norm1_bias)
+    fc1 = fold(w.fc1_weight, w.fc1_bias, w.norm2_weight, w.norm2_bias)
     plan = _plan("fwd", x, w, num_heads)
-    tnt_fwd_kernel[(plan.programs,)](
-        x, *w.tensors(), seed, out, middle, *x.stride(), sequences, tokens, plan.per_tile, plan.tiles, eps,
-        (width // num_heads) ** -0.5, *_dropping(dropout, drop_path),
-        H=num_heads, F=w.fc1_weight.shape[0], QKV_BIAS=w.qkv_bias is not None, PROJ_BIAS=w.proj_bias is not None,
-        FC1_BIAS=w.fc1_bias is not None, FC2_BIAS=w.fc2_bias is not None, SAVE=save,
-        BLOCK_D=block(width // num_heads), BLOCK_F=plan.block_f, **_constants(x, plan, dropout, drop_path),
-    )  # fmt: skip
-    return out, middle
+    if plan.split and middle is None:
+        middle = torch.empty_like(out)
+    for attention, mlp in _halves(plan):
+        tnt_fwd_kernel[(plan.programs,)](
+            x, *qkv, w.proj_weight.contiguous(), _packed(w.proj_bias), *fc1, w.fc2_weight.contiguous(),
+            _packed(w.fc2_bias), seed, out, middle, *x.stride(), sequences, tokens, plan.per_tile, plan.tiles, eps,
+            (width // num_heads) ** -0.5, *_dropping(dropout, drop_path), H=num_heads, F=w.fc1_weight.shape[0],
+            PROJ_BIAS=w.proj_bias is not None, FC2_BIAS=w.fc2_bias is not None, SAVE=middle is not None,
+            ATTENTION=attention, MLP=mlp,
+            BLOCK_D=block(width // num_heads), BLOCK_F=plan.block_f, **_constants(x, plan, dropout, drop_path),
+        )  # fmt: skip
+    return out
 
 
 def backward(
@@ -159,52 +181,58 @@ def backward(
     if sequences == 0:
         empty = {name: torch.zeros_like(tensor) for name, tensor in vars(w).items() if tensor is not None}
         return x.new_empty(x.shape), empty
-    w = _packed(w)
+    qkv = fold(w.qkv_weight, w.qkv_bias, w.norm1_weight, w.norm1_bias)
+    fc1 = fold(w.fc1_weight, w.fc1_bias, w.norm2_weight, w.norm2_bias)
     dropping = _dropping(dropout, drop_path)
     drop = {"dropout": dropout, "drop_path": drop_path}
     small = {"dtype": torch.float32, "device": x.device}
     scale = (width // num_heads) ** -0.5
-    mlp = (w.norm2_weight, w.norm2_bias, w.fc1_weight, w.fc1_bias, w.fc2_weight, seed)
-    attention = (w.norm1_weight, w.norm1_bias, w.qkv_weight, w.qkv_bias, w.proj_weight, seed)
-    mlp_constants = {"F": hidden, "FC1_BIAS": w.fc1_bias is not None}
-    attention_constants = {"H": num_heads, "QKV_BIAS": w.qkv_bias is not None, "BLOCK_D": block(width // num_heads)}
+    mlp = (*fc1, w.fc2_weight.contiguous(), seed)
+    attention = (*qkv, w.proj_weight.contiguous(), seed)
+    attention_constants = {"H": num_heads, "BLOCK_D": block(width // num_heads)}
 
     plan = _plan("mlp_dx", x, w, num_heads)
     dmiddle = x.new_empty(x.shape)
-    mlp_sums = torch.empty(plan.programs, 3, width, **small)
     tnt_mlp_dx_kernel[(plan.programs,)](
-        dout, middle, *mlp, dmiddle, mlp_sums, *dout.stride(), sequences, tokens, plan.per_tile, plan.tiles, eps,
-        *dropping, BLOCK_F=plan.block_f, **mlp_constants, **_constants(dout, plan, **drop),
+        dout, middle, *mlp, dmiddle, *dout.stride(), sequences, tokens, plan.tiles, eps, *dropping,
+        F=hidden, BLOCK_F=plan.block_f, **_constants(dout, plan, **drop),
     )  # fmt: skip
     plan = _plan("attn_dx", x, w, num_heads)
     dx = x.new_empty(x.shape)
-    attention_sums = torch.empty(plan.programs, 3, width, **small)
-    tnt_attn_dx_kernel[(plan.programs,)](
-        dmiddle, x, *attention, dx, attention_sums, *x.stride(), sequences, tokens, plan.per_tile, plan.tiles, eps,
-        scale, *dropping, **attention_constants, **_constants(x, plan, **drop),
-    )  # fmt: skip
+    for values, scores in _halves(plan):
+        tnt_attn_dx_kernel[(plan.programs,)](
+            dmiddle, x, *attention, dx, *x.stride(), sequences, tokens, plan.per_tile, plan.tiles, eps, scale,
+            *dropping, VALUES=values, SCORES=scores, **attention_constants, **_constants(x, plan, **drop),
+        )  # fmt: skip
     if not with_weights:
         return dx, {}
 
     plan = _plan("mlp_dw", x, w, num_heads, hidden)
     dfc1 = torch.empty(plan.slices, hidden, width, **small)
-    dfc2, dfc1_bias = torch.empty_like(dfc1), torch.empty(plan.slices, hidden, **small)
+    dfc1_bias, dfc2 = torch.empty(plan.slices, hidden, **small), torch.empty_like(dfc1)
+    dfc2_bias = torch.empty(plan.slices, width, **small)
     tnt_mlp_dw_kernel[(plan.slices * -(-hidden // plan.block_f),)](
-        dout, middle, *mlp, dfc1, dfc1_bias, dfc2, *dout.stride(), sequences, tokens, plan.tiles, plan.slice_length,
-        eps, *dropping, BLOCK_F=plan.block_f, **mlp_constants, **_constants(dout, plan, **drop),
+        dout, middle, *mlp, dfc1, dfc1_bias, dfc2, dfc2_bias, *dout.stride(), sequences, tokens, plan.tiles,
+        plan.slice_length, eps, *dropping, F=hidden, BLOCK_F=plan.block_f, **_constants(dout, plan, **drop),
     )  # fmt: skip
     plan = _plan("attn_dw", x, w, num_heads, num_heads)
     dqkv = torch.empty(plan.slices, 3 * width, width, **small)
     dqkv_bias, dproj = torch.empty(plan.slices, 3 * width, **small), torch.empty(plan.slices, width, width, **small)
-    tnt_attn_dw_kernel[(plan.slices * num_heads,)](
-        dmiddle, x, *attention, dqkv, dqkv_bias, dproj, *x.stride(), sequences, tokens, plan.per_tile, plan.tiles,
-        plan.slice_length, eps, scale, *dropping, **attention_constants, **_constants(x, plan, **drop),
-    )  # fmt: skip
-    norm1_weight, norm1_bias, proj_bias = (attention_sums[:, i].sum(0) for i in range(3))
-    norm2_weight, norm2_bias, fc2_bias = (mlp_sums[:, i].sum(0) for i in range(3))
-    return dx, {
-        "norm1_weight": norm1_weight, "norm1_bias": norm1_bias, "qkv_weight": dqkv.sum(0),
-        "qkv_bias": dqkv_bias.sum(0), "proj_weight": dproj.sum(0), "proj_bias": proj_bias,
-        "norm2_weight": norm2_weight, "norm2_bias": norm2_bias, "fc1_weight": dfc1.sum(0), "fc1_bias": dfc1_bias.sum(0),
-        "fc2_weight": dfc2.sum(0).t().contiguous(), "fc2_bias": fc2_bias,
+    dproj_bias = torch.empty(plan.slices, width, **small)
+    for values, scores in _halves(plan):
+        tnt_attn_dw_kernel[(plan.slices * num_heads,)](
+            dmiddle, x, *attention, dqkv, dqkv_bias, dproj, dproj_bias, *x.stride(), sequences, tokens, plan.per_tile,
+            plan.tiles, plan.slice_length, eps, scale, *dropping, VALUES=values, SCORES=scores, **attention_constants,
+            **_constants(x, plan, **drop),
+        )  # fmt: skip
+    sums = {
+        "qkv_bias": dqkv_bias.sum(0), "proj_weight": dproj.sum(0), "proj_bias": dproj_bias.sum(0),
+        "fc1_bias": dfc1_bias.sum(0), "fc2_weight": dfc2.sum(0).t().contiguous(), "fc2_bias": dfc2_bias.sum(0),
     }  # fmt: skip
+    for linear, norm, folded in (("qkv", "norm1", dqkv), ("fc1", "norm2", dfc1)):
+        gain, shift = getattr(w, f"{norm}_weight"), getattr(w, f"{norm}_bias")
+        weight = getattr(w, f"{linear}_weight")
+        sums[f"{linear}_weight"], sums[f"{norm}_weight"], sums[f"{norm}_bias"] = unfold(
+            folded.sum(0), sums[f"{linear}_bias"], weight, gain, shift
+        )
+    return dx, sums

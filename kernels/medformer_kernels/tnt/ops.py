@@ -3,8 +3,8 @@
     y   = x + f1 proj(attention(LN1(x)))
     out = y + f2 fc2(GELU(fc1(LN2(y))))         f1, f2: what each branch drops, `dropping`
 
-Backward computes everything between x and out again, in PyTorch chunk by chunk; the kernels start from y too
-(`middle`), which their forward pass writes where a gradient will be wanted.
+Where a gradient will be wanted forward keeps tensors for it (`save`): the kernels y alone, from which, and from x, they
+compute everything again; PyTorch those of `chunked.Saved` or, where they would be too large, none.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from medformer_kernels.tnt import chunked
 from medformer_kernels.tnt.weights import NAMES, TNTInnerWeights
 
 __all__ = ["tnt_inner_block", "tnt_inner_block_backward"]
+
+_KEPT = len(chunked.Saved._fields)
 
 
 def _fused():
@@ -50,21 +52,32 @@ def tnt_inner_block(
     drop_path: float,
     save: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """(out, middle), both (S, n, c); `middle` is empty unless the kernels run and `save` it."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """out (S, n, c), then what is kept for backward, in the order of `chunked.Saved`; empty unless `save`."""
     w = _weights(
         norm1_weight, norm1_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, norm2_weight, norm2_bias,
         fc1_weight, fc1_bias, fc2_weight, fc2_bias,
     )  # fmt: skip
+    settings = (seed, num_heads, eps, dropout, drop_path)
+    kept = _kept(x, qkv_weight, fc1_weight, num_heads, save, backend)
     if backend == "torch":
-        return chunked.forward(x, w, seed, num_heads, eps, dropout, drop_path), x.new_empty(0)
-    return _fused().forward(x, w, seed, num_heads, eps, dropout, drop_path, save)
+        out = chunked.forward(x, w, *settings, chunked.Saved(*kept) if save else None)
+    else:
+        out = _fused().forward(x, w, *settings, kept[0] if save else None)
+    return out, *kept  # type: ignore[return-value]
+
+
+def _kept(x: Tensor, qkv_weight: Tensor, fc1_weight: Tensor, num_heads: int, save: bool, backend: str) -> list[Tensor]:
+    if save and backend == "torch":
+        return list(chunked.Saved.empty(x, qkv_weight.dtype, fc1_weight.shape[0], num_heads))
+    middle = x.new_empty(x.shape if save else (0,))
+    return [middle, *(x.new_empty(0) for _ in range(4))]
 
 
 @tnt_inner_block.register_fake
 def _(x, *arguments):
-    save, backend = arguments[-2:]
-    return x.new_empty(x.shape), x.new_empty(x.shape if save and backend == "triton" else (0,))
+    w, num_heads, (save, backend) = _weights(*arguments[: len(NAMES)]), arguments[-6], arguments[-2:]
+    return x.new_empty(x.shape), *_kept(x, w.qkv_weight, w.fc1_weight, num_heads, save, backend)
 
 
 @torch.library.custom_op("medformer::tnt_inner_block_backward", mutates_args=())
@@ -72,6 +85,10 @@ def tnt_inner_block_backward(
     dout: Tensor,
     x: Tensor,
     middle: Tensor,
+    qkv: Tensor,
+    weights: Tensor,
+    mixed: Tensor,
+    before: Tensor,
     norm1_weight: Tensor,
     norm1_bias: Tensor,
     qkv_weight: Tensor,
@@ -101,7 +118,8 @@ def tnt_inner_block_backward(
     )  # fmt: skip
     settings = (seed, num_heads, eps, dropout, drop_path)
     if backend == "torch":
-        dx, sums = chunked.backward(dout, x, w, *settings)
+        saved = chunked.Saved(middle, qkv, weights, mixed, before) if middle.numel() else None
+        dx, sums = chunked.backward(dout, x, w, *settings, saved)
     else:
         dx, sums = _fused().backward(dout, x, middle, w, *settings, with_weights)
     gradients = [
@@ -112,8 +130,8 @@ def tnt_inner_block_backward(
 
 
 @tnt_inner_block_backward.register_fake
-def _(dout, x, middle, *arguments):
-    tensors, with_weights = arguments[: len(NAMES)], arguments[-2]
+def _(dout, x, *arguments):
+    tensors, with_weights = arguments[_KEPT : _KEPT + len(NAMES)], arguments[-2]
     return x.new_empty(x.shape), *(
         x.new_empty(0) if tensor is None or not with_weights else torch.empty_like(tensor) for tensor in tensors
     )
@@ -122,19 +140,20 @@ def _(dout, x, middle, *arguments):
 def _setup(ctx, inputs, output):
     x, *tensors = inputs[: 1 + len(NAMES)]
     seed, *ctx.settings, _, ctx.backend = inputs[1 + len(NAMES) :]
-    ctx.save_for_backward(x, output[1], *tensors, seed)
-    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, *output[1:], *tensors, seed)
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _autograd(ctx, dout, _):
-    x, middle, *tensors, seed = ctx.saved_tensors
+def _autograd(ctx, dout, *_):
+    x, *saved, seed = ctx.saved_tensors
+    kept, tensors = saved[:_KEPT], saved[_KEPT:]
     with_weights = any(ctx.needs_input_grad[1 : 1 + len(NAMES)])
-    dx, *gradients = tnt_inner_block_backward(dout, x, middle, *tensors, seed, *ctx.settings, with_weights, ctx.backend)
-    kept = [
+    dx, *gradients = tnt_inner_block_backward(dout, x, *kept, *tensors, seed, *ctx.settings, with_weights, ctx.backend)
+    given = [
         None if tensor is None or not with_weights else gradient
         for tensor, gradient in zip(tensors, gradients, strict=True)
     ]
-    return dx, *kept, *[None] * 7
+    return dx, *given, *[None] * 7
 
 
 tnt_inner_block.register_autograd(_autograd, setup_context=_setup)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from medformer_kernels import _dispatch
 from medformer_kernels._dispatch import Chip, block
 
-__all__ = ["KERNELS", "Plan", "fits", "launch_plan", "tile_rows"]
+__all__ = ["KERNELS", "Plan", "fits", "launch_plan"]
 
 KERNELS = ("fwd", "mlp_dx", "mlp_dw", "attn_dx", "attn_dw")
 
@@ -28,28 +29,37 @@ class Plan:
     """Where programs share out weights: parts that the tiles are cut into."""
     slice_length: int
     """Tiles of a slice."""
+    split: bool
+    """Whether 'fwd', 'attn_dx' or 'attn_dw' takes two launches for its two halves."""
 
 
-def _entry(kernel: str, chip: Chip, tokens: int, width: int, head: int, itemsize: int) -> dict | None:
+def _entry(kernel: str, chip: Chip, tokens: int, width: int, head: int, itemsize: int) -> dict[str, Any] | None:
     table = _dispatch.load_configs("tnt").get(kernel, {})
     known = tuple(arch for arch in table if arch[:2] == chip.arch[:2])
     if not known:
         return None
-    rows = [64] if kernel == "mlp_dw" else tile_rows(tokens)  # which knows no sequences
     fitting = [
         entry
         for entry in table[_dispatch.nearest_arch(chip.arch, known)]
         if entry["itemsize"] == itemsize
-        and entry["block_r"] in rows
         and entry["width"] >= block(width)
-        and (entry["head"] >= block(head) or kernel.startswith("mlp"))
+        and (kernel.startswith("mlp") or (entry["head"] >= block(head) and entry["block_r"] >= tokens))
     ]
-    return min(fitting, key=lambda e: (rows.index(e["block_r"]), e["width"], e["head"]), default=None)
+
+    def cost(entry: dict[str, Any]) -> tuple[float, int, int]:
+        """Rows computed for each that is kept, then how much wider than needed."""
+        rows = entry["block_r"]
+        filled = 1.0 if kernel.startswith("mlp") else rows // tokens * tokens / rows
+        # Twice the rows are twice the masked scores: worth it only where they fill a tile better by a quarter.
+        return rows**0.3219 / filled, entry["width"], entry["head"]
+
+    return min(fitting, key=cost, default=None)
 
 
-def fits(chip: Chip, tokens: int, width: int, head: int, itemsize: int) -> bool:
+def fits(chip: Chip, tokens: int, width: int, head: int, itemsize: int, *, gradients: bool = True) -> bool:
     """Whether every kernel has a tile for sequences of `tokens` of `width`, heads of `head`, in registers whole."""
-    return all(_entry(kernel, chip, tokens, width, head, itemsize) for kernel in KERNELS)
+    kernels = KERNELS if gradients else KERNELS[:1]
+    return all(_entry(kernel, chip, tokens, width, head, itemsize) for kernel in kernels)
 
 
 def launch_plan(
@@ -64,8 +74,9 @@ def launch_plan(
     assert entry is not None  # `fits` was asked
     rows = entry["block_r"]
     if kernel == "mlp_dw":
-        per_tile, tiles = 0, -(-sequences * tokens // rows)
         parts = -(-parts // entry["block_f"])
+    if kernel.startswith("mlp"):
+        per_tile, tiles = 0, -(-sequences * tokens // rows)
     else:
         per_tile = rows // tokens
         tiles = -(-sequences // per_tile)
@@ -81,12 +92,5 @@ def launch_plan(
         programs=min(tiles, chip.units * max(1, 16 // entry["num_warps"])),
         slices=-(-tiles // slice_length),
         slice_length=slice_length,
+        split=entry.get("split", False),
     )
-
-
-def tile_rows(tokens: int) -> list[int]:
-    """Rows of a tile, the better first: 64, or 128 where sequences of `tokens` fill that better by a quarter."""
-    if tokens > 64:
-        return [128]
-    better = 128 // tokens * tokens / 128 >= 1.25 * (64 // tokens * tokens / 64)
-    return [128, 64] if better else [64]

@@ -10,22 +10,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cutmix
 from collapse import VectorWatch
+from dino_loss import koleo
 from ema import update_average
+from norms import SyncBatchNorm
 from schedules import cosine
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["Byol", "ByolConfig", "Online", "StandardisedLinear", "SyncBatchNorm", "byol_loss", "head"]
+__all__ = ["Byol", "ByolConfig", "Online", "Seen", "StandardisedLinear", "byol_loss", "head"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,9 @@ class ByolConfig:
     momentum: float = 0.99
     """Share of itself that the target keeps at the first step; rises to 1 as a half cosine [0.97, 0.99, 0.996 for 40,
     300, 1000 epochs]."""
+    koleo: float = 0.0
+    """Weight of the KoLeo loss on the backbone's vectors, which spreads the scans of a batch out [0: not in the paper].
+    0 turns it off."""
 
     def __post_init__(self) -> None:
         for name in ("hidden", "projection", "groups"):
@@ -51,6 +55,8 @@ class ByolConfig:
                 raise ValueError(f"--byol.{name} {getattr(self, name)} must be at least 1")
         if not 0 <= self.momentum <= 1:
             raise ValueError(f"--byol.momentum {self.momentum} must lie between 0 and 1")
+        if not self.koleo >= 0:
+            raise ValueError(f"--byol.koleo {self.koleo} must be 0 or more")
         if self.norm == "group" and self.hidden % self.groups:
             raise ValueError(f"--byol.groups {self.groups} must divide --byol.hidden {self.hidden}")
 
@@ -71,28 +77,6 @@ class StandardisedLinear(nn.Linear):
         return F.linear(x, (self.weight - mean) * scale, self.bias)
 
 
-class SyncBatchNorm(nn.BatchNorm1d):
-    """BatchNorm over the rows of all processes, on any device; torch's own needs a GPU."""
-
-    def forward(self, x: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
-        if not (self.training and dist.is_initialized()):
-            return super().forward(x)
-        from torch.distributed.nn.functional import all_reduce  # passes gradients on
-
-        x = x.float()
-        sums = torch.cat([x.sum(0), x.square().sum(0), x.new_tensor([float(len(x))])])
-        sums = cast(Tensor, all_reduce(sums))
-        mean, square = (sums[:-1] / sums[-1]).chunk(2)
-        variance = (square - mean.square()).clamp_min(0)
-        with torch.no_grad():
-            assert self.running_mean is not None
-            assert self.running_var is not None
-            self.running_mean.lerp_(mean, self.momentum or 0.1)
-            unbiased = variance * sums[-1] / (sums[-1] - 1).clamp_min(1)
-            self.running_var.lerp_(unbiased, self.momentum or 0.1)
-        return (x - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias
-
-
 def head(inputs: int, config: ByolConfig) -> nn.Sequential:
     """Projector or predictor: linear, norm, ReLU, linear."""
     if config.norm == "group":
@@ -106,6 +90,15 @@ def head(inputs: int, config: ByolConfig) -> nn.Sequential:
     return nn.Sequential(first, norm, nn.ReLU(), last)
 
 
+class Seen(NamedTuple):
+    """What the online network makes of its views."""
+
+    predictions: list[Float[Tensor, "B P"]]
+    """Of each view."""
+    vectors: list[Float[Tensor, "B C"]]
+    """Of each view, before the projector."""
+
+
 class Online(nn.Module):
     """Backbone, projector and predictor; each view passes alone, so that batch statistics are those of one view."""
 
@@ -115,8 +108,9 @@ class Online(nn.Module):
         self.projector = head(width, config)
         self.predictor = head(config.projection, config)
 
-    def forward(self, *views: Float[Tensor, "B 1 *size"]) -> list[Float[Tensor, "B P"]]:
-        return [self.predictor(self.projector(self.backbone(view))) for view in views]
+    def forward(self, *views: Float[Tensor, "B 1 *size"]) -> Seen:
+        vectors = [self.backbone(view) for view in views]
+        return Seen([self.predictor(self.projector(vector)) for vector in vectors], vectors)
 
 
 class Target(nn.Module):
@@ -210,8 +204,13 @@ class Byol(nn.Module):
             attention = cast(Any, self.target.backbone).attention_map(near).mean(1)
             near, partner, share = cutmix.attentive(near, attention, self.cutmix, views=2)
             mix = (partner[: len(near) // 2], share[: len(near) // 2])
-        loss = byol_loss(student(*near.chunk(2)), targets, mix)
-        return loss, _spread(targets[0])
+        seen: Seen = student(*near.chunk(2))
+        loss, parts = byol_loss(seen.predictions, targets, mix), _spread(targets[0])
+        if self.config.koleo:
+            spreading = torch.stack([koleo(vectors) for vectors in seen.vectors]).mean()
+            loss = loss + self.config.koleo * spreading
+            parts["koleo"] = spreading.detach()
+        return loss, parts
 
     def before_step(self, step: int) -> None:
         """Nothing stands still in BYOL."""

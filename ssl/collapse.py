@@ -42,7 +42,7 @@ class CollapseWatch:
         if abs(loss - self.ceiling) < 0.002 * self.ceiling and entropy > 0.99 * self.ceiling:
             message = (
                 f"collapse: the loss has stuck at ln K = {self.ceiling:.4f}, the teacher answers evenly for every "
-                "scan; lower --dino.teacher_temp or raise --optim.lr"
+                "scan; use --dino.norm batch with --dino.koleo 0.1, or lower --dino.teacher_temp"
             )
         elif marginal < 0.02 * self.ceiling:
             message = (

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
@@ -23,12 +24,13 @@ import cutmix
 from collapse import CollapseWatch
 from dino_loss import Centre, DinoLoss, koleo, masked_patch_loss
 from ema import update_average
+from norms import SyncBatchNorm
 from schedules import cosine, linear
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
-__all__ = ["Dino", "DinoConfig", "DinoHead", "Seen", "Student", "block_masks"]
+__all__ = ["Dino", "DinoConfig", "DinoHead", "Seen", "Student", "agreement", "block_masks"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,10 @@ class DinoConfig:
     """Width of the head's two hidden layers [2048]."""
     bottleneck: int = 256
     """Width of the L2-normalised layer before the prototypes [256]."""
+    norm: Literal["none", "batch"] = "none"
+    """batch: after each of the head's three layers BatchNorm without gain and shift, over the views of one size of all
+    processes; the bottleneck then spreads over its sphere however little the scans' features differ, and the teacher
+    cannot become even. Wants batches of 16 scans and more [none]."""
     student_temp: float = 0.1
     """Temperature of the student's softmax [0.1]. Above 0."""
     teacher_temp: float = 0.04
@@ -91,24 +97,25 @@ class DinoConfig:
 
 
 class DinoHead(nn.Module):
-    """width -> hidden -> hidden -> bottleneck -> L2 norm -> K prototypes; GELU between, no batch norm.
+    """width -> hidden -> hidden -> bottleneck -> L2 norm -> K prototypes; GELU between.
 
-    The prototypes are weight-normed with the gain fixed at 1: each logit is a cosine in [-1, 1].
+    The prototypes are weight-normed with the gain fixed at 1: each logit is a cosine in [-1, 1]. With norm batch every
+    layer has a batch norm that has no parameters and knows no running mean: the teacher too sees its own batch.
     """
 
     def __init__(self, width: int, config: DinoConfig) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(width, config.hidden),
-            nn.GELU(),
-            nn.Linear(config.hidden, config.hidden),
-            nn.GELU(),
-            nn.Linear(config.hidden, config.bottleneck),
-        )
-        for layer in self.mlp:
-            if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
+        self.mlp = nn.Sequential()
+        sizes = (width, config.hidden, config.hidden, config.bottleneck)
+        for number, (inputs, outputs) in enumerate(pairwise(sizes)):
+            layer = nn.Linear(inputs, outputs)
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+            if number:
+                self.mlp.append(nn.GELU())
+            self.mlp.append(layer)
+            if config.norm == "batch":
+                self.mlp.append(SyncBatchNorm(outputs, affine=False, track_running_stats=False))
         self.prototypes = nn.Parameter(torch.randn(config.prototypes, config.bottleneck))
 
     def forward(self, x: Float[Tensor, "N C"]) -> Float[Tensor, "N K"]:
@@ -135,7 +142,7 @@ class Seen(NamedTuple):
 
 
 class Student(nn.Module):
-    """Backbone and head over views of several sizes: one backbone pass a size, one head pass for all."""
+    """Backbone and head over views of several sizes: one pass a size."""
 
     head: DinoHead
 
@@ -148,12 +155,10 @@ class Student(nn.Module):
         """`mask`: patches of the first views that the student does not see."""
         if mask is None:
             cls = [self.backbone(v) for v in views]
-            return Seen(self.head(torch.cat(cls)), cls[0], None)
+            return Seen(torch.cat([self.head(c) for c in cls]), cls[0], None)
         features = cast(Any, self.backbone).forward_features(views[0], mask=mask)
         cls = [features.cls, *(self.backbone(v) for v in views[1:])]
-        hidden = features.patches[mask]
-        logits = self.head(torch.cat([*cls, hidden]))
-        return Seen(logits[: len(logits) - len(hidden)], cls[0], logits[len(logits) - len(hidden) :])
+        return Seen(torch.cat([self.head(c) for c in cls]), cls[0], self.head(features.patches[mask]))
 
 
 def block_masks(count: int, grid: tuple[int, ...], share: tuple[float, float], device: torch.device) -> Tensor:
@@ -170,6 +175,17 @@ def block_masks(count: int, grid: tuple[int, ...], share: tuple[float, float], d
     wanted[1::2] = 0
     ranks = noise.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
     return ranks < wanted[:, None]
+
+
+def agreement(first: Float[Tensor, "B K"], second: Float[Tensor, "B K"]) -> Tensor:
+    """Share of the variance of answers that two views of a scan have in common, at most 1; 0 for unrelated views.
+
+    Near even answers the student's best is agreement * student_temp / teacher_temp times what the teacher said: below
+    1 that shrinks step by step, and training collapses to even answers unless the head has a batch norm.
+    """
+    middle = (first.mean(0) + second.mean(0)) / 2
+    first, second = first - middle, second - middle
+    return 2 * (first * second).sum() / (first.square().sum() + second.square().sum()).clamp_min(1e-12)
 
 
 class Dino(nn.Module):
@@ -270,6 +286,7 @@ class Dino(nn.Module):
         loss, parts = self.criterion(
             seen.logits.unflatten(0, (-1, scans)), targets.unflatten(0, (2, scans)), self.centre.value, temp, mix
         )
+        parts["agreement"] = agreement(*targets.chunk(2))
         if config.koleo:
             parts["koleo"] = (koleo(seen.cls[:scans]) + koleo(seen.cls[scans:])) / 2
             loss = loss + config.koleo * parts["koleo"]

@@ -38,12 +38,15 @@ import runs
 import scores
 import tasks
 import tuning
+from medformer.image_gpt import ImageGPT
 from runs import UserError
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
+PROBES = ("knn", "linear")  # of frozen features
 CLASSIFY = ("knn", "linear", "attentive", "fpt", "finetune", "scratch")
 SEGMENT = ("linear", "decoder", "finetune", "scratch")
+GPT_FILE = "image_gpt.safetensors"
 # Far from the seeds of pretraining: scratch must not begin where the checkpoint began.
 _FRESH = 7_000_003
 
@@ -187,18 +190,22 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def load_checkpoint(path: Path) -> tuple[medformer.Backbone, Path, dict[str, Any]]:
-    """The backbone, its file, and the settings of its run ({} where it lies alone).
+def load_checkpoint(path: Path) -> tuple[medformer.Backbone | ImageGPT, Path, dict[str, Any]]:
+    """The backbone or Image-GPT, its file, and the settings of its run ({} where it lies alone).
 
     Raises:
-        UserError: it is no backbone of ours.
+        UserError: it is no model of ours.
     """
-    file = path / "backbone.safetensors" if path.is_dir() else path
+    sequence = path / GPT_FILE if path.is_dir() else path
+    if sequence.name == GPT_FILE and sequence.is_file():
+        file, load = sequence, ImageGPT.load
+    else:
+        file, load = path / "backbone.safetensors" if path.is_dir() else path, medformer.load
     try:
-        model = medformer.load(file)
+        model = load(file)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error), 2) from error
-    if not isinstance(model, medformer.Backbone):
+    if not isinstance(model, medformer.Backbone | ImageGPT):
         raise UserError(f"{file} is a {type(model).__name__}; this evaluation takes transformers", 2)
     beside = file.parent / "config.yaml"
     return model, file, (yaml.safe_load(beside.read_text()) or {}) if beside.is_file() else {}
@@ -213,16 +220,21 @@ def evaluate(checkpoint: Path, config: DownstreamConfig) -> dict[str, Any]:
     model, file, run = load_checkpoint(checkpoint)
     task, size, leaks = _task(config, model, file, run)
     choices = SEGMENT if task.kind == "segmentation" else CLASSIFY
+    if isinstance(model, ImageGPT):
+        if task.kind == "segmentation":
+            raise UserError(f"{file} is an Image-GPT, whose features are of whole images; give a task of classes", 2)
+        choices = PROBES
     wrong = sorted(set(config.methods) - set(choices))
     if wrong:
-        raise UserError(f"--methods {wrong[0]}: a {task.kind} task takes {', '.join(choices)}", 2)
+        whose = "an Image-GPT" if isinstance(model, ImageGPT) else f"a {task.kind} task"
+        raise UserError(f"--methods {wrong[0]}: {whose} takes {', '.join(choices)}", 2)
     methods = [m for m in choices if not config.methods or m in config.methods]
     settings = [Setting(f"{s}-shot", 0, s) for s in sorted(config.shots)] or [
         Setting(f"{100 * f:g}%", f, 0) for f in sorted(config.fractions)
     ]
     seeds = range(config.seeds or 1)
     labelled = {s.key: [len(s.cases(task, seed)) for seed in seeds] for s in settings}  # errors come now
-    name = file.parent.name if file.stem == "backbone" else file.stem
+    name = file.parent.name if file.stem in ("backbone", "image_gpt") else file.stem
     out = Path(config.out or Path("runs") / f"eval-{name}-{task.name}")
     _claim(out, config, file)
     bench = Bench(task, model, config, size, device, out)
@@ -258,24 +270,33 @@ def evaluate(checkpoint: Path, config: DownstreamConfig) -> dict[str, Any]:
 
 
 def _task(
-    config: DownstreamConfig, model: medformer.Backbone, file: Path, run: dict[str, Any]
+    config: DownstreamConfig, model: medformer.Backbone | ImageGPT, file: Path, run: dict[str, Any]
 ) -> tuple[tasks.Task, tuple[int, ...], list[str]]:
     """The task without its leaks, the size of its images or crops, and what was said about leaks."""
-    if model.config.in_channels != 1:
-        raise UserError(f"{file} takes {model.config.in_channels} channels; this evaluation gives images of one", 2)
-    dims = model.config.dims
-    # An image was a scan of one slice there: 1 x Y x X.
-    trained = tuple((run.get("views") or {}).get("global_size") or ())[-dims:]
+    if isinstance(model, ImageGPT):
+        grid, patch = model.config.grid, model.config.patch
+        dims, trained = len(grid), tuple(n * p for n, p in zip(grid, patch, strict=True))
+    else:
+        dims = model.config.dims
+        # An image was a scan of one slice there: 1 x Y x X.
+        trained = tuple((run.get("views") or {}).get("global_size") or ())[-dims:]
+        if model.config.in_channels != 1:
+            raise UserError(f"{file} takes {model.config.in_channels} channels; this evaluation gives images of one", 2)
     size = tuple(config.size) or trained
     task = tasks.read_task(Path(config.task), dims, size or None, config.split_seed, partial(_bar, what="reading"))
     if task.kind != "segmentation":
         size = tuple(task.images[0].shape[1:])
     elif len(size) != dims:
         raise UserError(f"--size must give the {dims} voxels (zyx) of a crop: {file} has no config.yaml beside it", 2)
-    try:
-        model.grid_of(size)
-    except ValueError as error:
-        raise UserError(f"--size {'x'.join(map(str, size))}: {error}", 2) from error
+    shown = "x".join(map(str, size))
+    if isinstance(model, ImageGPT):
+        if size != trained:
+            raise UserError(f"--size {shown}: this Image-GPT takes {'x'.join(map(str, trained))} and nothing else", 2)
+    else:
+        try:
+            model.grid_of(size)
+        except ValueError as error:
+            raise UserError(f"--size {shown}: {error}", 2) from error
     task, leaks = tasks.drop_leaks(task, _pretraining(config, run), config.leaks == "keep")
     for line in (*leaks, *task.notes):
         print(line)
@@ -336,7 +357,7 @@ class Bench:
     def __init__(
         self,
         task: tasks.Task,
-        model: medformer.Backbone,
+        model: medformer.Backbone | ImageGPT,
         config: DownstreamConfig,
         size: tuple[int, ...],
         device: torch.device,
@@ -365,7 +386,7 @@ class Bench:
             with np.load(path, allow_pickle=False) as file:
                 return dict(file)
         index = setting.cases(self.task, seed)
-        if method in ("knn", "linear") and not self.dense:
+        if method in PROBES and not self.dense:
             predictions, chosen = self._probe(method, index, seed)
         else:
             lr = self._rate(setting, method)
@@ -392,6 +413,7 @@ class Bench:
         return best
 
     def _trained(self, method: str, index: np.ndarray, lr: float, seed: int, what: str) -> tuning.Network:
+        assert isinstance(self.model, medformer.Backbone)
         torch.manual_seed(_FRESH + seed)
         backbone = medformer.Backbone(self.model.config)
         if method != "scratch":

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, UnidentifiedImageError
 
 from medformer.data import ScanError, Volume, normalise
 from prepare import DataConfig, Prepared, Stored
 from runs import UserError, write_whole
+from tasks import resize
 from views import ViewsConfig
 
 __all__ = ["prepare_images", "read_image"]
@@ -51,10 +53,14 @@ def _npz(path: Path) -> np.ndarray:
     return images
 
 
-def _scaled(pixels: np.ndarray, name: str) -> np.ndarray:
-    """[1, Y, X] float16, normalised as a scan of unknown units is. Raises ScanError."""
+def _scaled(pixels: np.ndarray, name: str, side: int) -> np.ndarray:
+    """[1, Y, X] float16, normalised as a scan of unknown units is, shorter side `side` unless 0. Raises ScanError."""
     volume = Volume(voxels=pixels[None], affine=np.eye(4), modality="unknown", units="arbitrary", notes=(), source=name)
-    return normalise(volume).astype(np.float16)
+    image = normalise(volume)
+    if side:
+        size = tuple(round(n * side / min(pixels.shape)) for n in pixels.shape)
+        image = resize(torch.from_numpy(image), size).numpy()
+    return image.astype(np.float16)
 
 
 def _found(root: Path) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
@@ -66,9 +72,9 @@ def _found(root: Path) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
             yield str(path.relative_to(root).with_suffix("")), lambda path=path: read_image(path)
 
 
-def _key(root: Path) -> str:
+def _key(root: Path, side: int) -> str:
     files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix.lower() in _SUFFIXES)
-    digest = hashlib.sha256(f"images {_VERSION}".encode())
+    digest = hashlib.sha256(f"images {_VERSION}{f' side {side}' if side else ''}".encode())
     for file in files:
         stat = file.stat()
         digest.update(f"|{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode())
@@ -89,7 +95,7 @@ def prepare_images(
             f"--data.root {config.root}: with --model.dims 2 it must be a folder of PNG or JPEG images, or an .npz "
             "file with train_images"
         )
-    folder = cache / f"images-{_key(root)}"
+    folder = cache / f"images-{_key(root, views.image_side)}"
     index = folder / "index.json"
     if not index.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +103,7 @@ def prepare_images(
         bad: list[tuple[str, str]] = []
         for number, (name, read) in enumerate(progress(list(_found(root)))):
             try:
-                pixels = _scaled(read(), name)
+                pixels = _scaled(read(), name, views.image_side)
             except ScanError as error:
                 bad.append((name, str(error)))
                 continue

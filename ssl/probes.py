@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medformer import Backbone
+from medformer.image_gpt import ImageGPT
 from schedules import cosine
 
 __all__ = ["AttentiveHead", "Frozen", "LinearProbe", "knn", "linear_sweep", "loss_of", "probabilities"]
@@ -46,15 +47,26 @@ class Frozen:
 
 @torch.no_grad()
 def extract(
-    model: Backbone, images: Sequence[Tensor], batch: int, run: Callable[..., Any], progress: Callable[[Any], Any]
-) -> Frozen:
-    """Summaries of all images, [1, *size] each; `run` is the precision's context, entered for every batch."""
-    device = model.norm.weight.device
+    model: Backbone | ImageGPT, images: Sequence[Tensor], batch: int, run: Callable[..., Any],
+    progress: Callable[[Any], Any],
+) -> Frozen:  # fmt: skip
+    """Summaries of all images, [1, *size] each; `run` is the precision's context, entered for every batch.
+
+    The last layer of an Image-GPT is its middle one, where probes read it (Chen et al. 2020, section 3.3).
+    """
+    device = next(model.parameters()).device
     model.eval()
     last = min(max(LAST_LAYERS), len(model.blocks))
     layers, pooled = [], []
     for start in progress(range(0, len(images), batch)):
         x = torch.stack(list(images[start : start + batch])).to(device).float()
+        if isinstance(model, ImageGPT):
+            with run():
+                tokens, middle = model.codebook.encode(x), len(model.blocks) // 2
+                found = [model.features(tokens, i).float() for i in range(max(0, middle + 1 - last), middle + 1)]
+            layers.append(torch.stack(found, dim=1).cpu())
+            pooled.append(layers[-1][:, -1])
+            continue
         with run():
             found = model.get_intermediate_layers(x, last)
         layers.append(torch.stack([features.cls.float() for features in found], dim=1).cpu())

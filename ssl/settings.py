@@ -143,8 +143,9 @@ class TrainConfig:
             )
         if method == "dino" and self.dino.masked_patches and not self.model.mask_token:
             raise ValueError(f"--dino.masked_patches {self.dino.masked_patches} needs --model.mask_token true")
-        if method == "dino" and self.dino.koleo and self.batch_size < 2:
-            raise ValueError(f"--dino.koleo {self.dino.koleo} needs --batch_size 2 or more")
+        for name, weight in (("dino", self.dino.koleo), ("byol", self.byol.koleo)):
+            if method == name and weight and self.batch_size < 2:
+                raise ValueError(f"--{name}.koleo {weight} needs --batch_size 2 or more")
         if method == "igpt":
             model_config(self.model, self.igpt, views.global_size, "")  # says what does not fit
 

@@ -45,14 +45,27 @@ _CROPS: dict[int, dict[str, dict[str, Any]]] = {
         "base": {"views.global_size": (96, 96, 96), "views.local_size": (48, 48, 48), "views.local_views": 8},
     },
     2: {
+        # A stem of convolutions: without it kNN gained nothing in the minutes that a CPU has (misc/LOG.md).
         "mini": {"views.global_size": (1, 48, 48), "views.local_size": (1, 24, 24), "model.attention": "softmax",
-                 "model.patch_size": 8, "model.patch_stride": 6, "model.patch_padding": 0},
+                 "model.stem": "resnet18", "model.patch_size": 1, "model.patch_stride": 1, "model.patch_padding": 0,
+                 "batch_size": 32, "steps": 300, "optim.lr": 1e-3},
         "tiny": {"views.global_size": (1, 96, 96), "views.local_size": (1, 48, 48), "views.local_views": 4},
         "small": {"views.global_size": (1, 224, 224), "views.local_size": (1, 96, 96), "views.local_views": 6},
         "base": {"views.global_size": (1, 224, 224), "views.local_size": (1, 96, 96), "views.local_views": 8},
     },
 }  # fmt: skip
-# An image's tokens are few enough for Image-GPT at 32^3 / 2^3 = 4096, or 64^2 / 2^2 = 1024.
+# Images, of any size: a zoom is a share of the image, and views differ in grey values by less than scans' do, whose
+# untrained features they would swamp. Batch norm in the head and KoLeo are what keeps small sets from collapsing.
+_IMAGES: dict[str, dict[str, Any]] = {
+    "dino": {"dino.norm": "batch", "dino.koleo": 0.1, "dino.momentum": 0.996, "views.local_views": 0},
+    "byol": {"byol.norm": "sync", "byol.koleo": 0.1, "byol.momentum": 0.996},
+    "igpt": {"igpt.patch": (1, 3, 3)},
+}
+_IMAGE_VIEWS: dict[str, Any] = {
+    "views.global_scale": (1.2, 2.0), "views.local_scale": (1.2, 2.0), "views.contrast": 0.2, "views.gamma": 0.2,
+    "views.noise": 0.05, "model.class_token": False,
+}  # fmt: skip
+# Tokens that are few enough for Image-GPT: 32^3 / 2^3 = 4096, 64^2 / 2^2 = 1024, and 48^2 / 3^2 = 256 in minutes.
 _SEQUENCES: dict[int, dict[str, Any]] = {
     3: {"views.global_size": (32, 32, 32), "views.local_views": 0},
     2: {"views.global_size": (1, 64, 64), "views.local_views": 0, "igpt.patch": (1, 2, 2)},
@@ -68,10 +81,14 @@ def defaults_of(method: str, size: str, dims: int) -> dict[str, Any]:
     if size != "mini":
         values |= _WIDTHS[size] | _SCHEDULES[size] | _STRETCH | _PATCHES[dims]
     values |= _CROPS[dims].get(size, {})
+    if dims == 2:
+        values |= _IMAGE_VIEWS | _IMAGES[method]
     for name, value in METHODS[method].items():
         # A size's crops win over the method's, but the number of views and what is done to them do not.
         if name != "views.global_size" or (dims == 3 and size == "mini"):
             values[name] = value
-    if method == "igpt" and (size != "mini" or dims == 2):
+    if method == "igpt" and size != "mini":
         values |= _SEQUENCES[dims]
+    if dims == 2:
+        values["views.image_side"] = 2 * values["views.global_size"][1]
     return values

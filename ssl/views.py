@@ -51,6 +51,10 @@ class ViewsConfig:
     """Zoom of all views along the axis with the thickest voxels (z in a scan of equal spacing)."""
     min_foreground: float = 0.2
     """Share of a view that should be tissue rather than air; up to four places are tried. 0 to 1."""
+    image_side: int = 0
+    """Pixels to which the shorter side of each image (--model.dims 2) is resized when it is read, so that a zoom is a
+    share of the image whatever its size: at 2 * global_size a zoom of 2 shows the whole side. 0 leaves images as they
+    are."""
     flip: tuple[float, float, float] = (0.0, 0.0, 0.5)
     """Chance of a flip along z (feet to head), y (back to front) and x (left to right). 0 to 1 each; 0,0,0 where the
     side matters."""
@@ -90,8 +94,9 @@ class ViewsConfig:
                 raise ValueError(f"--views.{name} {low},{high} must be a lowest above 0 and a highest not below it")
         if self.global_views not in (1, 2):
             raise ValueError(f"--views.global_views {self.global_views} must be 1 or 2")
-        if self.local_views < 0:
-            raise ValueError(f"--views.local_views {self.local_views} must be 0 or more")
+        for name in ("local_views", "image_side"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--views.{name} {getattr(self, name)} must be 0 or more")
         for name, chances in (("flip", self.flip), ("min_foreground", (self.min_foreground,))):
             if not all(0 <= chance <= 1 for chance in chances):
                 raise ValueError(f"--views.{name} {chances} must lie between 0 and 1")

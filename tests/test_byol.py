@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from byol import Byol, ByolConfig, StandardisedLinear, byol_loss, head
+from byol import Byol, ByolConfig, Seen, StandardisedLinear, byol_loss, head
 from collapse import VectorWatch
+from dino_loss import koleo
 from ema import update_average
 
 CONFIG = ByolConfig(hidden=16, projection=8, groups=4, momentum=0.9)
@@ -113,8 +115,8 @@ def test_average_refuses_no_parameter_and_averages_norm_gains_too() -> None:
 def test_views_pass_alone_so_that_batch_statistics_are_of_one_view() -> None:
     method = make(ByolConfig(hidden=16, projection=8, norm="batch"))
     one, two = torch.randn(4, 1, 4, 4, 4), 5 + torch.randn(4, 1, 4, 4, 4)
-    alone = method.student(one)[0]
-    torch.testing.assert_close(method.student(one, two)[0], alone)
+    alone = method.student(one).predictions[0]
+    torch.testing.assert_close(method.student(one, two).predictions[0], alone)
 
 
 def test_standardised_rows_have_mean_0_and_variance_1_over_inputs() -> None:
@@ -149,7 +151,7 @@ def test_spread_tells_a_point_from_a_cloud() -> None:
     assert 0 < parts["spread"] < 1
     assert 1 < parts["rank"] <= 7
     _, lone = make(ByolConfig(hidden=16, projection=8, groups=4)).loss(
-        lambda *views: [torch.ones(2, 8)] * 2, views_of(torch.ones(2, 1, 4, 4, 4)), 0
+        lambda *views: Seen([torch.ones(2, 8)] * 2, []), views_of(torch.ones(2, 1, 4, 4, 4)), 0
     )
     assert lone["spread"] < 1e-6
 
@@ -177,11 +179,22 @@ def test_a_network_that_says_nothing_is_told_within_200_steps() -> None:
     assert "same vector" in message
 
 
+def test_koleo_is_that_of_the_backbones_vectors_view_by_view() -> None:
+    views = views_of(torch.randn(5, 1, 4, 4, 4))
+    plain, _ = make(CONFIG).loss((method := make(CONFIG)).student, views, 0)
+    vectors = [method.student.backbone(view) for view in views[0].chunk(2)]
+    expected = plain + 0.3 * (koleo(vectors[0]) + koleo(vectors[1])) / 2
+    method = make(replace(CONFIG, koleo=0.3))
+    loss, parts = method.loss(method.student, views, 0)
+    torch.testing.assert_close(loss, expected)
+    assert set(parts) == {"spread", "rank", "koleo"}
+
+
 SYNC = """
 import sys
 sys.path[:0] = ["{root}/ssl", "{root}/kernels", "{root}"]
 import torch, torch.distributed as dist
-from byol import SyncBatchNorm
+from norms import SyncBatchNorm
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 torch.manual_seed(0)
@@ -197,6 +210,8 @@ torch.testing.assert_close(z, y[rank * 3 : rank * 3 + 3], rtol=1e-4, atol=1e-5)
 torch.testing.assert_close(part.grad, full.grad[rank * 3 : rank * 3 + 3], rtol=1e-4, atol=1e-5)
 torch.testing.assert_close(sync.running_mean, whole.running_mean, rtol=1e-4, atol=1e-5)
 torch.testing.assert_close(sync.running_var, whole.running_var, rtol=1e-4, atol=1e-5)
+bare = SyncBatchNorm(5, affine=False, track_running_stats=False).eval()
+torch.testing.assert_close(bare(part), y[rank * 3 : rank * 3 + 3], rtol=1e-4, atol=1e-5)
 print("same", rank)
 dist.destroy_process_group()
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from collapse import CollapseWatch
-from dino import Dino, DinoConfig, DinoHead, block_masks
+from dino import Dino, DinoConfig, DinoHead, agreement, block_masks
 from dino_loss import Centre, DinoLoss, koleo, masked_patch_loss, sinkhorn
 from ema import update_average
 from medformer import Backbone, BackboneConfig
@@ -243,6 +244,36 @@ def test_head_answers_with_cosines_and_has_no_batch_norm() -> None:
     x = torch.randn(5, 6)
     torch.testing.assert_close(scaled(x), head(x))  # the gain is fixed at 1
     torch.testing.assert_close(head(x)[:2], head(x[:2]))  # no statistics over the batch
+
+
+def test_agreement_is_the_share_that_two_views_have_in_common() -> None:
+    torch.manual_seed(0)
+    common, one, two = torch.randn(3, 4000, 8)
+    assert agreement(common, common).item() == pytest.approx(1)
+    assert agreement(one + 5, two + 5).item() == pytest.approx(0, abs=0.03)  # the middle of all does not count
+    assert agreement(common + one, common + two).item() == pytest.approx(0.5, abs=0.03)
+
+
+def test_batch_norm_in_the_head_spreads_what_hardly_differs() -> None:
+    torch.manual_seed(0)
+    alike = torch.randn(6) + 1e-3 * torch.randn(50, 6)
+
+    def cosine_of_two(norm: Any) -> float:
+        head = DinoHead(6, replace(CONFIG, norm=norm)).eval()  # as the teacher's: evaluation mode changes nothing
+        gram = head.features(alike) @ head.features(alike).T
+        return gram[~torch.eye(50, dtype=torch.bool)].mean().item()
+
+    assert cosine_of_two("none") > 0.9
+    assert abs(cosine_of_two("batch")) < 0.05
+
+
+def test_batch_norm_counts_views_of_each_size_for_themselves() -> None:
+    torch.manual_seed(0)
+    dino = make(replace(CONFIG, norm="batch"))
+    views = views_of(torch.randn(4, 1, 4, 4, 4))
+    logits = dino.student(*views).logits
+    torch.testing.assert_close(logits[:8], dino.student(views[0]).logits)
+    torch.testing.assert_close(logits[8:], dino.student(views[1]).logits)
 
 
 def test_head_has_the_published_number_of_parameters() -> None:

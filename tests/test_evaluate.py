@@ -18,6 +18,7 @@ import medformer
 import probes
 import tasks
 import tuning
+from medformer.image_gpt import ImageGPT, ImageGPTConfig
 from runs import UserError
 
 pytest.importorskip("sklearn", reason="scikit-learn is in the extras evaluate and test")
@@ -281,6 +282,30 @@ def test_features_of_the_last_layer_are_the_backbones(checkpoint: Path) -> None:
     torch.testing.assert_close(frozen.layers[:, -1], features.cls)
     torch.testing.assert_close(frozen.pooled, features.patches.mean(1))
     assert frozen.layers.shape[1] == 2  # a model of two blocks has no four last layers
+
+
+def test_image_gpt_is_probed_in_its_middle_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    config = ImageGPTConfig(vocabulary=16, grid=(4, 4), patch=(4, 4), width=16, depth=4, heads=2)
+    model = ImageGPT(config)
+    images = [torch.randn(1, 16, 16) for _ in range(40)]
+    model.codebook.fit(model.codebook.patches(torch.stack(images)).flatten(0, 1))
+    (tmp_path / "run").mkdir()
+    model.save(tmp_path / "run" / "image_gpt.safetensors")
+    frozen = probes.extract(model, images[:5], 2, torch.no_grad, list)
+    expected = model.features(model.codebook.encode(torch.stack(images[:5])), 2)
+    torch.testing.assert_close(frozen.layers[:, -1], expected)
+
+    task = an_npz(tmp_path / "set.npz")
+    assert run(tmp_path / "run", task, tmp_path / "out", "--fractions=1.0") == 0
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["knn", "linear"]
+    assert rows[1]["auroc"]["mean"] > 0.8
+    capsys.readouterr()
+    assert run(tmp_path / "run", task, tmp_path / "out2", "--methods=scratch") == 2
+    assert "an Image-GPT takes knn, linear" in error_of(capsys)
+    assert run(tmp_path / "run", task, tmp_path / "out3", "--size=8x8") == 2
+    assert "this Image-GPT takes 16x16" in error_of(capsys)
 
 
 def test_what_each_method_may_move(checkpoint: Path) -> None:

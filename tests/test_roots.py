@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 import medformer
+import settings
 import train
 from images import prepare_images
 from medformer.image_gpt import ImageGPT
@@ -25,7 +27,8 @@ from views import ViewsConfig
 
 FLAT = (
     "--model.dims=2", "--model.width=24", "--model.depth=1", "--model.heads=2", "--model.patch_stride=8",
-    "--model.patch_padding=0", "--model.patch_size=8", "--views.global_size=1x16x16", "--views.local_size=1x8x8",
+    "--model.patch_padding=0", "--model.patch_size=8", "--model.stem=null", "--model.class_token=true",
+    "--views.global_size=1x16x16", "--views.local_size=1x8x8",
     "--dino.prototypes=32", "--dino.hidden=16", "--dino.bottleneck=8", "--batch_size=2", "--device=cpu",
     "--byol.hidden=32", "--byol.projection=16", "--igpt.colours=16", "--igpt.patch=1x4x4", "--igpt.fit_steps=3",
 )  # fmt: skip
@@ -72,6 +75,32 @@ def test_images_become_scans_of_one_slice(folder: Path, tmp_path: Path) -> None:
     assert again == found
 
 
+def test_images_are_resized_to_one_side_when_asked_and_kept_apart_from_those_that_are_not(
+    folder: Path, tmp_path: Path
+) -> None:
+    config = DataConfig(root=str(folder / "png"), held_out=0)
+    plain = prepare_images(config, replace(VIEWS, local_views=0), tmp_path, 0)
+    found = prepare_images(config, replace(VIEWS, image_side=40), tmp_path, 0)
+    shapes = {scan.name: scan.shape for scan in found.train}
+    assert shapes["grey0"] == (1, 40, 48)
+    assert shapes["small"] == (1, 40, 120)  # too small no more
+    assert prepare_images(config, replace(VIEWS, local_views=0), tmp_path, 0) == plain
+    (grey,) = (scan for scan in found.train if scan.name == "grey0")
+    (before,) = (scan for scan in plain.train if scan.name == "grey0")
+    halved = load(grey.path).astype(np.float32)[0].reshape(20, 2, 24, 2).mean((1, 3))
+    assert np.corrcoef(halved.ravel(), load(before.path).astype(np.float32).ravel())[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("size", ["mini", "tiny", "small", "base"])
+@pytest.mark.parametrize("method", ["dino", "byol", "igpt"])
+def test_defaults_for_images_fit_images_of_any_size(method: str, size: str) -> None:
+    config = settings.parse([method, f"--size={size}", "--model.dims=2"])
+    side = config.views.global_size[1]
+    assert config.views.global_size == (1, side, side)
+    assert config.views.image_side == 2 * side
+    assert config.views.global_scale[0] < 2 <= config.views.global_scale[1]  # whole images, as probes see them
+
+
 def test_what_holds_no_image_is_refused(folder: Path, tmp_path: Path) -> None:
     for root, words in (("nowhere", "must be a folder"), (str(tmp_path), "no image that can be used")):
         with pytest.raises(UserError, match=words):
@@ -98,7 +127,7 @@ def test_all_methods_train_on_images(
     assert lines.count('"linear_accuracy"') == 2
     weights = run / ("image_gpt.safetensors" if method == "igpt" else "backbone.safetensors")
     if method == "igpt":
-        assert ImageGPT.load(weights).config.grid == (4, 4)
+        assert medformer.load(weights).config.grid == (4, 4)
         assert (run / "completions.png").exists()
     else:
         assert medformer.load(weights)(torch.zeros(1, 1, 16, 16)).shape == (1, 24)

@@ -111,11 +111,14 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(dtype: torch.dtype, tokens
         assert (result - right).norm() <= 2 * (usual - right).norm() + torch.finfo(dtype).eps * right.norm()
 
 
-def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weights = make(7, 5, 12)
+@pytest.mark.parametrize("tokens", [5, 40])
+@pytest.mark.parametrize("budget", [0, 1 << 30], ids=["computed again", "saved"])
+def test_chunks_and_what_is_saved_do_not_show(monkeypatch: pytest.MonkeyPatch, budget: int, tokens: int) -> None:
+    x, weights = make(7, tokens, 12)
     drop = {"dropout": 0.2, "drop_path": 0.3, "seed": 5}
-    whole = run(torch_path, x, weights, torch.float64, num_heads=2, **drop)
-    monkeypatch.setattr(chunked, "_CHUNK", 120 // torch.get_num_threads())  # two sequences a chunk
+    whole = run(tnt_inner_block_reference, x, weights, torch.float64, num_heads=2, **drop)
+    monkeypatch.setattr(chunked, "_CHUNK", 24 * tokens // torch.get_num_threads())  # two sequences a chunk
+    monkeypatch.setattr(chunked, "SAVED_BYTES", budget)
     for part, right in zip(run(torch_path, x, weights, torch.float64, num_heads=2, **drop), whole, strict=True):
         torch.testing.assert_close(part, right)
 

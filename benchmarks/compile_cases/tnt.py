@@ -10,33 +10,31 @@ import torch
 
 from ahead_of_time import TARGETS
 from compile_cases.shapes import Case, Family, Floor
-from medformer_kernels.tnt import TNTInnerWeights, fused
-from medformer_kernels.tnt.plans import KERNELS, fits
+from medformer_kernels.tnt import TNTInnerWeights, fused, outer
+from medformer_kernels.tnt.plans import KERNELS, OUTER_KERNELS, fits
 
-__all__ = ["FAMILY", "SHAPES", "launches"]
+__all__ = ["FAMILY", "OUTER_SHAPES", "SHAPES", "launches", "outer_launches"]
 
 # (tile width, tile head, rows of a tile) of every entry in configs/tnt.json: (tokens, width, heads) that take it.
 SHAPES = {
     2: {
-        (16, 16, 64): [(8, 12, 2)],
-        (32, 16, 64): [(16, 24, 4), (64, 32, 2)],
-        (32, 32, 64): [(64, 32, 1)],
         (64, 16, 64): [(64, 48, 4), (16, 40, 4), (64, 64, 4)],
+        (32, 16, 64): [(16, 24, 4), (64, 32, 2)],
+        (16, 16, 64): [(8, 12, 2)],
         (64, 32, 64): [(64, 64, 2), (64, 48, 2)],
         (64, 64, 64): [(64, 64, 1)],
-        (128, 16, 64): [(64, 128, 8), (64, 96, 6)],
-        (128, 32, 64): [(64, 128, 4), (64, 96, 4)],
-        (16, 16, 128): [(100, 12, 2)],
+        (32, 32, 64): [(64, 32, 1)],
         (32, 16, 128): [(100, 24, 4), (128, 32, 2)],
-        (64, 16, 128): [(100, 48, 4), (128, 64, 4)],
+        (128, 32, 64): [(64, 128, 4), (64, 96, 4)],
     },
     4: {
-        (16, 16, 32): [(8, 12, 2)],
         (32, 16, 32): [(16, 24, 4), (32, 32, 2)],
         (64, 16, 32): [(16, 40, 4), (27, 48, 4), (32, 64, 4)],
-        (32, 16, 64): [(64, 24, 4), (64, 32, 2)],
+        (16, 16, 32): [(8, 12, 2)],
     },
 }
+# By tile width: (tokens, width, channels of the outer token).
+OUTER_SHAPES = {16: [(8, 12, 48)], 32: [(16, 24, 384)], 64: [(16, 40, 640), (64, 48, 192)], 128: [(8, 128, 256)]}
 SEQUENCES = 32_768
 WIDTHS = (16, 32, 64, 128)
 
@@ -68,14 +66,34 @@ def launches(tokens: int, width: int, heads: int, dtype: torch.dtype, full: bool
     return {kernel: forward if kernel == "fwd" else backward for kernel in KERNELS}
 
 
+def outer_launches(
+    tokens: int, width: int, channels: int, dtype: torch.dtype, full: bool
+) -> dict[str, Callable[[], Any]]:
+    """The step from inner to outer tokens; `full` with an outer token to add to and a strided x."""
+    x = torch.empty(tokens, SEQUENCES, width, dtype=dtype, device="meta").transpose(0, 1)
+    x = x if full else torch.empty(SEQUENCES, tokens, width, dtype=dtype, device="meta")
+    w = torch.empty(channels, tokens * width, dtype=dtype, device="meta")
+    b = torch.empty(channels, device="meta")
+    out = torch.empty(SEQUENCES, channels, dtype=dtype, device="meta")
+
+    def forward() -> None:
+        outer.forward(x, out if full else None, w, b, 1e-6)
+
+    def backward() -> None:
+        outer.backward(out, x, w, 1e-6)
+
+    return {"outer_fwd": forward, "outer_dx": backward, "outer_dw": backward}
+
+
 def cases(*, widths: tuple[int, ...] = WIDTHS) -> Iterator[Case]:
     """Every entry of configs/tnt.json, 16-bit and float32, plain and with everything that adds to a kernel."""
     for dtype in (torch.bfloat16, torch.float32):
+        yield from _outer_cases(dtype, widths)
         for (tile, _, _), shapes in SHAPES[dtype.itemsize].items():
             for (tokens, width, heads), full in itertools.product(shapes if tile in widths else [], (False, True)):
                 by_kernel = launches(tokens, width, heads, dtype, full)
                 settings = (tokens, width, width // heads, dtype.itemsize)
-                forward = {a for a, t in TARGETS.items() if fits(t.chip, *settings, gradients=False)}
+                forward = {a for a, t in TARGETS.items() if fits(t.chip, *settings, KERNELS[:1])}
                 both = {a for a, t in TARGETS.items() if fits(t.chip, *settings)}
                 for archs, kernels in ((both, KERNELS), (forward - both, KERNELS[:1])):
                     if archs:
@@ -86,6 +104,20 @@ def cases(*, widths: tuple[int, ...] = WIDTHS) -> Iterator[Case]:
                             launches={kernel: by_kernel[kernel] for kernel in kernels},
                             archs=tuple(archs),
                         )
+
+
+def _outer_cases(dtype: torch.dtype, widths: tuple[int, ...]) -> Iterator[Case]:
+    for tile, shapes in OUTER_SHAPES.items():
+        for (tokens, width, channels), full in itertools.product(shapes if tile in widths else [], (False, True)):
+            archs = {a for a, t in TARGETS.items() if fits(t.chip, 1, width, 1, dtype.itemsize, OUTER_KERNELS)}
+            if archs:
+                yield Case(
+                    name=f"n={tokens} c={width} E={channels} {str(dtype)[6:]} {'strided' if full else 'plain'}",
+                    width=tile,
+                    dtype=dtype,
+                    launches=outer_launches(tokens, width, channels, dtype, full),
+                    archs=tuple(archs),
+                )
 
 
 def floors() -> Iterator[Floor]:

@@ -38,7 +38,13 @@ from medformer_kernels.performer import (
     performer_prefill,
     performer_step,
 )
-from medformer_kernels.tnt import TNTInnerWeights, tnt_inner_block, tnt_inner_block_reference
+from medformer_kernels.tnt import (
+    TNTInnerWeights,
+    tnt_inner_block,
+    tnt_inner_block_reference,
+    tnt_inner_to_outer,
+    tnt_inner_to_outer_reference,
+)
 
 __all__ = [
     "PerformerState",
@@ -70,6 +76,8 @@ __all__ = [
     "performer_step",
     "tnt_inner_block",
     "tnt_inner_block_reference",
+    "tnt_inner_to_outer",
+    "tnt_inner_to_outer_reference",
     "token_centres_mm",
     "token_coverage",
     "token_grid",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor, nn
 
 from medformer.mlp import MLP
-from medformer_kernels import TNTInnerWeights, tnt_inner_block
+from medformer_kernels import TNTInnerWeights, tnt_inner_block, tnt_inner_to_outer
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -69,17 +69,32 @@ class Fusion(nn.Module):
         width: C.
         form: 'token' (norm of each token, linear), 'window' (norm of the window, linear without bias, norm), 'stem'
             (norm of the window, linear, norm) or 'raw' (norm of each token; C = n c).
+        backend: of the kernel behind 'token', 'auto', 'triton' or 'torch'.
     """
 
-    def __init__(self, tokens: int, inner: int, width: int, form: Literal["token", "window", "stem", "raw"]) -> None:
+    def __init__(
+        self,
+        tokens: int,
+        inner: int,
+        width: int,
+        form: Literal["token", "window", "stem", "raw"],
+        *,
+        backend: str = "auto",
+    ) -> None:
         super().__init__()
+        self.backend = backend
         self.by_token = form in ("token", "raw")
         self.norm1 = nn.LayerNorm(inner if self.by_token else tokens * inner, eps=1e-6)
         self.proj = None if form == "raw" else nn.Linear(tokens * inner, width, bias=form != "window")
         self.norm2 = nn.LayerNorm(width, eps=1e-6) if form in ("window", "stem") else None
 
     def forward(self, x: Float[Tensor, "S n c"]) -> Float[Tensor, "S C"]:
-        x = self.norm1(x).flatten(1) if self.by_token else self.norm1(x.flatten(1))
-        if self.proj is not None:
-            x = self.proj(x)
+        if self.by_token and self.proj is not None:
+            x = tnt_inner_to_outer(
+                x, None, norm_weight=self.norm1.weight, norm_bias=self.norm1.bias, weight=self.proj.weight,
+                bias=self.proj.bias, eps=self.norm1.eps, backend=self.backend,
+            )  # fmt: skip
+        else:
+            x = self.norm1(x).flatten(1) if self.by_token else self.norm1(x.flatten(1))
+            x = x if self.proj is None else self.proj(x)
         return x if self.norm2 is None else self.norm2(x)

@@ -15,14 +15,21 @@ from torch import Tensor
 
 from medformer_kernels._dispatch import chip_of, resolve_backend
 from medformer_kernels.tnt import chunked, ops
-from medformer_kernels.tnt.plans import fits
+from medformer_kernels.tnt.outer import tnt_inner_to_outer, tnt_inner_to_outer_reference
+from medformer_kernels.tnt.plans import KERNELS, fits
 from medformer_kernels.tnt.reference import reference
 from medformer_kernels.tnt.weights import TNTInnerWeights
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["TNTInnerWeights", "tnt_inner_block", "tnt_inner_block_reference"]
+__all__ = [
+    "TNTInnerWeights",
+    "tnt_inner_block",
+    "tnt_inner_block_reference",
+    "tnt_inner_to_outer",
+    "tnt_inner_to_outer_reference",
+]
 
 # The longest sequence that one program of the kernels holds.
 _MOST_TOKENS = 128
@@ -142,7 +149,9 @@ def _unsupported(x: Tensor, matrix: Tensor, num_heads: int, gradients: bool) -> 
 
 @torch.compiler.assume_constant_result
 def _holds(device: torch.device, tokens: int, width: int, head: int, itemsize: int, gradients: bool) -> bool:
-    return fits(chip_of(torch.empty(0, device=device)), tokens, width, head, itemsize, gradients=gradients)
+    return fits(
+        chip_of(torch.empty(0, device=device)), tokens, width, head, itemsize, KERNELS if gradients else KERNELS[:1]
+    )
 
 
 def _wants_gradient(x: Tensor, weights: TNTInnerWeights) -> bool:

@@ -4,9 +4,9 @@ Cost, forward, of S n = R rows: 2 R (4 c^2 + 2 c f) FLOP in the linear layers, 4
 x and out pass through memory once, and the middle of the block too where a gradient will be wanted. Backward: four
 kernels (`costs` counts), which read x, the middle and dout and keep nothing of size n x n or n x f.
 
-Right in Triton's interpreter (tests/test_tnt_kernel.py, float32 and float16), not compiled without spills in this form
-(`benchmarks/choose_tnt_configs.py` looks for tiles). configs/tnt.json therefore holds none, backend='triton' refuses
-every shape and 'auto' takes PyTorch. Never run on a GPU.
+Right in Triton's interpreter (tests/test_tnt_kernel.py, float32 and float16); every tile of configs/tnt.json compiles
+without spills (`benchmarks/choose_tnt_configs.py`, `benchmarks/compile_report.py`), and a shape without one is refused
+by name. Never run on a GPU.
 """
 
 # Triton's kernel[grid](...) is not the call that a type checker sees.
@@ -61,16 +61,25 @@ def costs(
 
     linear, mlp, scores = 2 * rows * width * width, 2 * rows * width * hidden, 2 * rows * tokens * width
     exponentials = rows * tokens * num_heads
-    mlp_dw, attn_dw = plan("mlp_dw"), plan("attn_dw")
-    mlp_passes = -(-hidden // mlp_dw.block_f)
+    fwd, attn_dx, attn_dw, mlp_dw = (plan(kernel) for kernel in ("fwd", "attn_dx", "attn_dw", "mlp_dw"))
+    mlp_passes, attn_passes = -(-hidden // mlp_dw.block_f), num_heads * len(_halves(attn_dw))
     mlp_partial, attn_partial = 2 * 4 * (2 * hidden * width) * mlp_dw.slices, 2 * 4 * (4 * width**2) * attn_dw.slices
     return {
-        "fwd": Cost(flop=4 * linear + 2 * mlp + 2 * scores, exponentials=exponentials, bytes=3 * tensor),
+        "fwd": Cost(
+            flop=4 * linear + 2 * mlp + 2 * scores, exponentials=exponentials, bytes=(4 if fwd.split else 3) * tensor
+        ),
         "mlp_dx": Cost(flop=3 * mlp, exponentials=0, bytes=3 * tensor),
         "mlp_dw": Cost(flop=4 * mlp, exponentials=0, bytes=2 * mlp_passes * tensor + mlp_partial),
-        "attn_dx": Cost(flop=7 * linear + 5 * scores, exponentials=exponentials, bytes=3 * tensor),
+        # Two launches compute queries, keys, the gradient of o and scores twice.
+        "attn_dx": Cost(
+            flop=(10 * linear + 6 * scores) if attn_dx.split else (7 * linear + 5 * scores),
+            exponentials=len(_halves(attn_dx)) * exponentials,
+            bytes=(7 if attn_dx.split else 3) * tensor,
+        ),
         "attn_dw": Cost(
-            flop=8 * linear + 6 * scores, exponentials=exponentials, bytes=2 * num_heads * tensor + attn_partial
+            flop=(12 * linear + 7 * scores) if attn_dw.split else (8 * linear + 6 * scores),
+            exponentials=len(_halves(attn_dw)) * exponentials,
+            bytes=2 * attn_passes * tensor + attn_partial,
         ),
     }
 

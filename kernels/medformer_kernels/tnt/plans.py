@@ -8,9 +8,13 @@ from typing import Any
 from medformer_kernels import _dispatch
 from medformer_kernels._dispatch import Chip, block
 
-__all__ = ["KERNELS", "Plan", "fits", "launch_plan"]
+__all__ = ["KERNELS", "OUTER_KERNELS", "Plan", "fits", "launch_plan"]
 
 KERNELS = ("fwd", "mlp_dx", "mlp_dw", "attn_dx", "attn_dw")
+OUTER_KERNELS = ("outer_fwd", "outer_dx", "outer_dw")
+"""Of the step from inner to outer tokens, whose rows are windows."""
+# Whose tiles hold whole sequences; those of the others are any rows.
+_BY_SEQUENCE = ("fwd", "attn_dx", "attn_dw")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,22 +47,21 @@ def _entry(kernel: str, chip: Chip, tokens: int, width: int, head: int, itemsize
         for entry in table[_dispatch.nearest_arch(chip.arch, known)]
         if entry["itemsize"] == itemsize
         and entry["width"] >= block(width)
-        and (kernel.startswith("mlp") or (entry["head"] >= block(head) and entry["block_r"] >= tokens))
+        and (kernel not in _BY_SEQUENCE or (entry["head"] >= block(head) and entry["block_r"] >= tokens))
     ]
 
     def cost(entry: dict[str, Any]) -> tuple[float, int, int]:
         """Rows computed for each that is kept, then how much wider than needed."""
         rows = entry["block_r"]
-        filled = 1.0 if kernel.startswith("mlp") else rows // tokens * tokens / rows
+        filled = rows // tokens * tokens / rows if kernel in _BY_SEQUENCE else 1.0
         # Twice the rows are twice the masked scores: worth it only where they fill a tile better by a quarter.
         return rows**0.3219 / filled, entry["width"], entry["head"]
 
     return min(fitting, key=cost, default=None)
 
 
-def fits(chip: Chip, tokens: int, width: int, head: int, itemsize: int, *, gradients: bool = True) -> bool:
-    """Whether every kernel has a tile for sequences of `tokens` of `width`, heads of `head`, in registers whole."""
-    kernels = KERNELS if gradients else KERNELS[:1]
+def fits(chip: Chip, tokens: int, width: int, head: int, itemsize: int, kernels: tuple[str, ...] = KERNELS) -> bool:
+    """Whether each of `kernels` has a tile for sequences of `tokens` of `width`, heads of `head`."""
     return all(_entry(kernel, chip, tokens, width, head, itemsize) for kernel in kernels)
 
 
@@ -67,19 +70,20 @@ def launch_plan(
 ) -> Plan:
     """How a kernel of `KERNELS` is launched.
 
-    `parts` of the weights have programs of their own in 'attn_dw': the heads. In 'mlp_dw' it is the width of the MLP,
-    whose parts are those of `block_f`. Deterministic; tiles come from configs/tnt.json.
+    `parts` of the weights have programs of their own in 'attn_dw': the heads. In 'mlp_dw' and 'outer_dw' it is the
+    width of the MLP or the outer token, whose parts are those of `block_f`. Deterministic; tiles come from
+    configs/tnt.json.
     """
     entry = _entry(kernel, chip, tokens, width, head, itemsize)
     assert entry is not None  # `fits` was asked
     rows = entry["block_r"]
-    if kernel == "mlp_dw":
+    if kernel in ("mlp_dw", "outer_dw"):
         parts = -(-parts // entry["block_f"])
-    if kernel.startswith("mlp"):
-        per_tile, tiles = 0, -(-sequences * tokens // rows)
-    else:
+    if kernel in _BY_SEQUENCE:
         per_tile = rows // tokens
         tiles = -(-sequences // per_tile)
+    else:
+        per_tile, tiles = 0, -(-sequences * tokens // rows)
     slices = max(1, min(-(-2 * chip.units // max(1, parts)), tiles // 8))  # no less than 8 tiles a program
     slice_length = -(-tiles // slices)
     return Plan(

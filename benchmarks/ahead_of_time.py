@@ -11,7 +11,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -88,6 +88,8 @@ class Compiled:
     """'wgmma', 'tcgen05', 'mma', 'mfma' or 'none': the newest matrix instruction that came out."""
     multiplies: bool
     """The kernel holds a matrix product (tl.dot) as written."""
+    assembly: str = field(repr=False)
+    """PTX, or AMD's assembly."""
 
     @property
     def fits(self) -> bool:
@@ -145,6 +147,7 @@ def record(arch: str, launch: Callable[[], Any], only: str | None = None) -> lis
                 num_warps=kernel.metadata.num_warps,
                 num_stages=kernel.metadata.num_stages,
                 multiplies="tt.dot" in kernel.asm["ttir"],
+                assembly=kernel.asm["amdgcn" if target.gpu.backend == "hip" else "ptx"],
                 tiles={key: value for key, value in kwargs.items() if key in names},
                 **(_read_amd(kernel) if target.gpu.backend == "hip" else _read_nvidia(kernel)),
             )

@@ -21,8 +21,10 @@ from medformer_kernels.nystrom import (
     nystrom_pinv,
     nystrom_residual,
 )
+from medformer_kernels.nystrom.composed import _convolution
 from medformer_kernels.nystrom.inverse import inverse_times, inverse_times_backward
 from medformer_kernels.nystrom.landmarks import pool
+from medformer_kernels.nystrom.reference import depthwise_convolution
 
 L = 8
 
@@ -172,19 +174,19 @@ def test_more_iterations_than_a_tolerance_needs_change_nothing() -> None:
     )
 
 
-@pytest.mark.parametrize(("iterations", "tolerance"), [(0, None), (1, None), (6, None), (9, 1e-2)])
+@pytest.mark.parametrize(("iterations", "tolerance"), [(0, None), (1, None), (2, None), (6, None), (9, 1e-2)])
 def test_inverse_gradient_matches_autograd(iterations: int, tolerance: float | None) -> None:
     scores = softmax_matrices(2, 5, 5).log().requires_grad_()
     x = torch.randn(2, 5, 3, dtype=torch.float64).requires_grad_()
     a = scores.softmax(-1)
     a.retain_grad()
+    plain = nystrom_pinv(a, iterations=iterations, tolerance=tolerance)[0] @ x
+    dout = torch.randn_like(plain)
+    expected = torch.autograd.grad(plain, (scores, x), dout, retain_graph=True)
     out = inverse_times(a, x, iterations, tolerance)
-    dout = torch.randn_like(out)
-    dscores, dx = torch.autograd.grad(out, (scores, x), dout)
-    da, dx_hand = inverse_times_backward(a.detach(), x.detach(), dout, iterations, tolerance)
-    torch.testing.assert_close(dx_hand, dx)
-    by_hand = a * (da - (da * a).sum(-1, keepdim=True))
-    torch.testing.assert_close(by_hand, dscores)
+    torch.testing.assert_close(torch.autograd.grad(out, (scores, x), dout, retain_graph=True), expected)
+    da, dx = inverse_times_backward(a.detach(), x.detach(), dout, iterations, tolerance)
+    torch.testing.assert_close((a * (da - (da * a).sum(-1, keepdim=True)), dx), expected)
 
 
 # --- the PyTorch path
@@ -223,6 +225,35 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(dtype: torch.dtype, scale:
     plain = nystrom_attention_reference(q, k, v, num_landmarks=16)
     out = nystrom_attention(q, k, v, num_landmarks=16, backend="torch")
     assert (out - exact).norm() <= 2 * (plain - exact).norm()
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_gradient_error_is_at_most_twice_that_of_plain_pytorch(scale: float) -> None:
+    tensors = [scale * x for x in qkv(1, 2, 512, 32)]
+    weight = torch.randn(2, 33, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    dout = qkv(1, 2, 512, 32, seed=1)[0]
+
+    def gradients(function: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        q, k, v, conv = (x.to(dtype).requires_grad_() for x in (*tensors, weight))
+        out = function(q, k, v, num_landmarks=64, conv_weight=conv)
+        return torch.autograd.grad(out, (q, k, v, conv), dout.to(dtype))
+
+    exact = gradients(nystrom_attention_reference, torch.float64)
+    plain = gradients(nystrom_attention_reference, torch.float32)
+    for x, usual, right in zip(gradients(nystrom_attention, torch.float32), plain, exact, strict=True):
+        assert (x - right).norm() <= 2 * (usual - right).norm()
+
+
+def test_convolution_along_more_tokens_than_its_gradient_takes_at_once() -> None:
+    v = qkv(2, 3, 1101, 4)[0].transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    weight = torch.randn(3, 1, 1, 33, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    grid = (1, 1, 1101)
+    out, expected = _convolution(v, weight, grid), depthwise_convolution(v, weight, grid)
+    torch.testing.assert_close(out, expected)
+    dout = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(
+        torch.autograd.grad(out, (v, weight), dout), torch.autograd.grad(expected, (v, weight), dout)
+    )
 
 
 def test_matches_the_composition_of_two_attentions_in_float32() -> None:

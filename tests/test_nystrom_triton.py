@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from medformer_kernels import _dispatch
-from medformer_kernels.nystrom import fused, nystrom_attention, nystrom_attention_reference
+from medformer_kernels.nystrom import nystrom_attention, nystrom_attention_reference, products
+from medformer_kernels.nystrom.inverse import inverse_times, inverse_times_backward
+from medformer_kernels.nystrom.landmarks import Cells
 from medformer_kernels.nystrom.ops import nystrom_forward
+from medformer_kernels.nystrom.plans import key_walk, launch_plan, one_program
 
 L = 8
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -20,7 +23,13 @@ CASES: dict[str, dict[str, Any]] = {
     "sequence": {"tokens": 30, "num_landmarks": L},
     "masked sequence, convolution": {"tokens": 30, "real": (23, 5), "num_landmarks": L, "conv": (7,)},
     "prefix": {"tokens": 33, "real": (28, 33), "num_landmarks": L, "prefix_tokens": 3, "conv": (33,)},
-    "grid": {"tokens": 60, "grid": (3, 4, 5), "landmark_grid": (2, 3, 2)},
+    "whole segments": {"tokens": 64, "num_landmarks": L, "pinv_iterations": 2},
+    "uneven segments": {"tokens": 131, "real": (131, 6), "num_landmarks": L, "prefix_tokens": 1, "pinv_iterations": 2},
+    "whole blocks": {
+        "tokens": 98, "real": (98, 41), "grid": (2, 8, 6), "landmark_grid": (1, 2, 2), "prefix_tokens": 2,
+        "conv": (1, 3, 3), "pinv_iterations": 2,
+    },
+    "grid": {"tokens": 60, "grid": (3, 4, 5), "landmark_grid": (2, 3, 2), "pinv_iterations": 2},
     "masked grid, convolution": {
         "tokens": 31, "real": (17, 31), "grid": (2, 3, 5), "landmark_grid": (2, 2, 2), "prefix_tokens": 1,
         "conv": (3, 1, 3),
@@ -96,7 +105,7 @@ def test_takes_any_length(tokens: int) -> None:
 def test_slices_of_a_long_sequence_merge() -> None:
     q = torch.empty(1, device=DEVICE)
     plan = functools.partial(
-        fused.launch_plan, "values_fwd", chip=_dispatch.chip_of(q), landmarks=4, width=8, itemsize=4, batch_heads=1
+        launch_plan, "values_fwd", chip=_dispatch.chip_of(q), landmarks=4, width=8, itemsize=4, batch_heads=1
     )
     tokens = 2 * 8 * plan(tokens=1).block_n + 1
     assert plan(tokens=tokens).slices > 1
@@ -140,9 +149,46 @@ def test_a_sample_without_a_key_gives_zeros_and_finite_gradients() -> None:
     assert all(x.isfinite().all() for x in gradients)
 
 
-def test_more_landmarks_than_one_program_holds_take_the_blocked_inverse() -> None:
-    q, k, v = torch.randn(3, 1, 1, 90, 8, generator=torch.Generator().manual_seed(4)).to(DEVICE)
-    number = fused.core_landmarks(_dispatch.chip_of(q)) + 6
+@pytest.mark.parametrize("name", ["whole segments", "uneven segments", "whole blocks"])
+def test_keys_are_read_once_where_cells_fill_tiles(name: str) -> None:
+    options = CASES[name]
+    prefix, tokens = options.get("prefix_tokens", 0), options["tokens"]
+    cells = Cells(
+        grid=options.get("grid", (1, 1, tokens - prefix)), landmark_grid=options.get("landmark_grid", (1, 1, L)),
+        prefix=prefix,
+    )  # fmt: skip
+    chip = _dispatch.chip_of(torch.empty(1, device=DEVICE))
+    ranked = "real" in options and cells.sequence
+    assert key_walk(
+        cells,
+        ranked=ranked,
+        chip=chip,
+        landmarks=cells.count + prefix,
+        width=8,
+        itemsize=4,
+        tokens=tokens,
+        batch_heads=2,
+    )
+
+
+@pytest.mark.parametrize("iterations", [0, 2])
+def test_one_program_inverts_in_blocks(iterations: int) -> None:
+    a = (3 * torch.randn(1, 1, 70, 70, generator=torch.Generator().manual_seed(4), dtype=torch.float64)).softmax(-1)
+    x, dout = torch.randn(2, 1, 1, 70, 40, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    exact = [inverse_times(a, x, iterations, None), *inverse_times_backward(a, x, dout, iterations, None)]
+    a, x, dout = (t.to(DEVICE, torch.float32) for t in (a, x, dout))
+    plain = [inverse_times(a, x, iterations, None), *inverse_times_backward(a, x, dout, iterations, None)]
+    chip = _dispatch.chip_of(x)
+    made = [products.solve(chip, a, x, iterations), *products.solve_backward(chip, a, x, dout, iterations)]
+    for result, usual, right in zip(made, plain, exact, strict=True):
+        floor = 4 * torch.finfo(torch.float32).eps * right.norm()
+        assert (result.cpu() - right).norm() <= 2 * (usual.cpu() - right).norm() + floor
+
+
+def test_few_heads_of_many_landmarks_take_batched_products() -> None:
+    q, k, v = torch.randn(3, 1, 1, 150, 8, generator=torch.Generator().manual_seed(4)).to(DEVICE)
+    number = 140
+    assert not one_program(_dispatch.chip_of(q), number, 1)
     landmarks: dict[str, Any] = {"q_landmarks": q[:, :, :number], "k_landmarks": k[:, :, :number]}
     wide: dict[str, Any] = {key: x.double() for key, x in landmarks.items()}
     exact = nystrom_attention_reference(q.double(), k.double(), v.double(), **wide)

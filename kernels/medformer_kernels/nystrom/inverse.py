@@ -10,6 +10,7 @@ Source: Razavi et al. 2014, as used by Xiong et al. 2021, eq. (11). Differs: a s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["inverse_times", "inverse_times_backward", "nystrom_pinv", "relative_residual"]
+__all__ = ["inverse_times", "inverse_times_backward", "nystrom_pinv", "relative_residual", "start", "start_backward"]
 
 
 def nystrom_pinv(
@@ -31,7 +32,7 @@ def nystrom_pinv(
     """
     if iterations < 0:
         raise ValueError(f"nystrom_pinv: iterations={iterations} must be at least 0")
-    z = _start(a)
+    z = start(a)
     for _ in range(iterations):
         z = _step(a, z, tolerance)
     return z, relative_residual(a, z)
@@ -49,24 +50,58 @@ def inverse_times(
 
     With R = I - a z a step is z <- z (I + R + R^2 + R^3 / 4), after which R is R^3 (3 I + R) / 4: 4.5 instead of 8
     products of L^3 for Dv = L / 4. Further back it would cost accuracy: what R lost of a small singular value grows by
-    13/4 a step, whereas a product a z made afresh corrects itself.
+    13/4 a step, whereas a product a z made afresh corrects itself. The gradient is `inverse_times_backward`'s.
     """
     if tolerance is not None or iterations < 2:
         return nystrom_pinv(a, iterations=iterations, tolerance=tolerance)[0] @ x
-    z = _start(a)
+    return _InverseTimes.apply(a, x, iterations)
+
+
+class _InverseTimes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a: Tensor, x: Tensor, iterations: int) -> Tensor:
+        out, kept = _applied(a, x, iterations, keep=any(ctx.needs_input_grad))
+        ctx.save_for_backward(a, x, *kept)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout: Tensor) -> tuple[Tensor, Tensor, None]:
+        a, x, *kept = ctx.saved_tensors
+        return *_applied_backward(a, x, dout, kept), None
+
+
+def _applied(a: Tensor, x: Tensor, iterations: int, *, keep: bool) -> tuple[Tensor, list[Tensor]]:
+    """(pinv(a) x, what its gradient needs: z, y and t3 of each whole step, then z, r, square and last)."""
+    z, kept = start(a), []
     for _ in range(iterations - 2):
-        z = _step(a, z, None)
+        y, _, _, t3 = _polynomials(a, z)
+        kept += (z, y, t3) if keep else ()
+        z = _times(z, t3, 0.25)
     r = _plus_identity(_times(a, z, -1), 1)
     square = _times(r, r, 1)
     last = _times(square, 3 * r + square, 0.25)
-    y = last @ x
-    y_last = last @ y
-    x = x + y + y_last + last @ y_last / 4
-    y = r @ x
-    return z @ (x + y + square @ (x + y / 4))
+    kept += (z, r, square, last) if keep else ()
+    x = _last_step(last, x)[-1]
+    return z @ _next_to_last_step(r, square, x)[-1], kept
 
 
-def _start(a: Tensor) -> Tensor:
+def _last_step(last: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(last x, last^2 x, (I + last + last^2 + last^3 / 4) x)."""
+    once = last @ x
+    twice = last @ once
+    return once, twice, x + once + twice + last @ twice / 4
+
+
+def _next_to_last_step(r: Tensor, square: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(x + r x / 4, (I + r + r^2 + r^3 / 4) x)."""
+    once = r @ x
+    quarter = x + once / 4
+    return quarter, x + once + square @ quarter
+
+
+def start(a: Tensor) -> Tensor:
+    """a^T / (largest row sum * largest column sum)."""
     scale = a.sum(-1).amax(-1) * a.sum(-2).amax(-1)
     return a.mT / scale.masked_fill(scale == 0, 1)[..., None, None]
 
@@ -114,27 +149,85 @@ def inverse_times_backward(
 
     The gradient of the iteration as it was run, not of the exact pseudo-inverse that it approaches.
     """
-    history = [_start(a)]
+    if tolerance is None and iterations >= 2:
+        return _applied_backward(a, x, dout, _applied(a, x, iterations, keep=True)[1])
+    history = [start(a)]
     for _ in range(iterations):
         history.append(_step(a, history[-1], tolerance))
     dx = history[-1].mT @ dout
     dz = dout @ x.mT
     da = torch.zeros_like(a)
     for z in reversed(history[:-1]):
-        y, t1, t2, t3 = _polynomials(a, z)
-        done = None if tolerance is None else _done(a, y, tolerance)
-        dnew = dz * 0.25 if done is None else torch.where(done, 0, dz * 0.25)
-        dt3 = z.mT @ dnew
-        dt2 = -(y.mT @ dt3)
-        dt1 = -(y.mT @ dt2)
-        dy = -(dt3 @ t2.mT) - dt2 @ t1.mT - dt1
-        da += dy @ z.mT
-        kept = dnew @ t3.mT + a.mT @ dy
-        dz = kept if done is None else kept + torch.where(done, dz, 0)
+        y, _, _, t3 = _polynomials(a, z)
+        if tolerance is None:
+            dz = _step_backward(a, z, y, t3, dz, da)
+        else:
+            done = _done(a, y, tolerance)
+            kept = torch.where(done, dz, 0)
+            dz = _step_backward(a, z, y, t3, torch.where(done, 0, dz), da) + kept
+    return start_backward(a, dz, da), dx
+
+
+def _applied_backward(a: Tensor, x: Tensor, dout: Tensor, kept: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(da, dx) of `_applied`.
+
+    a z is symmetric (z is a^T times a polynomial in a a^T), so that r, square and last are too, and commute: a gradient
+    counts by its symmetric part D alone, and what a power of r hands back is a matrix and its transpose. From r^3 it is
+    T + T^T with T = r (r D + D r / 2), from square^2 it is square D + D square.
+    """
+    z, r, square, last = kept[-4:]
+    once, twice, after = _last_step(last, x)
+    quarter, read = _next_to_last_step(r, square, after)
+    dread = z.mT @ dout
+    dz = dout @ read.mT
+    dquarter = square @ dread
+    donce = dread + dquarter / 4
+    dafter = dread + dquarter + r @ donce
+    dthrice = dafter / 4
+    dtwice = dafter + last @ dthrice
+    dfirst = dafter + last @ dtwice
+    dx = dafter + last @ dfirst
+    dlast = _symmetric(torch.cat((dthrice, dtwice, dfirst), -1) @ torch.cat((twice, once, x), -1).mT)
+    dsquare = _symmetric(dread @ quarter.mT)
+    fourth = square @ dlast
+    third = r @ dlast
+    inner = dsquare + (fourth + fourth.mT) / 4 + (third + third.mT / 2) * 0.75
+    outer = r @ inner
+    dy = -(_symmetric(donce @ after.mT) + outer + outer.mT)
+    da = dy @ z.mT
+    dz = _add_product(dz, a.mT, dy)
+    for i in reversed(range(0, len(kept) - 4, 3)):
+        dz = _step_backward(a, *kept[i : i + 3], dz, da)
+    return start_backward(a, dz, da), dx
+
+
+def _step_backward(a: Tensor, z: Tensor, y: Tensor, t3: Tensor, dnew: Tensor, da: Tensor) -> Tensor:
+    """dz of a step; adds to da. t3 = 13 I - 15 y + 7 y^2 - y^3, y symmetric: see `_applied_backward`."""
+    dt3 = _symmetric(_times(z.mT, dnew, 0.25))
+    square = y @ dt3
+    cube = y @ (square + square.mT / 2)
+    dy = 7 * (square + square.mT) - (cube + cube.mT) - 15 * dt3
+    _add_product(da, dy, z.mT)
+    return _add_product(_times(dnew, t3.mT, 0.25), a.mT, dy)
+
+
+def start_backward(a: Tensor, dz: Tensor, da: Tensor) -> Tensor:
+    """da with what comes back through the start value, z = a^T / scale."""
     columns = a.sum(-2)
     largest, index = columns.max(-1, keepdim=True)
     scale = (a.sum(-1).amax(-1, keepdim=True) * largest).unsqueeze(-1)
     scale = scale.masked_fill(scale == 0, 1)
     dscale = -(dz * a.mT).sum((-1, -2), keepdim=True) / scale.square()
     chosen = torch.zeros_like(columns).scatter_(-1, index, 1).unsqueeze(-2)
-    return da + dz.mT / scale + dscale * a.sum(-1).amax(-1)[..., None, None] * chosen, dx
+    return da + dz.mT / scale + dscale * a.sum(-1).amax(-1)[..., None, None] * chosen
+
+
+def _symmetric(x: Tensor) -> Tensor:
+    return (x + x.mT) / 2
+
+
+def _add_product(out: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """out += x y."""
+    flat = [m.reshape(-1, *m.shape[-2:]) for m in (x, y)]
+    out.view(-1, *out.shape[-2:]).baddbmm_(*flat)
+    return out

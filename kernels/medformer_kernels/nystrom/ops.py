@@ -105,12 +105,13 @@ def nystrom_backward(
     softmax); dq_i = sum_l dF~_il k~_l, dk~_l = sum_i dF~_il q_i + ..., dk_n = sum_l dG~_ln q~_l, dv_n = sum_l G_ln
     dvalues_l, all scores times 1/sqrt(D).
     """
-    from medformer_kernels.nystrom import fused
+    from medformer_kernels.nystrom.backward import backward
+    from medformer_kernels.nystrom.fused import Forward
 
     names = ("out", "q_landmarks", "k_landmarks", "total", "valid", "values", "lse", "solved", "out_lse")
-    return fused.backward(
+    return backward(
         dout, q, k, v, _cells(grid, landmark_grid, conv_grid, prefix), pooled, conv_weight, key_padding_mask,
-        fused.Forward(**dict(zip(names, made, strict=True))), pinv_iterations, pinv_tolerance,
+        Forward(**dict(zip(names, made, strict=True))), pinv_iterations, pinv_tolerance,
     )  # fmt: skip
 
 

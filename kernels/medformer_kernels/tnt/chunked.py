@@ -25,7 +25,7 @@ from medformer_kernels.tnt.weights import NAMES, TNTInnerWeights
 __all__ = ["SAVED_BYTES", "Saved", "backward", "forward", "saved_bytes"]
 
 # What one call may keep for its backward pass. Computing 4096 x 16 x 24 again costs a fifth of a step.
-SAVED_BYTES = 512 << 20
+SAVED_BYTES = 128 << 20
 
 # Up to so many tokens a head is laid out in columns.
 _COLUMNS = 32

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from medformer_kernels.disentangled.tables import Grid
@@ -84,6 +85,8 @@ class BucketBias(NoBias):
     first_run: int
     """Equal entries at the start of `buckets`."""
     last_run: int
+    windows: Tensor
+    """(distances, most_rows): the buckets from each distance between the runs on, the last distance first."""
     keys_first: ClassVar[bool] = True
     most_rows: ClassVar[int] = 64  # at 128 the diagonals of a block fall onto the same cache lines
 
@@ -93,7 +96,9 @@ class BucketBias(NoBias):
         first, last = len(buckets), len(buckets)
         if len(changes):
             first, last = int(changes[0]) + 1, len(buckets) - 1 - int(changes[-1])
-        return cls(queries=queries, buckets=buckets, first_run=first, last_run=last)
+        between = slice(max(0, first - cls.most_rows + 1), len(buckets) - last)
+        windows = F.pad(buckets, (0, cls.most_rows - 1)).unfold(0, cls.most_rows, 1)[between].flip(0)
+        return cls(queries=queries, buckets=buckets, first_run=first, last_run=last, windows=windows)
 
     def block(self, start: int, rows: int, keys: int) -> _BucketBlock:
         all_keys = len(self.buckets) + 1 - self.queries
@@ -101,7 +106,8 @@ class BucketBias(NoBias):
         high = min(keys, max(low, start + rows + all_keys - 1 - self.first_run))
         # Entry e of `buckets` is distance e - (S - 1); key j and row r are start + r - j apart.
         first = start + all_keys - 1
-        index = self.buckets.unfold(0, rows, 1)[first - high + 1 : first - low + 1].flip(0)
+        skipped = len(self.buckets) - self.last_run - 1 - first
+        index = self.windows[skipped + low : skipped + high, :rows]
         diagonals = self.buckets[first - high + 1 : first - low + rows].flip(0)
         return _BucketBlock(low, high, int(self.buckets[-1]), int(self.buckets[0]), index, diagonals)
 

@@ -6,7 +6,6 @@ Float16 and bfloat16 are computed in float32. See `ops` for what it computes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,6 +19,8 @@ __all__ = ["backward", "forward"]
 
 # Numbers in a block of scores: what a core's second-level cache holds.
 _BLOCK = 1 << 18
+# Scores are in base 2: exp2 takes a tenth of the time of exp.
+_LOG2E = 1 / math.log(2)
 
 
 def _bias(q: Tensor, buckets: Tensor | None, grid: list[int]) -> NoBias:
@@ -48,7 +49,7 @@ class _Head:
             seed,
             offset,
         )
-        self.scale = scale
+        self.scale = scale * _LOG2E
         self.q, self.k, self.v = q[b, h].to(exact), k[b, h].to(exact), v[b, h].to(exact)
         self.t, self.u = (None if x is None else x[b, h].to(exact) for x in (t, u))
         self.padded = None if mask is None else ~mask[b]
@@ -63,7 +64,7 @@ class _Head:
         return (keys @ rows.mT).mT if self.bias.keys_first else rows @ keys.mT
 
     def scores(self, start: int, stop: int, keys: int, block: Any) -> Tensor:
-        """Scores of the block, -inf where no key may be read."""
+        """Scores of the block in base 2, -inf where no key may be read."""
         s = self.product(self.q[start:stop], self.k[:keys])
         self.bias.add(s, None if self.t is None else self.t[start:stop], self.u, block)
         s *= self.scale
@@ -89,16 +90,18 @@ class _Head:
         return keep.to(s.dtype) / (1 - self.dropout)
 
 
-def _blocks(bias: NoBias, keys: int, causal: bool) -> Iterator[tuple[int, int, int, Any]]:
-    """(first query, last query + 1, keys, what the bias needs)."""
+def _blocks(bias: NoBias, keys: int, causal: bool) -> list[tuple[int, int, int, Any]]:
+    """(first query, last query + 1, keys, what the bias needs), the same for all heads."""
+    made = []
     for start, stop in bias.blocks(max(16, min(bias.most_rows, _BLOCK // keys))):
         below = bias.keys_below(stop) if causal else keys
-        yield start, stop, below, bias.block(start, stop - start, below)
+        made.append((start, stop, below, bias.block(start, stop - start, below)))
+    return made
 
 
 def _weights(s: Tensor, lse: Tensor) -> Tensor:
-    """exp(s - lse) in place; 0 for a row without a key."""
-    return s.sub_(lse.masked_fill(lse == -math.inf, 0).unsqueeze(1)).exp_()
+    """2^(s - lse) in place; 0 for a row without a key."""
+    return s.sub_(lse.masked_fill(lse == -math.inf, 0).unsqueeze(1)).exp2_()
 
 
 def forward(
@@ -111,21 +114,20 @@ def forward(
     out = q.new_empty((batch, heads, queries, v.shape[3]))
     lse = q.new_empty((batch, heads, queries), dtype=exact)
     bias = _bias(q, buckets, grid)
-    for b in range(batch):
-        own = [
-            _Head(q, k, v, t, u, mask, scale, bias, b * heads + h, causal, dropout, seed, offset) for h in range(heads)
-        ]
-        for start, stop, keys, block in _blocks(bias, k.shape[2], causal):
-            for h, head in enumerate(own):
-                s = head.scores(start, stop, keys, block)
-                top = s.amax(1)
-                p = _weights(s, top)
-                total = p.sum(1)
-                lse[b, h, start:stop] = top + total.log()
-                total = total.masked_fill_(total == 0, 1)
-                if dropout > 0:
-                    p *= head.dropped(p, start)
-                out[b, h, start:stop] = (p @ head.v[:keys]).div_(total.unsqueeze(1))
+    blocks = _blocks(bias, k.shape[2], causal)
+    for index in range(batch * heads):
+        b, h = divmod(index, heads)
+        head = _Head(q, k, v, t, u, mask, scale, bias, index, causal, dropout, seed, offset)
+        for start, stop, keys, block in blocks:
+            s = head.scores(start, stop, keys, block)
+            top = s.amax(1)
+            p = _weights(s, top)
+            total = p.sum(1)
+            lse[b, h, start:stop] = (top + total.log2()) / _LOG2E
+            total = total.masked_fill_(total == 0, 1)
+            if dropout > 0:
+                p *= head.dropped(p, start)
+            out[b, h, start:stop] = (p @ head.v[:keys]).div_(total.unsqueeze(1))
     return out, lse
 
 
@@ -142,32 +144,31 @@ def backward(
     bias = _bias(q, buckets, grid)
     if du is not None and bias.columns_first:
         du = du.mT.contiguous()
-    for b in range(batch):
-        own = [
-            _Head(q, k, v, t, u, mask, scale, bias, b * heads + h, causal, dropout, seed, offset) for h in range(heads)
-        ]
-        dout_own = dout[b].to(exact)
-        delta = (dout_own * out[b]).sum(2)
+    blocks = _blocks(bias, k.shape[2], causal)
+    for index in range(batch * heads):
+        b, h = divmod(index, heads)
+        head = _Head(q, k, v, t, u, mask, scale, bias, index, causal, dropout, seed, offset)
+        dout_own = dout[b, h].to(exact)
+        delta = (dout_own * out[b, h]).sum(1)
         if dlse is not None:
-            delta = delta - dlse[b]
-        for start, stop, keys, block in _blocks(bias, k.shape[2], causal):
-            for h, head in enumerate(own):
-                do = dout_own[h, start:stop]
-                p = _weights(head.scores(start, stop, keys, block), lse[b, h, start:stop])
-                dp = head.product(do, head.v[:keys])
-                if dropout > 0:
-                    kept = head.dropped(p, start)
-                    dp *= kept
-                    dv[b, h, :keys].addmm_((p * kept).mT, do)
-                else:
-                    dv[b, h, :keys].addmm_(p.mT, do)
-                ds = dp.sub_(delta[h, start:stop, None]).mul_(p).mul_(scale)
-                dq[b, h, start:stop] = ds @ head.k[:keys]
-                dk[b, h, :keys].addmm_(ds.mT, head.q[start:stop])
-                bias.take(ds, None if dt is None else dt[b, h, start:stop], None if du is None else du[b, h], block)
+            delta = delta - dlse[b, h]
+        for start, stop, keys, block in blocks:
+            do = dout_own[start:stop]
+            p = _weights(head.scores(start, stop, keys, block), lse[b, h, start:stop] * _LOG2E)
+            dp = head.product(do, head.v[:keys])
+            if dropout > 0:
+                kept = head.dropped(p, start)
+                dp *= kept
+                dv[b, h, :keys].addmm_((p * kept).mT, do)
+            else:
+                dv[b, h, :keys].addmm_(p.mT, do)
+            ds = dp.sub_(delta[start:stop, None]).mul_(p).mul_(scale)
+            dq[b, h, start:stop] = ds @ head.k[:keys]
+            dk[b, h, :keys].addmm_(ds.mT, head.q[start:stop])
+            bias.take(ds, None if dt is None else dt[b, h, start:stop], None if du is None else du[b, h], block)
         if mask is not None:
             for x in (dk, dv):
-                x[b].masked_fill_(~mask[b, :, None], 0)
+                x[b, h].masked_fill_(~mask[b, :, None], 0)
     if du is not None and bias.columns_first:
         du = du.mT
     dq, dk, dv = (x.to(q.dtype) for x in (dq, dk, dv))

@@ -21,8 +21,9 @@ from compile_cases import FAMILIES
 from config_files import dump
 from medformer_kernels import _dispatch
 
-# By (itemsize, width): (block_m, block_n, num_warps, num_stages), best guess first. Tiles beyond these overfill the
-# registers, and then the assembler alone takes minutes.
+# By (itemsize, width): (block_m, block_n, num_warps, num_stages) and, where a program holds only so many columns of a
+# wide head, columns; best guess first. Tiles beyond these overfill the registers, and then the assembler alone takes
+# minutes.
 CANDIDATES = {
     (2, 64): [
         (256, 64, 8, 3), (256, 32, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2), (64, 128, 8, 3), (64, 128, 8, 2),
@@ -33,21 +34,30 @@ CANDIDATES = {
         (32, 128, 8, 2), (64, 32, 4, 2), (32, 64, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1),
     ],
     (4, 64): [(64, 64, 8, 2), (64, 32, 4, 2), (32, 64, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1)],
-    (4, 128): [(32, 32, 4, 1), (32, 32, 8, 2), (16, 16, 4, 1), (16, 16, 8, 2)],
+    (4, 128): [(32, 32, 4, 1), (32, 32, 8, 2), (16, 16, 4, 1), (16, 16, 8, 2), (16, 32, 4, 1, 64), (16, 16, 4, 1, 64)],
     (2, 256): [
-        (64, 64, 8, 2), (64, 64, 4, 1), (32, 64, 8, 2), (64, 32, 8, 2), (64, 32, 4, 1), (32, 64, 4, 1), (16, 64, 4, 1),
-        (64, 16, 4, 1), (32, 32, 8, 1), (32, 32, 4, 1), (16, 32, 8, 1), (16, 32, 4, 1), (16, 16, 8, 1), (16, 16, 4, 1),
+        (128, 128, 8, 2, 64), (128, 64, 8, 2, 128), (128, 64, 8, 2, 64), (64, 128, 8, 2, 64), (64, 64, 4, 2, 64),
+        (64, 64, 4, 1, 64), (64, 32, 4, 1, 64), (32, 64, 4, 1, 64), (32, 32, 4, 1, 64), (16, 32, 4, 1, 64),
     ],
-    (4, 256): [(32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)],
+    (4, 256): [
+        (64, 32, 4, 2, 64), (32, 32, 4, 2, 64), (32, 32, 4, 1, 64), (16, 32, 4, 1, 64), (16, 16, 4, 1, 64),
+        (16, 16, 4, 1, 32),
+    ],
 }  # fmt: skip
 # Tokens of a chunk first here: the state is read and written once for each.
 CAUSAL_CANDIDATES = {
     (2, 64): [(64, 64, 4, 1), (32, 64, 4, 1), (16, 64, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)],
-    (2, 128): [(32, 64, 4, 1), (16, 64, 4, 1), (16, 64, 8, 1), (32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)],
-    (2, 256): [(16, 64, 4, 1), (16, 64, 8, 1), (16, 32, 4, 1), (16, 32, 8, 1), (16, 16, 4, 1), (16, 16, 8, 1)],
-    (4, 64): [(32, 32, 4, 1), (16, 32, 4, 1), (16, 32, 8, 1), (16, 16, 4, 1), (16, 16, 8, 1)],
-    (4, 128): [(16, 32, 8, 1), (16, 16, 4, 1), (16, 16, 8, 1)],
-    (4, 256): [(16, 16, 8, 1), (16, 16, 4, 1)],
+    (2, 128): [
+        (32, 64, 4, 1, 64), (16, 64, 4, 1, 64), (16, 64, 4, 1, 32), (16, 32, 4, 1, 64), (16, 32, 4, 1, 32),
+        (16, 16, 4, 1, 32), (16, 16, 4, 1, 16),
+    ],
+    (2, 256): [
+        (16, 64, 4, 1, 64), (16, 64, 8, 1, 64), (16, 64, 4, 1, 32), (16, 64, 8, 1, 32), (16, 64, 4, 1, 16),
+        (16, 32, 4, 1, 32), (16, 16, 4, 1, 32), (16, 16, 4, 1, 16),
+    ],
+    (4, 64): [(32, 32, 4, 1), (16, 32, 4, 1), (16, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1, 32), (16, 16, 4, 1, 16)],
+    (4, 128): [(16, 16, 4, 1, 64), (16, 16, 4, 1, 32), (16, 16, 4, 1, 16)],
+    (4, 256): [(16, 16, 4, 1, 64), (16, 16, 4, 1, 32), (16, 16, 4, 1, 16)],
 }  # fmt: skip
 
 
@@ -55,10 +65,11 @@ def choose(family: str, kernel: str, arch: str, width: int, dtype: torch.dtype) 
     """The first candidate that fits in every variant (masked or not) of this kernel, width and dtype."""
     cases = [c for c in FAMILIES[family].cases(widths=(width,)) if c.dtype == dtype and kernel in c.launches]
     candidates = CAUSAL_CANDIDATES if kernel.startswith("causal") else CANDIDATES
-    for block_m, block_n, num_warps, num_stages in candidates[dtype.itemsize, width]:
-        entry = {"itemsize": dtype.itemsize, "width": width, "block_m": block_m, "block_n": block_n}
-        entry |= {"num_warps": num_warps, "num_stages": num_stages}
-        table = {name: {arch: [entry]} for name in cases[0].launches}
+    keys = ("block_m", "block_n", "num_warps", "num_stages", "columns")
+    for candidate in candidates[dtype.itemsize, width]:
+        entry = {"itemsize": dtype.itemsize, "width": width} | dict(zip(keys, candidate, strict=False))
+        # for every kernel that a launch starts beside this one, too
+        table = {name: {arch: [entry]} for name in {*_dispatch.load_configs(family), *cases[0].launches}}
         fits = True
         for case in cases:
             with patch.object(_dispatch, "load_configs", lambda _, table=table: table):

@@ -1,10 +1,11 @@
 """Time implementations against each other in rounds whose order is drawn.
 
     python benchmarks/interleaved.py nystrom --tokens 4096 --rounds 12
+    python benchmarks/interleaved.py performer --tokens 16384 --rounds 5 --clock processor
     python benchmarks/interleaved.py patch_embed --rounds 250
 
 In a fixed order whoever follows the heaviest neighbour finds cold caches: for ratios near 1 that decides. Milliseconds,
-least and median.
+least and median, of the wall or (where others use the machine too) of the processor, summed over threads.
 """
 
 from __future__ import annotations
@@ -16,33 +17,50 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 import bench_nystrom
 import bench_patch_embed
+import bench_performer
 from measuring import environment
+from medformer_kernels import orthogonal_features
+
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
+clock = CLOCKS["wall"]
 
 
 def rounds(calls: dict[str, Callable[[], Any]], number: int) -> dict[str, str]:
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(number):
         for name, call in random.sample(list(calls.items()), len(calls)):
-            start = time.perf_counter()
+            start = clock()
             call()
-            times[name].append(1e3 * (time.perf_counter() - start))
+            times[name].append(1e3 * (clock() - start))
     return {name: f"{min(t):.2f} {statistics.median(t):.2f}" for name, t in times.items()}
 
 
 def nystrom(tokens: int, number: int) -> None:
-    shape = (1, bench_nystrom.HEADS, tokens, bench_nystrom.WIDTH)
-    q, k, v, dout = (torch.randn(shape) for _ in range(4))
     weight = 0.1 * torch.randn(bench_nystrom.HEADS, bench_nystrom.TAPS)
-    made = {
-        name: getattr(bench_nystrom, name)(weight, tokens)
-        for name in ("medformer", "composition", "nystrom_attention_pypi")
-    }
+    made = {}
+    for implementation in bench_nystrom.IMPLEMENTATIONS:
+        try:
+            made[implementation.__name__] = implementation(weight, tokens)
+        except pytest.skip.Exception as why:
+            print(f"{implementation.__name__} skipped: {why}")
+    steps(made, (1, bench_nystrom.HEADS, tokens, bench_nystrom.WIDTH), number)
 
-    def step(attention: bench_nystrom.Attention) -> None:
+
+def performer(tokens: int, number: int, causal: bool) -> None:
+    omega = orthogonal_features(bench_performer.FEATURES, bench_performer.WIDTH)
+    made = {f.__name__: f(omega) for f in (bench_performer.CAUSAL if causal else bench_performer.LINEAR[:2])}
+    steps(made, (1, bench_performer.HEADS, tokens, bench_performer.WIDTH), number)
+
+
+def steps(made: dict[str, Callable[..., torch.Tensor]], shape: tuple[int, ...], number: int) -> None:
+    q, k, v, dout = (torch.randn(shape) for _ in range(4))
+
+    def step(attention: Callable[..., torch.Tensor]) -> None:
         given = [x.detach().requires_grad_() for x in (q, k, v)]
         torch.autograd.grad(attention(*given), given, dout)
 
@@ -64,14 +82,20 @@ def patch_embed(number: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("family", choices=["nystrom", "patch_embed"])
-    parser.add_argument("--tokens", type=int, default=4096, help="of nystrom")
+    parser.add_argument("family", choices=["nystrom", "patch_embed", "performer"])
+    parser.add_argument("--tokens", type=int, default=4096, help="of nystrom and performer")
+    parser.add_argument("--causal", action="store_true", help="performer in causal order")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--rounds", type=int, default=20)
     arguments = parser.parse_args()
+    global clock
+    clock = CLOCKS[arguments.clock]
     print(environment())
     torch.manual_seed(0)
     if arguments.family == "nystrom":
         nystrom(arguments.tokens, arguments.rounds)
+    elif arguments.family == "performer":
+        performer(arguments.tokens, arguments.rounds, arguments.causal)
     else:
         patch_embed(arguments.rounds)
 

@@ -21,15 +21,15 @@ def results(function, q, k, v, omega, **kwargs) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize("masked", [False, True])
-def test_error_is_at_most_twice_that_of_plain_pytorch(dtype, masked):
-    q, k, v = (draw(2, 2, 1500, 64, dtype=dtype) for _ in range(3))
-    omega = orthogonal_features(256, 64, device="cuda")
+@pytest.mark.parametrize(("masked", "width"), [(False, 64), (True, 64), (True, 128), (False, 200)])
+def test_error_is_at_most_twice_that_of_plain_pytorch(dtype, masked, width):
+    q, k, v = (draw(2, 2, 1500, width, dtype=dtype) for _ in range(3))
+    omega = orthogonal_features(256, width, device="cuda")
     mask = torch.rand(2, 1500, device="cuda") > 0.3 if masked else None
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
     expected = results(performer_attention_reference, *exact, omega.double(), key_padding_mask=mask)
     plain = results(performer_attention_reference, q, k, v, omega.to(dtype), key_padding_mask=mask)
-    backend = "auto" if dtype == torch.float32 else "triton"
+    backend = "auto" if dtype == torch.float32 or width > 64 else "triton"  # not every chip has those tiles
     actual = results(performer_attention, q, k, v, omega, key_padding_mask=mask, backend=backend)
     for name, a, b, c in zip(("out", "dq", "dk", "dv"), actual, plain, expected, strict=True):
         allowed = 2 * (b - c).abs().max() + 2 * torch.finfo(dtype).eps * c.abs().max() + 1e-6

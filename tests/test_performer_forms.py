@@ -98,11 +98,35 @@ def test_documents_are_as_if_each_were_alone(causal, masked, feature):
     torch.testing.assert_close(out[:, :, second], alone)
 
 
-def test_documents_run_in_the_kernels():
-    q, k, v = inputs(width=16, width_v=16, dtype=torch.float32)
+@pytest.mark.parametrize(
+    "ends",
+    [[0, 1, 2, 2, 9, 10, 10, 10, 17, 23, 24, 31], [0, 0, 40], [0, 530, 540, 540, 560]],
+    ids=["many short, empty, of one token", "one and an empty", "long, cut into slices"],
+)
+def test_documents_run_in_the_kernels_side_by_side(ends, monkeypatch):
+    """However many there are: two launches' worth of calls, no more."""
+    from medformer_kernels.performer import fused
+
+    calls = []
+    for name in ("state", "read"):
+        function = getattr(fused, name)
+        monkeypatch.setattr(fused, name, lambda *a, f=function, name=name: calls.append(name) or f(*a))
+    q, k, v = inputs(ends[-1], batch=1, heads=1, kv_heads=1, width=16, width_v=16, dtype=torch.float32)
+    leaves = [q, k, v, omega_for(16, 20, dtype=torch.float32)]
+    mask = torch.rand(1, ends[-1], generator=torch.Generator().manual_seed(3)) > 0.2
+    kwargs = {"cu_seqlens": torch.tensor(ends), "key_padding_mask": mask}
+    actual = outputs_and_gradients(performer_attention, *leaves, backend="triton", **kwargs)
+    assert calls == ["state", "read"]
+    expected = outputs_and_gradients(performer_attention_reference, *leaves, **kwargs)
+    for name, a, b in zip(NAMES, actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_documents_with_epsilon_run_in_the_kernels():
+    q, k, v = (x.detach() for x in inputs(width=16, width_v=16, dtype=torch.float32))
     omega, boundaries = omega_for(16, 32, dtype=torch.float32).detach(), torch.tensor([0, 15, 40])
-    expected = performer_attention_reference(q, k, v, omega, cu_seqlens=boundaries)
-    actual = performer_attention(q, k, v, omega, cu_seqlens=boundaries, backend="triton")
+    expected = performer_attention_reference(q, k, v, omega, cu_seqlens=boundaries, eps=1e-3)
+    actual = performer_attention(q, k, v, omega, cu_seqlens=boundaries, eps=1e-3, backend="triton")
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -21,7 +21,7 @@ def results(function, q, k, v, omega, **kwargs) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize(("width", "features"), [(16, 64), (64, 256), (72, 300), (128, 640)])
+@pytest.mark.parametrize(("width", "features"), [(16, 64), (64, 256), (72, 300), (128, 640), (160, 300), (256, 256)])
 @pytest.mark.parametrize(("masked", "eps"), [(False, 0.0), (True, 1e-3)])
 def test_error_is_at_most_twice_that_of_plain_pytorch(dtype, width, features, masked, eps):
     q, k, v = (draw(2, 3, n, width, dtype=dtype) for n in (257, 1000, 1000))
@@ -79,6 +79,16 @@ def test_equal_inputs_give_equal_bits():
     omega = orthogonal_features(256, 64, device="cuda")
     first, second = results(performer_attention, q, k, v, omega), results(performer_attention, q, k, v, omega)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_many_documents_are_as_if_each_were_alone():
+    q, k, v = (draw(1, 4, 3000, 64).detach() for _ in range(3))
+    omega = orthogonal_features(256, 64, device="cuda")
+    ends = [0, 1, 1, 40, 700, 701, 3000]
+    out = performer_attention(q, k, v, omega, cu_seqlens=torch.tensor(ends), backend="triton")
+    for start, end in ((0, 1), (1, 40), (40, 700), (700, 701), (701, 3000)):
+        alone = performer_attention(*(x[:, :, start:end] for x in (q, k, v)), omega, backend="triton")
+        torch.testing.assert_close(out[:, :, start:end], alone, rtol=2e-2, atol=2e-2)
 
 
 def test_runs_inside_a_cuda_graph():

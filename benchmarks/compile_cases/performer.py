@@ -8,21 +8,31 @@ import torch
 
 from ahead_of_time import TARGETS
 from compile_cases.shapes import Case, Family, Floor
+from medformer_kernels._dispatch import load_configs
 from medformer_kernels.performer import causal_fused, default_num_features, fused
 
 __all__ = ["FAMILY"]
 
-WIDTHS = (64, 128)
-# Chips with causal tiles, which are for 16 bit and heads up to 64: elsewhere none of those tried fits.
-CAUSAL_ARCHS = ("sm_80", "sm_90", "sm_100")
-# Chips with a tile for the gradient of omega in float32 at heads of 128: elsewhere none of those tried fits.
-WIDE_OMEGA_ARCHS = ("sm_80", "gfx942")
+WIDTHS = (64, 128, 256)
+
+
+def chips_with(kernels: tuple[str, ...], width: int, dtype: torch.dtype) -> tuple[str, ...]:
+    """Chips on which each of `kernels` has a tile for heads this wide; elsewhere none of those tried fits."""
+    tables = load_configs("performer")
+    return tuple(
+        arch
+        for arch in TARGETS
+        if all(
+            any(entry["itemsize"] == dtype.itemsize and entry["width"] >= width for entry in tables[kernel][arch])
+            for kernel in kernels
+        )
+    )
 
 
 def cases(*, widths: tuple[int, ...] = WIDTHS, tokens: int = 262_144) -> Iterator[Case]:
     """B=1 H=8; plain, and with key padding mask, epsilon and a trained omega; every width; 16 bit and float32."""
 
-    def case(width: int, dtype: torch.dtype, full: bool, trained: bool, archs: tuple[str, ...] = ()) -> Case:
+    def case(width: int, dtype: torch.dtype, full: bool) -> Case:
         num_features = default_num_features(width)
         x = torch.empty(1, 8, tokens, width, dtype=dtype, device="meta")
         omega = torch.empty(num_features, width, device="meta")
@@ -33,28 +43,28 @@ def cases(*, widths: tuple[int, ...] = WIDTHS, tokens: int = 262_144) -> Iterato
         extra = (values[:, :, 0], lse[:, :, 0]) if full else (None, None)
 
         def backward() -> None:
-            fused.read_backward(x, omega, values, lse, *extra, x, row, x, trained)
+            fused.read_backward(x, omega, values, lse, *extra, x, row, x, True)
 
         def state_backward() -> None:
-            fused.state_backward(x, x, omega, mask, values, lse, values, lse, trained)
-
-        def omega_gradient() -> None:
-            fused.read_backward(x, omega, values, lse, *extra, x, row, x, True)
             fused.state_backward(x, x, omega, mask, values, lse, values, lse, True)
 
+        def omega_gradient() -> None:
+            backward()
+            state_backward()
+
         return Case(
-            name=f"D={width} M={num_features} {str(dtype)[6:]} {'mask eps' if full else 'plain'}{' omega' * trained}",
+            name=f"D={width} M={num_features} {str(dtype)[6:]} {'mask eps' if full else 'plain'} omega",
             width=width,
             dtype=dtype,
-            archs=archs,
+            archs=chips_with(("state_fwd", "read_fwd", "read_dq", "read_dstate", "state_bwd", "omega"), width, dtype),
             launches={
                 "state_fwd": lambda: fused.state(x, x, omega, mask, full),
                 "read_fwd": lambda: fused.read(x, omega, values, lse, *extra),
                 "read_dq": backward,
                 "read_dstate": backward,
                 "state_bwd": state_backward,
-            }
-            | ({"omega": omega_gradient} if trained else {}),
+                "omega": omega_gradient,
+            },
         )
 
     def causal_case(width: int, dtype: torch.dtype, full: bool) -> Case:
@@ -77,19 +87,14 @@ def cases(*, widths: tuple[int, ...] = WIDTHS, tokens: int = 262_144) -> Iterato
                 "causal_dq": backward,
                 "causal_dkv": backward,
             },
-            archs=CAUSAL_ARCHS,
+            archs=chips_with(("causal_fwd", "causal_dq", "causal_dkv"), width, dtype),
         )
 
     for width in widths:
         for dtype in (torch.bfloat16, torch.float32):
             for full in (False, True):
-                if width == 128 and dtype == torch.float32:
-                    yield case(width, dtype, full, trained=False)
-                    yield case(width, dtype, full, trained=True, archs=WIDE_OMEGA_ARCHS)
-                else:
-                    yield case(width, dtype, full, trained=True)
-                if width == 64 and dtype == torch.bfloat16:
-                    yield causal_case(width, dtype, full)
+                yield case(width, dtype, full)
+                yield causal_case(width, dtype, full)
 
 
 def floors() -> Iterator[Floor]:

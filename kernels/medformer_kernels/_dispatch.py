@@ -157,6 +157,8 @@ class Plan:
     num_stages: int
     slice_length: int
     slices: int
+    columns: int
+    """Columns of a head that a program holds at once: all, unless the tile says less."""
 
 
 def launch_plan(
@@ -188,6 +190,7 @@ def launch_plan(
         num_stages=entry["num_stages"],
         slice_length=slice_length,
         slices=max(1, -(-tokens // slice_length)),
+        columns=entry.get("columns", entry["width"]),
     )
 
 

@@ -5,6 +5,7 @@ arguments      checks, and the forms that reduce to the plain one (grouped heads
 chunked        bidirectional, PyTorch          causal         causal, PyTorch
 fused          bidirectional, Triton launches  kernels        its kernels
 causal_fused   causal, Triton launches         causal_kernels its kernels, of causal_tiles
+columns        heads wider than a tile, in the kernels of both
 ops            `torch.library` operators over these, with their gradients
 elementwise    ReLU and other features that are no exponentials
 decode         causal, one token at a time     accuracy       FAVOR+ measured against exact attention
@@ -81,8 +82,8 @@ def performer_attention(
         causal: query i reads keys 0 to i only; needs N = S and, for exponential features, eps = 0.
         key_padding_mask: any pattern, True = a real key. A query without one gives 0.
         cu_seqlens: boundaries of documents laid end to end along the tokens, 0 first and N last: none reads another.
-            Their lengths are read on the host. They run side by side where a kernel has `causal`, else one after the
-            other.
+            Their lengths are read on the host. The kernels run them side by side (with `eps`, and in PyTorch, one
+            after the other).
         feature: 'softmax' (positive features); 'hyperbolic' (those of omega and of -omega: lower variance, twice
             the cost); 'relu', or a function of each value of omega x', both plus `eps`.
         eps: added to every feature.
@@ -109,7 +110,7 @@ def performer_attention(
             return elementwise.attention(
                 q, k, v, omega_q, function, causal=causal, key_padding_mask=mask, eps=eps
             )  # fmt: skip
-        return _bidirectional(q, k, v, omega, mask, eps, backend)
+        return _bidirectional(q, k, v, omega, mask, eps, backend, None)
 
     # The dtype is settled: inside, autocast would round float32 states and exponents again.
     with torch.autocast(q.device.type, enabled=False):
@@ -120,6 +121,9 @@ def performer_attention(
             )[0]  # fmt: skip
         if cu_seqlens is None:
             return attend(q, k, v, key_padding_mask)
+        if backend == "triton" and eps == 0:
+            boundaries = boundaries_of(cu_seqlens, q.shape[2])
+            return _bidirectional(q, k, v, omega, key_padding_mask, eps, backend, boundaries)
         parts = documents(cu_seqlens, q, k, v, key_padding_mask)
         return torch.cat([attend(*part) for part in parts], 2) if parts else q.new_zeros((*q.shape[:3], v.shape[-1]))
 
@@ -131,18 +135,25 @@ def _omega_of_queries(q: Tensor, omega: Tensor) -> Tensor:
 
 
 def _bidirectional(
-    q: Tensor, k: Tensor, v: Tensor, omega: Tensor, key_padding_mask: Tensor | None, eps: float, backend: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    omega: Tensor,
+    key_padding_mask: Tensor | None,
+    eps: float,
+    backend: str,
+    boundaries: list[int] | None,
 ) -> Tensor:
     omega_q = _omega_of_queries(q, omega)
     k, v, omega, groups = shared_heads(q, k, v, omega, repeat_keys=False)
-    values, lse, exponent_max = performer_state(k, v, omega, key_padding_mask, eps > 0, backend)
+    values, lse, exponent_max = performer_state(k, v, omega, key_padding_mask, eps > 0, backend, boundaries)
     state = (values, lse)
     if eps > 0:
         state = _add_epsilon(v, values, lse, exponent_max, key_padding_mask, eps)
     if groups > 1:
         state = tuple(x.repeat_interleave(groups, 1) for x in state)
     values, lse, *extra = state
-    return performer_read(q, omega_q, values, lse, *(extra or (None, None)), backend)[0]
+    return performer_read(q, omega_q, values, lse, *(extra or (None, None)), backend, boundaries)[0]
 
 
 def _add_epsilon(

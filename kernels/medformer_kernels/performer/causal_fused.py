@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -30,7 +29,16 @@ from medformer_kernels.performer.causal_kernels import (
     performer_causal_fwd_kernel,
     performer_scan_kernel,
 )
-from medformer_kernels.performer.fused import Cost, common, omega_strides, packed
+from medformer_kernels.performer.fused import (
+    Cost,
+    Slices,
+    column_blocks,
+    common,
+    cut,
+    merged_rows,
+    omega_strides,
+    packed,
+)
 from medformer_kernels.performer.kernels import performer_state_fwd_kernel
 
 __all__ = ["backward", "costs", "forward", "launch_plan"]
@@ -56,8 +64,8 @@ def forward(
     out = q.new_empty((*q.shape[:3], v.shape[-1]))
     out_lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     tops = out_lse.new_empty((3, *out_lse.shape))
-    performer_causal_fwd_kernel[(call.batch_heads * walk.count,)](
-        q, k, v, call.omega, call.mask, walk.bounds, values, lse, out, out_lse, *tops.unbind(),
+    performer_causal_fwd_kernel[(call.batch_heads * walk.slices.count,)](
+        q, k, v, call.omega, call.mask, walk.slices.table, values, lse, out, out_lse, *tops.unbind(),
         *call.strides, *call.sizes(walk), **call.options(walk),
     )  # fmt: skip
     return out, out_lse, tops
@@ -88,9 +96,9 @@ def backward(
         walk = call.walk("causal_dq", boundaries)
         values, lse, _ = _states(call, walk)
         part = call.omega_parts(walk, of_omega)
-        performer_causal_dq_kernel[(call.batch_heads * walk.count,)](
-            q, k, v, call.omega, call.mask, walk.bounds, values, lse, *tops.unbind(), out, out_lse, delta, dout, dq,
-            part, *call.strides, *dout.stride(), *dq.stride(), *call.sizes(walk), OF_OMEGA=of_omega,
+        performer_causal_dq_kernel[(call.batch_heads * walk.slices.count,)](
+            q, k, v, call.omega, call.mask, walk.slices.table, values, lse, *tops.unbind(), out, out_lse, delta, dout,
+            dq, part, *call.strides, *dout.stride(), *dq.stride(), *call.sizes(walk), OF_OMEGA=of_omega,
             **call.options(walk),
         )  # fmt: skip
         if of_omega:
@@ -99,8 +107,8 @@ def backward(
         walk = call.walk("causal_dkv", boundaries)
         values, lse, extra = _states(call, walk, (out_lse, delta, dout))
         part = call.omega_parts(walk, of_omega)
-        performer_causal_dkv_kernel[(call.batch_heads * walk.count,)](
-            q, k, v, call.omega, call.mask, walk.bounds, values, lse, extra, *tops.unbind(), out_lse, delta, dout,
+        performer_causal_dkv_kernel[(call.batch_heads * walk.slices.count,)](
+            q, k, v, call.omega, call.mask, walk.slices.table, values, lse, extra, *tops.unbind(), out_lse, delta, dout,
             dk, dv, part, *call.strides, *dout.stride(), *dk.stride(), *dv.stride(), *call.sizes(walk),
             OF_OMEGA=of_omega, **call.options(walk),
         )  # fmt: skip
@@ -118,10 +126,7 @@ class _Walk:
     """The slices of one launch."""
 
     plan: Plan
-    count: int
-    documents: int
-    bounds: Tensor
-    """(count, 4): start, end, whether it begins, whether it ends a document; not read where there is one document."""
+    slices: Slices
 
 
 class _Call:
@@ -145,7 +150,7 @@ class _Call:
     def sizes(self, walk: _Walk) -> tuple[Any, ...]:
         return (
             self.q.shape[1], self.groups, self.tokens, self.num_features, self.width, self.width_v,
-            walk.plan.slice_length, walk.count, self.width**-0.25,
+            walk.plan.slice_length, walk.slices.count, self.width**-0.25,
         )  # fmt: skip
 
     def options(self, walk: _Walk) -> dict[str, Any]:
@@ -156,7 +161,7 @@ class _Call:
         elif self.q.dtype == torch.float16 and self.chip.arch.startswith("sm_"):
             ranged = "tf32"  # as many bits as float16, with the range of float32
         return options | {
-            "BLOCK_N": walk.plan.block_n, "HAS_MASK": self.has_mask, "VARLEN": walk.documents > 1,
+            "BLOCK_N": walk.plan.block_n, "HAS_MASK": self.has_mask, "VARLEN": walk.slices.varlen,
             "RANGED_PRECISION": ranged,
         }  # fmt: skip
 
@@ -165,18 +170,10 @@ class _Call:
             kernel, chip=self.chip, num_features=self.num_features, width=max(self.width, self.width_v),
             itemsize=self.q.element_size(), tokens=self.tokens, batch_heads=self.batch_heads,
         )  # fmt: skip
-        if len(boundaries) == 2:
-            return _Walk(plan=plan, count=plan.slices, documents=1, bounds=self.q)
-        rows = []
-        for start, end in pairwise(boundaries):
-            starts = range(start, end, plan.slice_length)
-            rows += [(s, min(s + plan.slice_length, end), s == start, s == starts[-1]) for s in starts]
-        bounds = torch.tensor(rows, dtype=torch.int32).to(self.q.device, non_blocking=True)
-        documents = sum(start < end for start, end in pairwise(boundaries))
-        return _Walk(plan=plan, count=len(rows), documents=max(2, documents), bounds=bounds)
+        return _Walk(plan=plan, slices=cut(boundaries, plan.slice_length, self.q))
 
     def omega_parts(self, walk: _Walk, with_omega: bool) -> Tensor:
-        shape = (*self.q.shape[:2], walk.count, self.num_features, self.width)
+        shape = (*self.q.shape[:2], walk.slices.count, self.num_features, self.width)
         return self.q.new_zeros(shape if with_omega else (0,), dtype=torch.float32)
 
 
@@ -184,8 +181,9 @@ def _states(
     call: _Call, walk: _Walk, queries: tuple[Tensor, Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(values, lse in base 2, extra) before each slice: of keys; or after it, of `queries` (out_lse, delta, dout)."""
-    shape = (*call.q.shape[:2], walk.count, call.num_features)
-    if walk.count == walk.documents:
+    slices = walk.slices
+    shape = (*call.q.shape[:2], slices.count, call.num_features)
+    if slices.whole:
         values = call.q.new_zeros((*shape, call.width_v), dtype=torch.float32)
         return values, values.new_full(shape, -math.inf), values.new_zeros(shape)
     values = call.q.new_empty((*shape, call.width_v), dtype=torch.float32)
@@ -200,20 +198,21 @@ def _states(
     block_m = min(tile["block_m"], block(call.num_features))
     plan = Plan(
         block_m=block_m, block_n=tile["block_n"], num_warps=tile["num_warps"], num_stages=tile["num_stages"],
-        slice_length=walk.plan.slice_length, slices=walk.count,
+        slice_length=walk.plan.slice_length, slices=slices.count, columns=tile.get("columns", tile["width"]),
     )  # fmt: skip
-    varlen = walk.documents > 1
-    performer_state_fwd_kernel[(call.batch_heads * walk.count * -(-call.num_features // block_m),)](
-        x, y, call.omega, mask, walk.bounds, row_lse, delta, values, lse, extra,
+    programs = call.batch_heads * slices.count * -(-call.num_features // block_m) * column_blocks(call.width_v, plan)
+    performer_state_fwd_kernel[(programs,)](
+        x, y, call.omega, mask, slices.table, row_lse, delta, values, lse, extra,
         *x.stride(), *y.stride(), *omega_strides(call.omega), *mask_strides,
         call.q.shape[1], groups, call.tokens, call.num_features, call.width, call.width_v, plan.slice_length,
         plan.slices, call.width**-0.25,
         BLOCK_S=plan.block_n, HAS_MASK=call.has_mask and not queries, WITH_MAX=False, CARRIED=True,
-        QUERIES=queries is not None, VARLEN=varlen, **common(x, call.width_v, plan),
+        QUERIES=queries is not None, VARLEN=slices.varlen, **common(x, call.width_v, plan),
     )  # fmt: skip
-    performer_scan_kernel[(call.batch_heads * -(-call.num_features // 32),)](
-        values, lse, extra, walk.bounds, call.num_features, call.width_v, walk.count,
-        BLOCK_M=32, BLOCK_DV=block(call.width_v), REVERSE=queries is not None, VARLEN=varlen, num_warps=4,
+    rows = merged_rows(call.width_v)
+    performer_scan_kernel[(call.batch_heads * -(-call.num_features // rows),)](
+        values, lse, extra, slices.table, call.num_features, call.width_v, slices.count,
+        BLOCK_M=rows, BLOCK_DV=block(call.width_v), REVERSE=queries is not None, VARLEN=slices.varlen, num_warps=4,
     )  # fmt: skip
     return values, lse, extra
 
@@ -221,7 +220,7 @@ def _states(
 def costs(
     *, chip: Chip, batch_heads: int, tokens: int, num_features: int, width: int, width_v: int, itemsize: int
 ) -> dict[str, Cost]:
-    """Cost by kernel of a forward and a backward pass, from the launch plans themselves.
+    """Cost by kernel of a forward and a backward pass, from the launch plans themselves; of heads no wider than a tile.
 
     A program's own state is not counted: read and written once a chunk, it stays in the cache (2 programs a
     multiprocessor x M (Dv + 1) float32 numbers, 18 MB on an H200 with M=256 and Dv=64).

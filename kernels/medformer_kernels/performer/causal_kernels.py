@@ -12,27 +12,31 @@ chunk: it stays in the cache), so that features and widths may be of any number:
 
 Pairs inside a chunk are products of two tiles of features, each relative to the maximum of its own query or key; where
 a query spans more than SPAN bits, such a product would underflow and the pairs are summed one key at a time instead.
-Exponents are in base 2. No atomics: equal inputs give equal bits.
+Of heads wider than a tile the outputs are made one block of columns after the other, each with the features again; the
+last of these rounds moves the state on. Exponents are in base 2. No atomics: equal inputs give equal bits.
 """
 
 import triton
 import triton.language as tl
 
-from medformer_kernels._triton import LOG2E, divide_rows, load_rows, softmax_merge, softmax_step, store_rows
+from medformer_kernels._triton import LOG2E, divide_rows, softmax_merge, softmax_step
 from medformer_kernels.performer.causal_tiles import (
     SPAN,
     add_to_omega,
     advance,
+    advance_all,
     exact_de,
     exact_du,
     exact_logs,
     exponents,
     key_ok,
     key_shift,
+    next_weights,
     ranged,
     scale_of_pairs,
     tops,
 )
+from medformer_kernels.performer.columns import load_tile, product, row_products, store_tile
 from medformer_kernels.performer.kernels import slice_bounds
 
 # Lengths and slices never specialise a kernel: the first call on a new length compiles nothing.
@@ -56,7 +60,6 @@ def performer_scan_kernel(
     offs_m = tl.arange(0, BLOCK_M)
     offs_dv = tl.arange(0, BLOCK_DV)
     m_ok = m0 + offs_m < M
-    dv_ok = offs_dv < DV
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -77,8 +80,8 @@ def performer_scan_kernel(
         part = (bh * slices + s) * M
         part_ok = m0 + offs_m < tl.where(own, 0, M)
         lse = tl.load(LSE + part + m0 + offs_m, mask=part_ok, other=float("-inf")) * LOG2E
-        values = load_rows(VALUES + part * DV, m0, DV, offs_m, offs_dv, 1, part_ok, dv_ok)
-        store_rows(VALUES + part * DV, m0, DV, offs_m, offs_dv, 1, m_ok, dv_ok, divide_rows(acc, total))
+        values = load_tile((VALUES + part * DV, m0, DV, offs_m, 1, part_ok), offs_dv, DV)
+        store_tile((VALUES + part * DV, m0, DV, offs_m, 1, m_ok), offs_dv, DV, divide_rows(acc, total))
         tl.store(LSE + part + m0 + offs_m, top + tl.log2(total), mask=m_ok)
         if REVERSE:
             extra = tl.where(fresh, 0.0, extra)
@@ -115,8 +118,6 @@ def performer_causal_fwd_kernel(
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    d_ok = offs_d < D
-    dv_ok = offs_dv < DV
     exponent_scale = scale * LOG2E
     half_scale = scale * scale * 0.5 * LOG2E
     Q += b * q_stride_b + h * q_stride_h
@@ -129,52 +130,60 @@ def performer_causal_fwd_kernel(
     for n0 in tl.range(start, end, BLOCK_N, disable_licm=True):
         n_in = n0 + offs_n < end
         n_ok = key_ok(MASK, mask_stride_n, n_in, n0, offs_n, HAS_MASK)
-        q = load_rows(Q, n0, q_stride_n, offs_n, offs_d, q_stride_d, n_in, d_ok)
-        k = load_rows(K, n0, k_stride_n, offs_n, offs_d, k_stride_d, n_ok, d_ok)
-        v = load_rows(V, n0, v_stride_n, offs_n, offs_dv, v_stride_d, n_ok, dv_ok)
-        shift = key_shift(k, n_ok, half_scale)
+        q_at = (Q, n0, q_stride_n, offs_n, q_stride_d, n_in)
+        k_at = (K, n0, k_stride_n, offs_n, k_stride_d, n_ok)
+        v_at = (V, n0, v_stride_n, offs_n, v_stride_d, n_ok)
+        q = load_tile(q_at, offs_d, D)
+        k = load_tile(k_at, offs_d, D)
+        shift = key_shift(k, k_at, half_scale, offs_d, D, BLOCK_D)
         no_shift = tl.zeros([BLOCK_N], tl.float32)
-        top = tl.full([BLOCK_N], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_N], tl.float32)
-        acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-        pairs = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
-        u_top = tl.full([BLOCK_N], float("-inf"), tl.float32)
-        u_low = tl.full([BLOCK_N], float("inf"), tl.float32)
-        e_top = tl.full([BLOCK_N], float("-inf"), tl.float32)
-        for m0 in tl.range(0, M, BLOCK_M, disable_licm=True):
-            m_ok = m0 + offs_m < M
-            omega = load_rows(OMEGA, m0, omega_stride_m, offs_m, offs_d, 1, m_ok, d_ok)
-            values = load_rows(VALUES, m0, DV, offs_m, offs_dv, 1, m_ok, dv_ok)
-            lse = tl.load(LSE + m0 + offs_m, mask=m_ok, other=float("-inf"))
-            u = exponents(q, omega, exponent_scale, no_shift, m_ok, PRECISION)
-            top, total, acc = softmax_step(top, total, acc, u + lse[None, :], values.to(v.dtype), PRECISION)
-            e = exponents(k, omega, exponent_scale, shift, m_ok, PRECISION)
-            u_low = tl.minimum(u_low, tl.min(tl.where(m_ok[None, :], u, float("inf")), 1))
-            new_u_top = tl.maximum(u_top, tl.max(u, 1))
-            new_e_top = tl.maximum(e_top, tl.max(e, 1))
-            e_base = tl.where(new_e_top == float("-inf"), 0.0, new_e_top)
-            phi_q = ranged(tl.exp2(u - new_u_top[:, None]), q)
-            phi_k = ranged(tl.exp2(e - e_base[:, None]), q)
-            pairs *= tl.exp2(u_top - new_u_top)[:, None] * tl.exp2(e_top - e_base)[None, :]
-            pairs = tl.dot(phi_q, tl.trans(phi_k), pairs, input_precision=RANGED_PRECISION)
-            u_top = new_u_top
-            e_top = new_e_top
-            values, lse, _shares, _kept = advance(values, lse, e, v, PRECISION)
-            store_rows(VALUES, m0, DV, offs_m, offs_dv, 1, m_ok, dv_ok, values)
-            tl.store(LSE + m0 + offs_m, lse, mask=m_ok)
-        logs = tl.log2(pairs) + u_top[:, None] + e_top[None, :]
-        if tl.max(u_top - u_low, 0) > SPAN:
-            logs = exact_logs(
-                q, k, OMEGA, omega_stride_m, M, exponent_scale, no_shift, shift, offs_n, offs_m, offs_d, d_ok,
-                BLOCK_N, BLOCK_M, PRECISION,
-            )  # fmt: skip
-        logs = tl.where((n0 + offs_n)[:, None] >= (n0 + offs_n)[None, :], logs, float("-inf"))
-        top, total, acc = softmax_step(top, total, acc, logs, v, PRECISION)
-        tl.store(U_TOP + bh * N + n0 + offs_n, u_top, mask=n_in)
-        tl.store(U_LOW + bh * N + n0 + offs_n, u_low, mask=n_in)
-        tl.store(E_TOP + bh * N + n0 + offs_n, e_top, mask=n_in)
-        store_rows(OUT + bh * N * DV, n0, DV, offs_n, offs_dv, 1, n_in, dv_ok, divide_rows(acc, total))
-        tl.store(OUT_LSE + bh * N + n0 + offs_n, (top + tl.log2(total)) / LOG2E, mask=n_in)
+        for c0 in tl.range(0, DV, BLOCK_DV, disable_licm=True):
+            offs_c = c0 + offs_dv
+            v = load_tile(v_at, offs_c, DV)
+            top = tl.full([BLOCK_N], float("-inf"), tl.float32)
+            total = tl.zeros([BLOCK_N], tl.float32)
+            acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+            pairs = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
+            u_top = tl.full([BLOCK_N], float("-inf"), tl.float32)
+            u_low = tl.full([BLOCK_N], float("inf"), tl.float32)
+            e_top = tl.full([BLOCK_N], float("-inf"), tl.float32)
+            for m0 in tl.range(0, M, BLOCK_M, disable_licm=True):
+                m_ok = m0 + offs_m < M
+                omega_at = (OMEGA, m0, omega_stride_m, offs_m, 1, m_ok)
+                omega = load_tile(omega_at, offs_d, D)
+                values_at = (VALUES, m0, DV, offs_m, 1, m_ok)
+                values = load_tile(values_at, offs_c, DV)
+                lse = tl.load(LSE + m0 + offs_m, mask=m_ok, other=float("-inf"))
+                u = exponents(q, omega, q_at, omega_at, exponent_scale, no_shift, offs_d, D, BLOCK_D, PRECISION)
+                top, total, acc = softmax_step(top, total, acc, u + lse[None, :], values.to(v.dtype), PRECISION)
+                e = exponents(k, omega, k_at, omega_at, exponent_scale, shift, offs_d, D, BLOCK_D, PRECISION)
+                u_low = tl.minimum(u_low, tl.min(tl.where(m_ok[None, :], u, float("inf")), 1))
+                new_u_top = tl.maximum(u_top, tl.max(u, 1))
+                new_e_top = tl.maximum(e_top, tl.max(e, 1))
+                e_base = tl.where(new_e_top == float("-inf"), 0.0, new_e_top)
+                phi_q = ranged(tl.exp2(u - new_u_top[:, None]), q)
+                phi_k = ranged(tl.exp2(e - e_base[:, None]), q)
+                pairs *= tl.exp2(u_top - new_u_top)[:, None] * tl.exp2(e_top - e_base)[None, :]
+                pairs = tl.dot(phi_q, tl.trans(phi_k), pairs, input_precision=RANGED_PRECISION)
+                u_top = new_u_top
+                e_top = new_e_top
+                new_lse, p, kept, inverse = next_weights(lse, e)
+                store_tile(values_at, offs_c, DV, advance(values, p, kept, inverse, v, PRECISION))
+                if c0 + BLOCK_DV >= DV:
+                    tl.store(LSE + m0 + offs_m, new_lse, mask=m_ok)
+            logs = tl.log2(pairs) + u_top[:, None] + e_top[None, :]
+            if tl.max(u_top - u_low, 0) > SPAN:
+                logs = exact_logs(
+                    q, k, q_at, k_at, OMEGA, omega_stride_m, M, exponent_scale, no_shift, shift, offs_n, offs_m, offs_d,
+                    D, BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
+                )  # fmt: skip
+            logs = tl.where((n0 + offs_n)[:, None] >= (n0 + offs_n)[None, :], logs, float("-inf"))
+            top, total, acc = softmax_step(top, total, acc, logs, v, PRECISION)
+            tl.store(U_TOP + bh * N + n0 + offs_n, u_top, mask=n_in)
+            tl.store(U_LOW + bh * N + n0 + offs_n, u_low, mask=n_in)
+            tl.store(E_TOP + bh * N + n0 + offs_n, e_top, mask=n_in)
+            store_tile((OUT + bh * N * DV, n0, DV, offs_n, 1, n_in), offs_c, DV, divide_rows(acc, total))
+            tl.store(OUT_LSE + bh * N + n0 + offs_n, (top + tl.log2(total)) / LOG2E, mask=n_in)
         tl.debug_barrier()  # the state that one thread wrote, another reads
 
 
@@ -207,8 +216,6 @@ def performer_causal_dq_kernel(
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    d_ok = offs_d < D
-    dv_ok = offs_dv < DV
     exponent_scale = scale * LOG2E
     half_scale = scale * scale * 0.5 * LOG2E
     Q += b * q_stride_b + h * q_stride_h
@@ -224,56 +231,77 @@ def performer_causal_dq_kernel(
     for n0 in tl.range(start, end, BLOCK_N, disable_licm=True):
         n_in = n0 + offs_n < end
         n_ok = key_ok(MASK, mask_stride_n, n_in, n0, offs_n, HAS_MASK)
-        q = load_rows(Q, n0, q_stride_n, offs_n, offs_d, q_stride_d, n_in, d_ok)
-        k = load_rows(K, n0, k_stride_n, offs_n, offs_d, k_stride_d, n_ok, d_ok)
-        v = load_rows(V, n0, v_stride_n, offs_n, offs_dv, v_stride_d, n_ok, dv_ok)
-        dout = load_rows(DOUT, n0, dout_stride_n, offs_n, offs_dv, dout_stride_d, n_in, dv_ok)
-        out = load_rows(OUT + bh * N * DV, n0, DV, offs_n, offs_dv, 1, n_in, dv_ok)
-        delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+        q_at = (Q, n0, q_stride_n, offs_n, q_stride_d, n_in)
+        k_at = (K, n0, k_stride_n, offs_n, k_stride_d, n_ok)
+        v_at = (V, n0, v_stride_n, offs_n, v_stride_d, n_ok)
+        q = load_tile(q_at, offs_d, D)
+        k = load_tile(k_at, offs_d, D)
+        v = load_tile(v_at, offs_dv, DV)
+        dout_at = (DOUT, n0, dout_stride_n, offs_n, dout_stride_d, n_in)
+        dout = load_tile(dout_at, offs_dv, DV)
+        out_at = (OUT + bh * N * DV, n0, DV, offs_n, 1, n_in)
+        delta = row_products(dout, load_tile(out_at, offs_dv, DV), dout_at, out_at, offs_dv, DV, BLOCK_DV)
         tl.store(DELTA + bh * N + n0 + offs_n, delta, mask=n_in)
         out_lse = tl.load(OUT_LSE + bh * N + n0 + offs_n, mask=n_in, other=float("inf")) * LOG2E
         out_lse = tl.where(out_lse == float("-inf"), float("inf"), out_lse)  # no key: every weight 0
-        gains = tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None]  # [BLOCK_N, BLOCK_N]
+        gains = product(dout, v, dout_at, v_at, offs_dv, DV, BLOCK_DV, PRECISION) - delta[:, None]  # [BLOCK_N, BLOCK_N]
         u_top, e_top, wide = tops(U_TOP + bh * N, U_LOW + bh * N, E_TOP + bh * N, n0 + offs_n, n_in, n_ok)
         causal = (n0 + offs_n)[:, None] >= (n0 + offs_n)[None, :]
         gains = tl.where(causal, gains, 0.0)
         pair_scale = scale_of_pairs(u_top, e_top, out_lse, wide)
         scaled = ranged(gains * pair_scale, q)
-        shift = key_shift(k, n_ok, half_scale)
-        dq = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-        if wide:
+        shift = key_shift(k, k_at, half_scale, offs_d, D, BLOCK_D)
+        for c0 in tl.range(0, D, BLOCK_D, disable_licm=True):
+            offs_c = c0 + offs_d
+            q_c = q
+            if OF_OMEGA and D > BLOCK_D:
+                q_c = load_tile(q_at, offs_c, D)
+            dq = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+            if wide:
+                for m0 in tl.range(0, M, BLOCK_M, disable_licm=True):
+                    m_ok = m0 + offs_m < M
+                    omega_at = (OMEGA, m0, omega_stride_m, offs_m, 1, m_ok)
+                    omega = load_tile(omega_at, offs_d, D)
+                    u = exponents(q, omega, q_at, omega_at, exponent_scale, -out_lse, offs_d, D, BLOCK_D, PRECISION)
+                    e = exponents(k, omega, k_at, omega_at, exponent_scale, shift, offs_d, D, BLOCK_D, PRECISION)
+                    du = exact_du(u, e, gains, offs_n, BLOCK_N, BLOCK_M)
+                    if OF_OMEGA:
+                        add_to_omega((DOMEGA, m0, D, offs_m, 1, m_ok), du, q_c, offs_c, D, RANGED_PRECISION)
+                    else:
+                        if D > BLOCK_D:
+                            omega = load_tile(omega_at, offs_c, D)
+                        dq = tl.dot(ranged(du, q), ranged(omega, q), dq, input_precision=RANGED_PRECISION)
+                tl.debug_barrier()
             for m0 in tl.range(0, M, BLOCK_M, disable_licm=True):
                 m_ok = m0 + offs_m < M
-                omega = load_rows(OMEGA, m0, omega_stride_m, offs_m, offs_d, 1, m_ok, d_ok)
-                u = exponents(q, omega, exponent_scale, -out_lse, m_ok, PRECISION)
-                e = exponents(k, omega, exponent_scale, shift, m_ok, PRECISION)
-                du = exact_du(u, e, gains, offs_n, BLOCK_N, BLOCK_M)
+                omega_at = (OMEGA, m0, omega_stride_m, offs_m, 1, m_ok)
+                omega = load_tile(omega_at, offs_d, D)
+                values_at = (VALUES, m0, DV, offs_m, 1, m_ok)
+                values = load_tile(values_at, offs_dv, DV)
+                lse = tl.load(LSE + m0 + offs_m, mask=m_ok, other=float("-inf"))
+                e = exponents(k, omega, k_at, omega_at, exponent_scale, shift, offs_d, D, BLOCK_D, PRECISION)
+                phi_k = ranged(tl.exp2(e - e_top[:, None]), q)
+                sums = tl.dot(scaled, phi_k, input_precision=RANGED_PRECISION)
+                u = exponents(q, omega, q_at, omega_at, exponent_scale, -u_top, offs_d, D, BLOCK_D, PRECISION)
+                du = tl.exp2(u) * sums
+                dp = product(
+                    dout, values.to(v.dtype), dout_at, values_at, offs_dv, DV, BLOCK_DV, PRECISION
+                )  # fmt: skip
+                du += tl.exp2(u + lse[None, :] + (u_top - out_lse)[:, None]) * (dp - delta[:, None])
                 if OF_OMEGA:
-                    add_to_omega(DOMEGA, m0, D, offs_m, offs_d, m_ok, d_ok, du, q, RANGED_PRECISION)
+                    add_to_omega((DOMEGA, m0, D, offs_m, 1, m_ok), du, q_c, offs_c, D, RANGED_PRECISION)
                 else:
+                    if D > BLOCK_D:
+                        omega = load_tile(omega_at, offs_c, D)
                     dq = tl.dot(ranged(du, q), ranged(omega, q), dq, input_precision=RANGED_PRECISION)
-            tl.debug_barrier()
-        for m0 in tl.range(0, M, BLOCK_M, disable_licm=True):
-            m_ok = m0 + offs_m < M
-            omega = load_rows(OMEGA, m0, omega_stride_m, offs_m, offs_d, 1, m_ok, d_ok)
-            values = load_rows(VALUES, m0, DV, offs_m, offs_dv, 1, m_ok, dv_ok)
-            lse = tl.load(LSE + m0 + offs_m, mask=m_ok, other=float("-inf"))
-            e = exponents(k, omega, exponent_scale, shift, m_ok, PRECISION)
-            phi_k = ranged(tl.exp2(e - e_top[:, None]), q)
-            sums = tl.dot(scaled, phi_k, input_precision=RANGED_PRECISION)
-            u = exponents(q, omega, exponent_scale, -u_top, m_ok, PRECISION)
-            du = tl.exp2(u) * sums
-            dp = tl.dot(dout, tl.trans(values.to(v.dtype)), input_precision=PRECISION)
-            du += tl.exp2(u + lse[None, :] + (u_top - out_lse)[:, None]) * (dp - delta[:, None])
-            if OF_OMEGA:
-                add_to_omega(DOMEGA, m0, D, offs_m, offs_d, m_ok, d_ok, du, q, RANGED_PRECISION)
-            else:
-                dq = tl.dot(ranged(du, q), ranged(omega, q), dq, input_precision=RANGED_PRECISION)
-            values, lse, _shares, _kept = advance(values, lse, e, v, PRECISION)
-            store_rows(VALUES, m0, DV, offs_m, offs_dv, 1, m_ok, dv_ok, values)
-            tl.store(LSE + m0 + offs_m, lse, mask=m_ok)
-        if not OF_OMEGA:
-            store_rows(DQ, n0, dq_stride_n, offs_n, offs_d, dq_stride_d, n_in, d_ok, dq * scale)
+                if c0 + BLOCK_D >= D:
+                    new_lse, weights, kept, inverse = next_weights(lse, e)
+                    advance_all(
+                        values, weights, kept, inverse, v, values_at, v_at, offs_dv, DV, BLOCK_DV, PRECISION
+                    )  # fmt: skip
+                    tl.store(LSE + m0 + offs_m, new_lse, mask=m_ok)
+            if not OF_OMEGA:
+                store_tile((DQ, n0, dq_stride_n, offs_n, dq_stride_d, n_in), offs_c, D, dq * scale)
         tl.debug_barrier()  # the state that one thread wrote, another reads
 
 
@@ -308,8 +336,6 @@ def performer_causal_dkv_kernel(
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    d_ok = offs_d < D
-    dv_ok = offs_dv < DV
     exponent_scale = scale * LOG2E
     half_scale = scale * scale * 0.5 * LOG2E
     Q += b * q_stride_b + h * q_stride_h
@@ -329,88 +355,121 @@ def performer_causal_dkv_kernel(
         n0 = start + (chunks - 1 - chunk) * BLOCK_N
         n_in = n0 + offs_n < end
         n_ok = key_ok(MASK, mask_stride_n, n_in, n0, offs_n, HAS_MASK)
-        q = load_rows(Q, n0, q_stride_n, offs_n, offs_d, q_stride_d, n_in, d_ok)
-        k = load_rows(K, n0, k_stride_n, offs_n, offs_d, k_stride_d, n_ok, d_ok)
-        v = load_rows(V, n0, v_stride_n, offs_n, offs_dv, v_stride_d, n_ok, dv_ok)
-        dout = load_rows(DOUT, n0, dout_stride_n, offs_n, offs_dv, dout_stride_d, n_in, dv_ok)
+        q_at = (Q, n0, q_stride_n, offs_n, q_stride_d, n_in)
+        k_at = (K, n0, k_stride_n, offs_n, k_stride_d, n_ok)
+        v_at = (V, n0, v_stride_n, offs_n, v_stride_d, n_ok)
+        q = load_tile(q_at, offs_d, D)
+        k = load_tile(k_at, offs_d, D)
+        v = load_tile(v_at, offs_dv, DV)
+        dout_at = (DOUT, n0, dout_stride_n, offs_n, dout_stride_d, n_in)
+        dout = load_tile(dout_at, offs_dv, DV)
         delta = tl.load(DELTA + bh * N + n0 + offs_n, mask=n_in, other=0.0)
         out_lse = tl.load(OUT_LSE + bh * N + n0 + offs_n, mask=n_in, other=float("inf")) * LOG2E
         out_lse = tl.where(out_lse == float("-inf"), float("inf"), out_lse)  # no key: every weight 0
         u_top, e_top, wide = tops(U_TOP + bh * N, U_LOW + bh * N, E_TOP + bh * N, n0 + offs_n, n_in, n_ok)
         causal = (n0 + offs_n)[:, None] >= (n0 + offs_n)[None, :]
-        shift = key_shift(k, n_ok, half_scale)
+        shift = key_shift(k, k_at, half_scale, offs_d, D, BLOCK_D)
         pair_scale = scale_of_pairs(u_top, e_top, out_lse, wide)
         if not OF_OMEGA:
             # dV and dK one after the other: both at once overfill the registers.
-            dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-            pairs = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
-            for m0 in tl.range(0, M, BLOCK_M, disable_licm=True):
-                m_ok = m0 + offs_m < M
-                omega = load_rows(OMEGA, m0, omega_stride_m, offs_m, offs_d, 1, m_ok, d_ok)
-                values = load_rows(VALUES, m0, DV, offs_m, offs_dv, 1, m_ok, dv_ok)
-                lse = tl.load(LSE + m0 + offs_m, mask=m_ok, other=float("-inf"))
-                e = exponents(k, omega, exponent_scale, shift, m_ok, PRECISION)
-                dv = tl.dot(
-                    ranged(tl.exp2(e + lse[None, :]), q), ranged(values, q), dv, input_precision=RANGED_PRECISION
-                )
-                phi_k = ranged(tl.exp2(e - e_top[:, None]), q)
-                phi_q = ranged(tl.exp2(exponents(q, omega, exponent_scale, -u_top, m_ok, PRECISION)), q)
-                pairs = tl.dot(phi_q, tl.trans(phi_k), pairs, input_precision=RANGED_PRECISION)
-            pairs *= pair_scale
-            if wide:
-                logs = exact_logs(
-                    q, k, OMEGA, omega_stride_m, M, exponent_scale, -out_lse, shift, offs_n, offs_m, offs_d, d_ok,
-                    BLOCK_N, BLOCK_M, PRECISION,
-                )  # fmt: skip
-                pairs = tl.exp2(tl.minimum(logs, SPAN))
-            pairs = tl.where(causal, pairs, 0.0)
-            dv = tl.dot(tl.trans(pairs.to(dout.dtype)), dout, dv, input_precision=PRECISION)
-            store_rows(DV_OUT, n0, dv_stride_n, offs_n, offs_dv, dv_stride_d, n_in, dv_ok, dv)
-        gains = tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None]
+            for c0 in tl.range(0, DV, BLOCK_DV, disable_licm=True):
+                offs_c = c0 + offs_dv
+                dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+                pairs = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
+                for m0 in tl.range(0, M, BLOCK_M, disable_licm=True):
+                    m_ok = m0 + offs_m < M
+                    omega_at = (OMEGA, m0, omega_stride_m, offs_m, 1, m_ok)
+                    omega = load_tile(omega_at, offs_d, D)
+                    values_at = (VALUES, m0, DV, offs_m, 1, m_ok)
+                    values = load_tile(values_at, offs_c, DV)
+                    lse = tl.load(LSE + m0 + offs_m, mask=m_ok, other=float("-inf"))
+                    e = exponents(k, omega, k_at, omega_at, exponent_scale, shift, offs_d, D, BLOCK_D, PRECISION)
+                    dv = tl.dot(
+                        ranged(tl.exp2(e + lse[None, :]), q), ranged(values, q), dv, input_precision=RANGED_PRECISION
+                    )
+                    phi_k = ranged(tl.exp2(e - e_top[:, None]), q)
+                    phi_q = ranged(
+                        tl.exp2(
+                            exponents(q, omega, q_at, omega_at, exponent_scale, -u_top, offs_d, D, BLOCK_D, PRECISION)
+                        ),
+                        q,
+                    )
+                    pairs = tl.dot(phi_q, tl.trans(phi_k), pairs, input_precision=RANGED_PRECISION)
+                pairs *= pair_scale
+                if wide:
+                    logs = exact_logs(
+                    q, k, q_at, k_at, OMEGA, omega_stride_m, M, exponent_scale, -out_lse, shift, offs_n, offs_m, offs_d,
+                    D, BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
+                    )  # fmt: skip
+                    pairs = tl.exp2(tl.minimum(logs, SPAN))
+                pairs = tl.where(causal, pairs, 0.0)
+                dout_c = dout
+                if DV > BLOCK_DV:
+                    dout_c = load_tile(dout_at, offs_c, DV)
+                dv = tl.dot(tl.trans(pairs.to(dout.dtype)), dout_c, dv, input_precision=PRECISION)
+                store_tile((DV_OUT, n0, dv_stride_n, offs_n, dv_stride_d, n_in), offs_c, DV, dv)
+        gains = product(dout, v, dout_at, v_at, offs_dv, DV, BLOCK_DV, PRECISION) - delta[:, None]
         gains = tl.where(causal, gains, 0.0)
         scaled = tl.trans(ranged(gains * pair_scale, q))
-        dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-        de_sum = tl.zeros([BLOCK_N], tl.float32)
-        if wide:
+        for c0 in tl.range(0, D, BLOCK_D, disable_licm=True):
+            offs_c = c0 + offs_d
+            k_c = k
+            if OF_OMEGA and D > BLOCK_D:
+                k_c = load_tile(k_at, offs_c, D)
+            dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+            de_sum = tl.zeros([BLOCK_N], tl.float32)
+            if wide:
+                for m0 in tl.range(0, M, BLOCK_M, disable_licm=True):
+                    m_ok = m0 + offs_m < M
+                    omega_at = (OMEGA, m0, omega_stride_m, offs_m, 1, m_ok)
+                    omega = load_tile(omega_at, offs_d, D)
+                    u = exponents(q, omega, q_at, omega_at, exponent_scale, -out_lse, offs_d, D, BLOCK_D, PRECISION)
+                    e = exponents(k, omega, k_at, omega_at, exponent_scale, shift, offs_d, D, BLOCK_D, PRECISION)
+                    de = exact_de(u, e, gains, offs_n, BLOCK_N, BLOCK_M)
+                    de_sum += tl.sum(de, 1)
+                    if OF_OMEGA:
+                        add_to_omega((DOMEGA, m0, D, offs_m, 1, m_ok), de, k_c, offs_c, D, RANGED_PRECISION)
+                    else:
+                        if D > BLOCK_D:
+                            omega = load_tile(omega_at, offs_c, D)
+                        dk = tl.dot(ranged(de, q), ranged(omega, q), dk, input_precision=RANGED_PRECISION)
+                tl.debug_barrier()
             for m0 in tl.range(0, M, BLOCK_M, disable_licm=True):
                 m_ok = m0 + offs_m < M
-                omega = load_rows(OMEGA, m0, omega_stride_m, offs_m, offs_d, 1, m_ok, d_ok)
-                u = exponents(q, omega, exponent_scale, -out_lse, m_ok, PRECISION)
-                e = exponents(k, omega, exponent_scale, shift, m_ok, PRECISION)
-                de = exact_de(u, e, gains, offs_n, BLOCK_N, BLOCK_M)
+                omega_at = (OMEGA, m0, omega_stride_m, offs_m, 1, m_ok)
+                omega = load_tile(omega_at, offs_d, D)
+                values_at = (VALUES, m0, DV, offs_m, 1, m_ok)
+                values = load_tile(values_at, offs_dv, DV)
+                lse = tl.load(LSE + m0 + offs_m, mask=m_ok, other=float("-inf"))
+                extra = tl.load(EXTRA + m0 + offs_m, mask=m_ok, other=0.0)
+                e = exponents(k, omega, k_at, omega_at, exponent_scale, shift, offs_d, D, BLOCK_D, PRECISION)
+                dp = product(
+                    ranged(v, q), ranged(values, q), v_at, values_at, offs_dv, DV, BLOCK_DV, RANGED_PRECISION
+                )  # fmt: skip
+                de = tl.exp2(e + lse[None, :]) * (dp - extra[None, :])
+                u = exponents(q, omega, q_at, omega_at, exponent_scale, -u_top, offs_d, D, BLOCK_D, PRECISION)
+                sums = tl.dot(scaled, ranged(tl.exp2(u), q), input_precision=RANGED_PRECISION)
+                de += tl.exp2(e - e_top[:, None]) * sums
                 de_sum += tl.sum(de, 1)
                 if OF_OMEGA:
-                    add_to_omega(DOMEGA, m0, D, offs_m, offs_d, m_ok, d_ok, de, k, RANGED_PRECISION)
+                    add_to_omega((DOMEGA, m0, D, offs_m, 1, m_ok), de, k_c, offs_c, D, RANGED_PRECISION)
                 else:
+                    if D > BLOCK_D:
+                        omega = load_tile(omega_at, offs_c, D)
                     dk = tl.dot(ranged(de, q), ranged(omega, q), dk, input_precision=RANGED_PRECISION)
-            tl.debug_barrier()
-        for m0 in tl.range(0, M, BLOCK_M, disable_licm=True):
-            m_ok = m0 + offs_m < M
-            omega = load_rows(OMEGA, m0, omega_stride_m, offs_m, offs_d, 1, m_ok, d_ok)
-            values = load_rows(VALUES, m0, DV, offs_m, offs_dv, 1, m_ok, dv_ok)
-            lse = tl.load(LSE + m0 + offs_m, mask=m_ok, other=float("-inf"))
-            extra = tl.load(EXTRA + m0 + offs_m, mask=m_ok, other=0.0)
-            e = exponents(k, omega, exponent_scale, shift, m_ok, PRECISION)
-            dp = tl.dot(ranged(v, q), tl.trans(ranged(values, q)), input_precision=RANGED_PRECISION)
-            de = tl.exp2(e + lse[None, :]) * (dp - extra[None, :])
-            u = exponents(q, omega, exponent_scale, -u_top, m_ok, PRECISION)
-            sums = tl.dot(scaled, ranged(tl.exp2(u), q), input_precision=RANGED_PRECISION)
-            de += tl.exp2(e - e_top[:, None]) * sums
-            de_sum += tl.sum(de, 1)
-            if OF_OMEGA:
-                add_to_omega(DOMEGA, m0, D, offs_m, offs_d, m_ok, d_ok, de, k, RANGED_PRECISION)
-            else:
-                dk = tl.dot(ranged(de, q), ranged(omega, q), dk, input_precision=RANGED_PRECISION)
-            values, lse, shares, kept = advance(values, lse, u + (u_top - out_lse)[:, None], dout, PRECISION)
-            extra = extra * kept + tl.sum(shares * delta[:, None], 0)
-            store_rows(VALUES, m0, DV, offs_m, offs_dv, 1, m_ok, dv_ok, values)
-            tl.store(LSE + m0 + offs_m, lse, mask=m_ok)
-            tl.store(EXTRA + m0 + offs_m, extra, mask=m_ok)
-        if not OF_OMEGA:
-            # read again rather than held in registers through the loops
-            k = load_rows(K, n0, k_stride_n, offs_n, offs_d, k_stride_d, n_ok, d_ok)
-            dk = (dk - k.to(tl.float32) * (scale * de_sum)[:, None]) * scale
-            store_rows(DK, n0, dk_stride_n, offs_n, offs_d, dk_stride_d, n_in, d_ok, dk)
+                if c0 + BLOCK_D >= D:
+                    new_lse, weights, kept, inverse = next_weights(lse, u + (u_top - out_lse)[:, None])
+                    extra = (extra * kept + tl.sum(weights * delta[:, None], 0)) * inverse
+                    advance_all(
+                        values, weights, kept, inverse, dout, values_at, dout_at, offs_dv, DV, BLOCK_DV, PRECISION
+                    )  # fmt: skip
+                    tl.store(LSE + m0 + offs_m, new_lse, mask=m_ok)
+                    tl.store(EXTRA + m0 + offs_m, extra, mask=m_ok)
+            if not OF_OMEGA:
+                # read again rather than held in registers through the loops
+                k32 = load_tile(k_at, offs_c, D).to(tl.float32)
+                dk = (dk - k32 * (scale * de_sum)[:, None]) * scale
+                store_tile((DK, n0, dk_stride_n, offs_n, dk_stride_d, n_in), offs_c, D, dk)
         tl.debug_barrier()  # the state that one thread wrote, another reads
 
 

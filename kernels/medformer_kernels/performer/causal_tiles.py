@@ -1,12 +1,13 @@
 """Device code of the causal FAVOR+ kernels: features of a chunk, its pairs, and the state that passes it.
 
-Tiles are of BLOCK_N tokens and BLOCK_M features; u are the exponents of queries, e of keys, in base 2.
+Tiles are of BLOCK_N tokens and BLOCK_M features; u are the exponents of queries, e of keys, in base 2. Rows `at` are
+those of `columns`: operands hold the first columns of a head, all of a narrow one.
 """
 
 import triton
 import triton.language as tl
 
-from medformer_kernels._triton import load_rows, store_rows
+from medformer_kernels.performer.columns import load_tile, product, row_products, store_tile
 
 # Bits that the exponents of a query may span, so that no product of two features leaves the range of float32.
 SPAN = tl.constexpr(100.0)
@@ -22,10 +23,9 @@ def ranged(x, like):
 
 
 @triton.jit
-def key_shift(k, ok, half_scale):
+def key_shift(k, k_at, half_scale, offs_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """-|k'|^2 / 2 by key; -inf for a masked one."""
-    k32 = k.to(tl.float32)
-    return tl.where(ok, tl.sum(k32 * k32, 1) * -half_scale, float("-inf"))
+    return tl.where(k_at[5], row_products(k, k, k_at, k_at, offs_d, D, BLOCK_D) * -half_scale, float("-inf"))
 
 
 @triton.jit
@@ -36,24 +36,45 @@ def key_ok(MASK, mask_stride_n, ok, n0, offs_n, HAS_MASK: tl.constexpr):
 
 
 @triton.jit
-def exponents(x, omega, exponent_scale, shift, m_ok, PRECISION: tl.constexpr):
+def exponents(
+    x, omega, x_at, omega_at, exponent_scale, shift,
+    offs_d, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """omega_m x'_n + shift_n [BLOCK_N, BLOCK_M]; -inf for a feature beyond the last."""
-    u = tl.dot(x, tl.trans(omega), input_precision=PRECISION) * exponent_scale
-    return tl.where(m_ok[None, :], u + shift[:, None], float("-inf"))
+    u = product(x, omega, x_at, omega_at, offs_d, D, BLOCK_D, PRECISION) * exponent_scale
+    return tl.where(omega_at[5][None, :], u + shift[:, None], float("-inf"))
 
 
 @triton.jit
-def advance(values, lse, e, x, PRECISION: tl.constexpr):
-    """(values, lse) after a chunk of exponents e [BLOCK_N, BLOCK_M] with values x; the shares of the chunk's tokens in
-    these means, and of the state before."""
+def next_weights(lse, e):
+    """(lse, p, kept, inverse) of a state after a chunk of exponents e [BLOCK_N, BLOCK_M]: in its means the tokens of
+    the chunk now have the shares p inverse, the state before has kept inverse."""
     top = tl.maximum(lse, tl.max(e, 0))
     base = tl.where(top == float("-inf"), 0.0, top)
     kept = tl.exp2(lse - base)
     p = tl.exp2(e - base[None, :])
     total = kept + tl.sum(p, 0)
-    acc = tl.dot(tl.trans(p.to(x.dtype)), x, values * kept[:, None], input_precision=PRECISION)
     inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
-    return acc * inverse[:, None], base + tl.log2(total), p * inverse[None, :], kept * inverse
+    return base + tl.log2(total), p, kept, inverse
+
+
+@triton.jit
+def advance(values, p, kept, inverse, x, PRECISION: tl.constexpr):
+    """One block of columns of the means of a state after a chunk with values x."""
+    return tl.dot(tl.trans(p.to(x.dtype)), x, values * kept[:, None], input_precision=PRECISION) * inverse[:, None]
+
+
+@triton.jit
+def advance_all(
+    values, p, kept, inverse, x, values_at, x_at,
+    offs_dv, DV: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All columns of the means of a state, in memory; values and x hold the first."""
+    store_tile(values_at, offs_dv, DV, advance(values, p, kept, inverse, x, PRECISION))
+    for d0 in tl.static_range(BLOCK_DV, DV, BLOCK_DV):
+        values = load_tile(values_at, d0 + offs_dv, DV)
+        x = load_tile(x_at, d0 + offs_dv, DV)
+        store_tile(values_at, d0 + offs_dv, DV, advance(values, p, kept, inverse, x, PRECISION))
 
 
 @triton.jit
@@ -104,16 +125,16 @@ def exact_de(u, e, gains, offs_n, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def exact_logs(
-    q, k, OMEGA, omega_stride_m, M, exponent_scale, q_shift, k_shift, offs_n, offs_m, offs_d, d_ok,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, q_at, k_at, OMEGA, omega_stride_m, M, exponent_scale, q_shift, k_shift, offs_n, offs_m, offs_d,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """log2 of every pair's weight [BLOCK_N, BLOCK_N], whatever its exponents span; later keys too."""
     logs = tl.full([BLOCK_N, BLOCK_N], float("-inf"), tl.float32)
     for m0 in tl.range(0, M, BLOCK_M, disable_licm=True):
-        m_ok = m0 + offs_m < M
-        omega = load_rows(OMEGA, m0, omega_stride_m, offs_m, offs_d, 1, m_ok, d_ok)
-        u = exponents(q, omega, exponent_scale, q_shift, m_ok, PRECISION)
-        e = exponents(k, omega, exponent_scale, k_shift, m_ok, PRECISION)
+        omega_at = (OMEGA, m0, omega_stride_m, offs_m, 1, m0 + offs_m < M)
+        omega = load_tile(omega_at, offs_d, D)
+        u = exponents(q, omega, q_at, omega_at, exponent_scale, q_shift, offs_d, D, BLOCK_D, PRECISION)
+        e = exponents(k, omega, k_at, omega_at, exponent_scale, k_shift, offs_d, D, BLOCK_D, PRECISION)
         logs = _add_logs(logs, _exact_pairs(u, e, offs_n, BLOCK_N))
     return logs
 
@@ -135,11 +156,11 @@ def scale_of_pairs(u_top, e_top, out_lse, wide):
 
 
 @triton.jit
-def add_to_omega(DOMEGA, m0, D, offs_m, offs_d, m_ok, d_ok, dx, x, PRECISION: tl.constexpr):
-    """DOMEGA_m += sum_n dx_nm x_n: the partial sum of this slice, in memory of its own."""
-    domega = load_rows(DOMEGA, m0, D, offs_m, offs_d, 1, m_ok, d_ok)
+def add_to_omega(domega_at, dx, x, offs_d, D, PRECISION: tl.constexpr):
+    """Columns offs_d of DOMEGA_m += sum_n dx_nm x_n: the partial sum of this slice, in memory of its own."""
+    domega = load_tile(domega_at, offs_d, D)
     domega = tl.dot(tl.trans(ranged(dx, x)), ranged(x, x), domega, input_precision=PRECISION)
-    store_rows(DOMEGA, m0, D, offs_m, offs_d, 1, m_ok, d_ok, domega)
+    store_tile(domega_at, offs_d, D, domega)
 
 
 # Inside a kernel Triton's language, not Python's, gives operators and indexing their types.

@@ -13,7 +13,9 @@ Tested in Triton's interpreter (float32, float16) and compiled ahead of time for
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -73,7 +75,10 @@ class Cost:
 def costs(
     *, chip: Chip, batch_heads: int, tokens: int, num_features: int, width: int, width_v: int, itemsize: int
 ) -> dict[str, Cost]:
-    """Cost by kernel of a forward and a backward pass over N = S = `tokens`, from the launch plans themselves."""
+    """Cost by kernel of a forward and a backward pass over N = S = `tokens`, from the launch plans themselves.
+
+    Where programs share out the columns of a wide head, each makes the features, and reads what they take, again.
+    """
 
     def plan(kernel: str) -> Plan:
         return launch_plan(
@@ -87,22 +92,36 @@ def costs(
         )
 
     rows = batch_heads * tokens
-    product, pair = 2 * rows * num_features, (width + width_v) * itemsize
+    both = width + width_v
     partial = batch_heads * num_features * (width_v + 1) * 4
     state_plan, dstate_plan = plan("state_fwd"), plan("read_dstate")
     state_passes, dstate_passes = (-(-num_features // p.block_m) for p in (state_plan, dstate_plan))
     merged = state_plan.slices + 1 if state_plan.slices > 1 else 0
+    # programs that share out columns
+    state, read, dstate = (column_blocks(width_v, p) for p in (state_plan, plan("read_fwd"), dstate_plan))
+    dq = column_blocks(width, plan("read_dq"))
+    dkv = max(column_blocks(size, plan("state_bwd")) for size in (width, width_v))
     result = {
-        "state_fwd": (width + width_v, 1, state_passes * rows * pair + state_plan.slices * partial),
-        "merge": (0, 0, merged * partial),
-        "read_fwd": (width + width_v, 1, rows * (pair + 4)),
-        "read_dq": (2 * width + width_v, 1, rows * (2 * pair + 8)),
-        "read_dstate": (width + width_v, 1, dstate_passes * rows * (pair + 8) + 2 * dstate_plan.slices * partial),
-        "state_bwd": (2 * (width + width_v), 1, rows * 2 * pair),
-    }
+        # kernel: (widths of its products with the features, exponentials a feature, numbers a token, other bytes)
+        "state_fwd": (
+            state * width + width_v, state, state_passes * (state * width + width_v), state_plan.slices * partial,
+        ),
+        "merge": (0, 0, 0, merged * partial),
+        "read_fwd": (read * width + width_v, read, read * width + width_v, rows * 4),
+        "read_dq": (dq * both + width, dq, dq * (both + width_v) + width, rows * 8),
+        "read_dstate": (
+            dstate * width + width_v, dstate, dstate_passes * (dstate * width + width_v),
+            dstate_passes * rows * 8 + 2 * dstate_plan.slices * partial,
+        ),
+        "state_bwd": (dkv * both + both, dkv, dkv * both + both, 0),
+    }  # fmt: skip
     return {
-        kernel: Cost(flop=product * widths, exponentials=rows * num_features * exps, bytes=moved)
-        for kernel, (widths, exps, moved) in result.items()
+        kernel: Cost(
+            flop=2 * rows * num_features * widths,
+            exponentials=rows * num_features * exps,
+            bytes=rows * numbers * itemsize + rest,
+        )
+        for kernel, (widths, exps, numbers, rest) in result.items()
     }
 
 
@@ -120,6 +139,49 @@ def _plan(kernel: str, x: Tensor, omega: Tensor, width_v: int, with_max: bool = 
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Slices:
+    """The tokens of a call cut into slices, none of which crosses the end of a document."""
+
+    count: int
+    documents: int
+    """States that the kernels keep apart: 1 where there is one document from end to end."""
+    table: Tensor
+    """(count, 5): start, end, whether it begins a document, whether it ends one, which; not read of one document."""
+    ends: Tensor
+    """(documents + 1): the first slice of each document, and their number; not read of one document."""
+    whole: bool
+    """Each document is one slice."""
+
+    @property
+    def varlen(self) -> bool:
+        return self.documents > 1
+
+    def sums(self, parts: Tensor) -> Tensor:
+        """(B, H, ...), or (B, H, documents, ...): `parts` (B, H, slices, ...) summed in order."""
+        if not self.varlen:
+            return parts.sum(2)
+        if self.whole:
+            return parts
+        lengths = self.ends.diff().long().expand(*parts.shape[:2], -1).contiguous()
+        return torch.segment_reduce(parts, "sum", lengths=lengths, axis=2, initial=0, unsafe=True)
+
+
+def cut(boundaries: Sequence[int] | None, length: int, x: Tensor) -> Slices:
+    """Slices of at most `length` tokens of x (B, H, tokens, width)."""
+    if boundaries is None or len(boundaries) <= 2:
+        count = max(1, -(-x.shape[2] // length))
+        return Slices(count=count, documents=1, table=x, ends=x, whole=count == 1)
+    rows, ends = [], [0]
+    for document, (start, end) in enumerate(pairwise(boundaries)):
+        starts = range(start, end, length)
+        rows += [(s, min(s + length, end), s == start, s == starts[-1], document) for s in starts]
+        ends.append(len(rows))
+    whole = ends == list(range(len(boundaries)))
+    table, ends = (torch.tensor(part, dtype=torch.int32).to(x.device, non_blocking=True) for part in (rows, ends))
+    return Slices(count=len(rows), documents=len(boundaries) - 1, table=table, ends=ends, whole=whole)
+
+
 def precision(x: Tensor) -> str:
     """float32 products run as three tf32 products on NVIDIA (24 bits), exactly elsewhere."""
     return "tf32x3" if x.dtype == torch.float32 and chip_of(x).arch.startswith("sm_") else "ieee"
@@ -128,8 +190,8 @@ def precision(x: Tensor) -> str:
 def common(x: Tensor, width_v: int, plan: Plan) -> dict[str, Any]:
     return {
         "BLOCK_M": plan.block_m,
-        "BLOCK_D": block(x.shape[-1]),
-        "BLOCK_DV": block(width_v),
+        "BLOCK_D": min(block(x.shape[-1]), plan.columns),
+        "BLOCK_DV": min(block(width_v), plan.columns),
         "PRECISION": precision(x),
         "num_warps": plan.num_warps,
         "num_stages": plan.num_stages,
@@ -140,54 +202,81 @@ def omega_strides(omega: Tensor) -> tuple[int, int]:
     return (omega.stride(0) if omega.ndim == 3 else 0), omega.stride(-2)
 
 
+def column_blocks(width: int, plan: Plan) -> int:
+    """Programs that share out the columns of an output."""
+    return -(-width // min(block(width), plan.columns))
+
+
 def packed(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The M rows of a head as the matrix units take them; M x D numbers, so the copy costs nothing."""
     return x.to(dtype).contiguous()
 
 
 def state(
-    k: Tensor, v: Tensor, omega: Tensor, key_padding_mask: Tensor | None, with_max: bool
+    k: Tensor,
+    v: Tensor,
+    omega: Tensor,
+    key_padding_mask: Tensor | None,
+    with_max: bool,
+    boundaries: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Key pass; see `ops.performer_state`."""
     omega = packed(omega, k.dtype)
     (batch, heads, tokens, width), width_v, num_features = k.shape, v.shape[-1], omega.shape[-2]
     plan = _plan("state_fwd", k, omega, width_v, with_max)
+    slices = cut(boundaries, plan.slice_length, k)
     m_blocks = -(-num_features // plan.block_m)
-    part_values = k.new_empty((batch, heads, plan.slices, num_features, width_v), dtype=torch.float32)
-    part_lse = k.new_empty((batch, heads, plan.slices, num_features), dtype=torch.float32)
-    part_top = k.new_full((batch, heads, plan.slices, m_blocks), -math.inf, dtype=torch.float32)
+    part_values = k.new_empty((batch, heads, slices.count, num_features, width_v), dtype=torch.float32)
+    part_lse = k.new_empty((batch, heads, slices.count, num_features), dtype=torch.float32)
+    part_top = k.new_full((batch, heads, slices.count, m_blocks), -math.inf, dtype=torch.float32)
     mask, *mask_strides = mask_arguments(key_padding_mask, k)
-    performer_state_fwd_kernel[(batch * heads * plan.slices * m_blocks,)](
-        k, v, omega, mask, part_lse, part_lse, part_lse, part_values, part_lse, part_top,
+    performer_state_fwd_kernel[(batch * heads * slices.count * m_blocks * column_blocks(width_v, plan),)](
+        k, v, omega, mask, slices.table, part_lse, part_lse, part_values, part_lse, part_top,
         *k.stride(), *v.stride(), *omega_strides(omega), *mask_strides,
-        heads, 1, tokens, num_features, width, width_v, plan.slice_length, plan.slices, width**-0.25,
+        heads, 1, tokens, num_features, width, width_v, plan.slice_length, slices.count, width**-0.25,
         BLOCK_S=plan.block_n, HAS_MASK=key_padding_mask is not None, WITH_MAX=with_max, CARRIED=False, QUERIES=False,
-        VARLEN=False, **common(k, width_v, plan),
+        VARLEN=slices.varlen, **common(k, width_v, plan),
     )  # fmt: skip
     top = part_top.amax((-1, -2))
-    if plan.slices == 1:
-        return part_values.squeeze(2), part_lse.squeeze(2), top
-    values, lse = torch.empty_like(part_values[:, :, 0]), torch.empty_like(part_lse[:, :, 0])
-    performer_merge_kernel[(batch * heads * -(-num_features // 32),)](
-        part_values, part_lse, values, lse, num_features, width_v, plan.slices,
-        BLOCK_M=32, BLOCK_DV=block(width_v), num_warps=4,
+    if slices.whole:
+        return (part_values, part_lse, top) if slices.varlen else (part_values.squeeze(2), part_lse.squeeze(2), top)
+    documents = (slices.documents,) if slices.varlen else ()
+    values = part_values.new_empty((batch, heads, *documents, num_features, width_v))
+    lse = part_lse.new_empty((batch, heads, *documents, num_features))
+    rows = merged_rows(width_v)
+    performer_merge_kernel[(batch * heads * slices.documents * -(-num_features // rows),)](
+        part_values, part_lse, slices.ends, values, lse, num_features, width_v, slices.count, slices.documents,
+        BLOCK_M=rows, BLOCK_DV=block(width_v), VARLEN=slices.varlen, num_warps=4,
     )  # fmt: skip
     return values, lse, top
 
 
+def merged_rows(width_v: int) -> int:
+    """Features of a program that merges states, which holds all columns of them."""
+    return min(32, 4096 // block(width_v))
+
+
 def read(
-    q: Tensor, omega: Tensor, values: Tensor, lse: Tensor, extra_values: Tensor | None, extra_lse: Tensor | None
+    q: Tensor,
+    omega: Tensor,
+    values: Tensor,
+    lse: Tensor,
+    extra_values: Tensor | None,
+    extra_lse: Tensor | None,
+    boundaries: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Query pass; see `ops.performer_read`."""
     omega, values, lse = packed(omega, q.dtype), packed(values, q.dtype), lse.contiguous()
     (batch, heads, tokens, width), width_v = q.shape, values.shape[-1]
     plan = _plan("read_fwd", q, omega, width_v)
+    blocks = cut(boundaries, plan.block_n, q)
     out = q.new_empty((batch, heads, tokens, width_v))
     out_lse = q.new_empty((batch, heads, tokens), dtype=torch.float32)
-    performer_read_fwd_kernel[(batch * heads * -(-tokens // plan.block_n),)](
-        q, omega, values, lse, *_extra_arguments(extra_values, extra_lse, lse), out, out_lse,
-        *q.stride(), *omega_strides(omega), heads, tokens, omega.shape[-2], width, width_v, width**-0.25,
-        BLOCK_N=plan.block_n, HAS_EXTRA=extra_lse is not None, **common(q, width_v, plan),
+    performer_read_fwd_kernel[(batch * heads * blocks.count * column_blocks(width_v, plan),)](
+        q, omega, blocks.table, values, lse, *_extra_arguments(extra_values, extra_lse, lse), out, out_lse,
+        *q.stride(), *omega_strides(omega), heads, tokens, omega.shape[-2], width, width_v, blocks.count,
+        blocks.documents, width**-0.25,
+        BLOCK_N=plan.block_n, HAS_EXTRA=extra_lse is not None, VARLEN=blocks.varlen, **common(q, width_v, plan),
     )  # fmt: skip
     return out, out_lse
 
@@ -209,6 +298,7 @@ def read_backward(
     out_lse: Tensor,
     dout: Tensor,
     with_omega: bool,
+    boundaries: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dvalues, dlse, dextra_values, dextra_lse, domega); see `ops.performer_read_backward`."""
     omega, lse = packed(omega, q.dtype), lse.contiguous()
@@ -216,33 +306,38 @@ def read_backward(
     dq, delta = torch.empty_like(q), torch.empty_like(out_lse)
     extra_weight = torch.empty_like(out_lse) if extra_lse is not None else delta
     plan = _plan("read_dq", q, omega, width_v)
-    performer_read_dq_kernel[(batch * heads * -(-tokens // plan.block_n),)](
-        q, omega, packed(values, q.dtype), lse, *_extra_arguments(extra_values, extra_lse, lse),
+    blocks = cut(boundaries, plan.block_n, q)
+    performer_read_dq_kernel[(batch * heads * blocks.count * column_blocks(width, plan),)](
+        q, omega, blocks.table, packed(values, q.dtype), lse, *_extra_arguments(extra_values, extra_lse, lse),
         out, out_lse, dout, dq, delta, extra_weight,
         *q.stride(), *omega_strides(omega), *dout.stride(), *dq.stride(),
-        heads, tokens, num_features, width, width_v, width**-0.25,
-        BLOCK_N=plan.block_n, HAS_EXTRA=extra_lse is not None, **common(q, width_v, plan),
+        heads, tokens, num_features, width, width_v, blocks.count, blocks.documents, width**-0.25,
+        BLOCK_N=plan.block_n, HAS_EXTRA=extra_lse is not None, VARLEN=blocks.varlen, **common(q, width_v, plan),
     )  # fmt: skip
     plan = _plan("read_dstate", q, omega, width_v)
-    part_dvalues = values.new_empty((batch, heads, plan.slices, num_features, width_v))
-    part_pdelta = values.new_empty((batch, heads, plan.slices, num_features))
-    performer_read_dstate_kernel[(batch * heads * plan.slices * -(-num_features // plan.block_m),)](
-        q, omega, lse, out_lse, dout, delta, part_dvalues, part_pdelta,
+    slices = cut(boundaries, plan.slice_length, q)
+    part_dvalues = values.new_empty((batch, heads, slices.count, num_features, width_v))
+    part_pdelta = values.new_empty((batch, heads, slices.count, num_features))
+    programs = batch * heads * slices.count * -(-num_features // plan.block_m) * column_blocks(width_v, plan)
+    performer_read_dstate_kernel[(programs,)](
+        q, omega, slices.table, lse, out_lse, dout, delta, part_dvalues, part_pdelta,
         *q.stride(), *omega_strides(omega), *dout.stride(),
-        heads, tokens, num_features, width, width_v, plan.slice_length, plan.slices, width**-0.25,
-        BLOCK_N=plan.block_n, **common(q, width_v, plan),
+        heads, tokens, num_features, width, width_v, plan.slice_length, slices.count, slices.documents, width**-0.25,
+        BLOCK_N=plan.block_n, VARLEN=slices.varlen, **common(q, width_v, plan),
     )  # fmt: skip
-    dvalues = part_dvalues.sum(2)
-    dlse = (dvalues * values).sum(-1) - part_pdelta.sum(2)
+    dvalues = slices.sums(part_dvalues)
+    dlse = (dvalues * values).sum(-1) - slices.sums(part_pdelta)
     if extra_values is None:
-        dextra_values, dextra_lse = torch.zeros_like(values[:, :, 0]), torch.zeros_like(lse[:, :, 0])
+        dextra_values, dextra_lse = values.new_zeros((batch, heads, width_v)), lse.new_zeros((batch, heads))
     else:
         weighted = (extra_weight.to(dout.dtype).unsqueeze(-2) @ dout).squeeze(-2).float()
         dextra_values = weighted
         dextra_lse = (weighted * extra_values).sum(-1) - (extra_weight * delta).sum(-1)
     domega = values.new_empty(0)
     if with_omega:
-        domega = _omega_gradient(q, dout, omega, None, packed(values, q.dtype), lse, out_lse=out_lse, delta=delta)
+        domega = _omega_gradient(
+            q, dout, omega, None, packed(values, q.dtype), lse, boundaries, out_lse=out_lse, delta=delta
+        )
     return dq, dvalues, dlse, dextra_values, dextra_lse, domega
 
 
@@ -253,6 +348,7 @@ def _omega_gradient(
     mask: Tensor | None,
     values: Tensor,
     lse: Tensor,
+    boundaries: Sequence[int] | None,
     *,
     out_lse: Tensor | None = None,
     delta: Tensor | None = None,
@@ -263,14 +359,17 @@ def _omega_gradient(
     """(B, H, M, D), of the queries (`out_lse`, `delta`) or of the keys (`shift`, `unit`)."""
     (batch, heads, tokens, width), width_v, num_features = x.shape, y.shape[-1], omega.shape[-2]
     plan = _plan("omega", x, omega, width_v)
-    part = lse.new_empty((batch, heads, plan.slices, num_features, width))
+    slices = cut(boundaries, plan.slice_length, x)
+    part = lse.new_empty((batch, heads, slices.count, num_features, width))
     bytes_mask, *mask_strides = mask_arguments(mask, x)
     shift, out_lse, delta, unit = (lse if given is None else given for given in (shift, out_lse, delta, unit))
-    performer_omega_kernel[(batch * heads * plan.slices * -(-num_features // plan.block_m),)](
-        x, y, omega, bytes_mask, values, lse, shift, out_lse, delta, unit, part,
+    programs = batch * heads * slices.count * -(-num_features // plan.block_m) * column_blocks(width, plan)
+    performer_omega_kernel[(programs,)](
+        x, y, omega, bytes_mask, slices.table, values, lse, shift, out_lse, delta, unit, part,
         *x.stride(), *y.stride(), *omega_strides(omega), *mask_strides,
-        heads, tokens, num_features, width, width_v, plan.slice_length, plan.slices, width**-0.25, bits,
-        BLOCK_N=plan.block_n, KEYS=unit is not lse, HAS_MASK=mask is not None, **common(x, width_v, plan),
+        heads, tokens, num_features, width, width_v, plan.slice_length, slices.count, slices.documents, width**-0.25,
+        bits, BLOCK_N=plan.block_n, KEYS=unit is not lse, HAS_MASK=mask is not None, VARLEN=slices.varlen,
+        **common(x, width_v, plan),
     )  # fmt: skip
     return part.sum(2)
 
@@ -285,6 +384,7 @@ def state_backward(
     dvalues: Tensor,
     dlse: Tensor,
     with_omega: bool,
+    boundaries: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dk, dv, domega); see `ops.performer_state_backward`."""
     omega, lse = packed(omega, k.dtype), lse.contiguous()
@@ -296,15 +396,19 @@ def state_backward(
     shift = (shift / unit.unsqueeze(-1)).contiguous()
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     plan = _plan("state_bwd", k, omega, width_v)
+    blocks = cut(boundaries, plan.block_n, k)
+    programs = batch * heads * blocks.count * max(column_blocks(width, plan), column_blocks(width_v, plan))
     mask, *mask_strides = mask_arguments(key_padding_mask, k)
     bits = float(min(8, max(0, tokens.bit_length() - 1)))
-    performer_state_bwd_kernel[(batch * heads * -(-tokens // plan.block_n),)](
-        k, v, omega, mask, lse, dvalues, shift, unit, dk, dv,
+    performer_state_bwd_kernel[(programs,)](
+        k, v, omega, mask, blocks.table, lse, dvalues, shift, unit, dk, dv,
         *k.stride(), *v.stride(), *dk.stride(), *dv.stride(), *omega_strides(omega), *mask_strides,
-        heads, tokens, omega.shape[-2], width, width_v, width**-0.25, bits,
-        BLOCK_S=plan.block_n, HAS_MASK=key_padding_mask is not None, **common(k, width_v, plan),
+        heads, tokens, omega.shape[-2], width, width_v, blocks.count, blocks.documents, width**-0.25, bits,
+        BLOCK_S=plan.block_n, HAS_MASK=key_padding_mask is not None, VARLEN=blocks.varlen, **common(k, width_v, plan),
     )  # fmt: skip
     domega = lse.new_empty(0)
     if with_omega:
-        domega = _omega_gradient(k, v, omega, key_padding_mask, dvalues, lse, shift=shift, unit=unit, bits=bits)
+        domega = _omega_gradient(
+            k, v, omega, key_padding_mask, dvalues, lse, boundaries, shift=shift, unit=unit, bits=bits
+        )
     return dk, dv, domega

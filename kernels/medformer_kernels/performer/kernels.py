@@ -10,6 +10,8 @@ H heads, N queries, S keys, M features, D and DV widths. A program owns the name
     performer_state_bwd_kernel    BLOCK_S keys, walking over the features: dK, dV
     performer_omega_kernel        BLOCK_M features over one slice of keys, or of queries: domega as partial sums
 
+Of heads wider than BLOCK_D or BLOCK_DV a program writes one block of columns (`columns`). Each of several documents
+(VARLEN) has slices of its own, which SLICES lists, and a state of its own, along the axis of length `documents`.
 Features live in registers only. Products run on the matrix units in the dtype of q, k, v (float32 as three tf32
 products on NVIDIA), all else in float32, exponents in base 2. No atomics: equal inputs give equal bits.
 """
@@ -17,21 +19,48 @@ products on NVIDIA), all else in float32, exponents in base 2. No atomics: equal
 import triton
 import triton.language as tl
 
-from medformer_kernels._triton import LOG2E, divide_rows, load_rows, softmax_merge, softmax_step, store_rows
+from medformer_kernels._triton import LOG2E, divide_rows, softmax_merge, softmax_step
+from medformer_kernels.performer.columns import (
+    load_tile,
+    product,
+    row_products,
+    split_columns,
+    store_tile,
+)
 
 # Lengths and slices never specialise a kernel: the first call on a new length compiles nothing.
-_RUNTIME = ["N", "S", "M", "slice_length", "slices", "groups"]
+_RUNTIME = ["N", "S", "M", "slice_length", "slices", "documents", "groups"]
 
 
 @triton.jit
 def slice_bounds(SLICES, index, slices, slice_length, tokens, VARLEN: tl.constexpr):
-    """(start, end, whether it begins, whether it ends a document) of a slice; VARLEN: as SLICES (slices, 4) has it."""
+    """(start, end, whether it begins, whether it ends a document) of a slice; VARLEN: as SLICES (slices, 5) has it."""
     if VARLEN:
-        SLICES += index * 4
-        return tl.load(SLICES), tl.load(SLICES + 1), tl.load(SLICES + 2) != 0, tl.load(SLICES + 3) != 0
+        SLICES += index * 5
+        return (
+            tl.load(SLICES),
+            tl.load(SLICES + 1),
+            tl.load(SLICES + 2) != 0,
+            tl.load(SLICES + 3) != 0,
+        )
     else:
         start = index * slice_length
-        return start, tl.minimum(start + slice_length, tokens), index == 0, index == slices - 1
+        return (
+            start,
+            tl.minimum(start + slice_length, tokens),
+            index == 0,
+            index == slices - 1,
+        )
+
+
+@triton.jit
+def state_of(SLICES, bh, index, documents, VARLEN: tl.constexpr):
+    """Which state the tokens of a slice have: that of their head and document."""
+    bh = bh.to(tl.int64)
+    if VARLEN:
+        return bh * documents + tl.load(SLICES + index * 5 + 4)
+    else:
+        return bh
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -40,7 +69,7 @@ def performer_state_fwd_kernel(
     k_stride_b, k_stride_h, k_stride_n, k_stride_d,
     v_stride_b, v_stride_h, v_stride_n, v_stride_d,
     omega_stride_h, omega_stride_m, mask_stride_b, mask_stride_n,
-    H, groups, S, M, D, DV, slice_length, slices, scale,
+    H, groups, S, M, D: tl.constexpr, DV: tl.constexpr, slice_length, slices, scale,
     BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     HAS_MASK: tl.constexpr, WITH_MAX: tl.constexpr, CARRIED: tl.constexpr, QUERIES: tl.constexpr,
     VARLEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -52,7 +81,7 @@ def performer_state_fwd_kernel(
     read, and TOP is the mean of DELTA.
     """
     m_blocks = tl.cdiv(M, BLOCK_M)
-    pid = tl.program_id(0)
+    pid, column = split_columns(tl.program_id(0), tl.cdiv(DV, BLOCK_DV))
     m0 = (pid % m_blocks) * BLOCK_M
     slice_index = (pid // m_blocks) % slices
     bh = pid // (m_blocks * slices)
@@ -62,12 +91,15 @@ def performer_state_fwd_kernel(
     offs_m = tl.arange(0, BLOCK_M)
     offs_s = tl.arange(0, BLOCK_S)
     offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
+    offs_dv = column * BLOCK_DV + tl.arange(0, BLOCK_DV)
     m_ok = m0 + offs_m < M
+    first_ok = m0 + offs_m < tl.where(column == 0, M, 0)
     K += b * k_stride_b + h_kv * k_stride_h
     V += b * v_stride_b + h_kv * v_stride_h
+    OMEGA += h * omega_stride_h
     # omega [BLOCK_M, BLOCK_D] stays on chip for the whole slice
-    omega = load_rows(OMEGA + h * omega_stride_h, m0, omega_stride_m, offs_m, offs_d, 1, m_ok, offs_d < D)
+    omega_at = (OMEGA, m0, omega_stride_m, offs_m, 1, m_ok)
+    omega = load_tile(omega_at, offs_d, D)
     exponent_scale = scale * LOG2E
     half_scale = scale * scale * 0.5 * LOG2E
 
@@ -85,16 +117,32 @@ def performer_state_fwd_kernel(
     for s0 in range(start, end, BLOCK_S):
         s_ok = s0 + offs_s < end
         if HAS_MASK:
-            s_ok &= tl.load(MASK + b * mask_stride_b + (s0 + offs_s) * mask_stride_n, mask=s_ok, other=0) != 0
-        k = load_rows(K, s0, k_stride_n, offs_s, offs_d, k_stride_d, s_ok, offs_d < D)  # [BLOCK_S, BLOCK_D]
-        v = load_rows(V, s0, v_stride_n, offs_s, offs_dv, v_stride_d, s_ok, offs_dv < DV)  # [BLOCK_S, BLOCK_DV]
+            s_ok &= (
+                tl.load(
+                    MASK + b * mask_stride_b + (s0 + offs_s) * mask_stride_n,
+                    mask=s_ok,
+                    other=0,
+                )
+                != 0
+            )
+        k_at = (K, s0, k_stride_n, offs_s, k_stride_d, s_ok)
+        k = load_tile(k_at, offs_d, D)  # [BLOCK_S, BLOCK_D]
+        v_at = (V, s0, v_stride_n, offs_s, v_stride_d, s_ok)
+        v = load_tile(v_at, offs_dv, DV)  # [BLOCK_S, BLOCK_DV]
         if QUERIES:
-            out_lse = tl.load(OUT_LSE + bh.to(tl.int64) * S + s0 + offs_s, mask=s_ok, other=float("inf")) * LOG2E
+            out_lse = (
+                tl.load(
+                    OUT_LSE + bh.to(tl.int64) * S + s0 + offs_s,
+                    mask=s_ok,
+                    other=float("inf"),
+                )
+                * LOG2E
+            )
             shift = -tl.where(out_lse == float("-inf"), float("inf"), out_lse)  # no key: every weight 0
         else:
-            k32 = k.to(tl.float32)
-            shift = tl.where(s_ok, tl.sum(k32 * k32, 1) * -half_scale, float("-inf"))
-        u = tl.dot(omega, tl.trans(k), input_precision=PRECISION) * exponent_scale  # [BLOCK_M, BLOCK_S]
+            square = row_products(k, k, k_at, k_at, offs_d, D, BLOCK_D)
+            shift = tl.where(s_ok, square * -half_scale, float("-inf"))
+        u = product(omega, k, omega_at, k_at, offs_d, D, BLOCK_D, PRECISION) * exponent_scale  # [BLOCK_M, BLOCK_S]
         if WITH_MAX:
             u_top = tl.maximum(u_top, tl.max(tl.where(s_ok[None, :], u, float("-inf")), 1))
         e = u + shift[None, :]
@@ -106,172 +154,205 @@ def performer_state_fwd_kernel(
             delta_sum = delta_sum * tl.exp2(old_top - base) + tl.sum(tl.exp2(e - base[:, None]) * delta[None, :], 1)
     out = (bh.to(tl.int64) * slices + slice_index) * M
     values = divide_rows(acc, total)
-    store_rows(VALUES + out * DV, m0, DV, offs_m, offs_dv, 1, m_ok, offs_dv < DV, values)
-    tl.store(LSE + out + m0 + offs_m, (top + tl.log2(total)) / LOG2E, mask=m_ok)
+    store_tile((VALUES + out * DV, m0, DV, offs_m, 1, m_ok), offs_dv, DV, values)
+    tl.store(LSE + out + m0 + offs_m, (top + tl.log2(total)) / LOG2E, mask=first_ok)
     if QUERIES:
-        tl.store(TOP + out + m0 + offs_m, delta_sum / tl.where(total == 0.0, 1.0, total), mask=m_ok)
+        tl.store(
+            TOP + out + m0 + offs_m,
+            delta_sum / tl.where(total == 0.0, 1.0, total),
+            mask=first_ok,
+        )
     if WITH_MAX:
         u_top = tl.max(tl.where(m_ok, u_top, float("-inf")), 0)
-        tl.store(TOP + pid.to(tl.int64), u_top / LOG2E)
+        tl.store(TOP + pid.to(tl.int64), u_top / LOG2E, mask=column == 0)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def performer_merge_kernel(
-    PART_VALUES, PART_LSE, VALUES, LSE, M, DV, slices, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr
-):
-    """lse = log sum_s exp(lse_s); values = sum_s exp(lse_s - lse) values_s: the slices of one head."""
+    PART_VALUES, PART_LSE, ENDS, VALUES, LSE, M, DV: tl.constexpr, slices, documents,
+    BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
+    """lse = log sum_s exp(lse_s); values = sum_s exp(lse_s - lse) values_s: the slices of one head and document.
+
+    ENDS (documents + 1): the first slice of each document, and their number.
+    """
     m_blocks = tl.cdiv(M, BLOCK_M)
     pid = tl.program_id(0)
-    bh = (pid // m_blocks).to(tl.int64)
+    document = (pid // m_blocks) % documents
+    bh = (pid // (m_blocks * documents)).to(tl.int64)
     m0 = (pid % m_blocks) * BLOCK_M
+    first, last = 0, slices
+    if VARLEN:
+        first, last = tl.load(ENDS + document), tl.load(ENDS + document + 1)
     offs_m = tl.arange(0, BLOCK_M)
     offs_dv = tl.arange(0, BLOCK_DV)
     m_ok = m0 + offs_m < M
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    for s in range(0, slices):
+    for s in range(first, last):
         part = (bh * slices + s) * M
         lse = tl.load(PART_LSE + part + m0 + offs_m, mask=m_ok, other=float("-inf")) * LOG2E
-        values = load_rows(PART_VALUES + part * DV, m0, DV, offs_m, offs_dv, 1, m_ok, offs_dv < DV)
+        values = load_tile((PART_VALUES + part * DV, m0, DV, offs_m, 1, m_ok), offs_dv, DV)
         top, total, acc = softmax_merge(top, total, acc, lse, 1.0, values)
     acc = divide_rows(acc, total)
-    store_rows(VALUES + bh * M * DV, m0, DV, offs_m, offs_dv, 1, m_ok, offs_dv < DV, acc)
-    tl.store(LSE + bh * M + m0 + offs_m, (top + tl.log2(total)) / LOG2E, mask=m_ok)
+    out = (bh * documents + document) * M
+    store_tile((VALUES + out * DV, m0, DV, offs_m, 1, m_ok), offs_dv, DV, acc)
+    tl.store(LSE + out + m0 + offs_m, (top + tl.log2(total)) / LOG2E, mask=m_ok)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def performer_read_fwd_kernel(
-    Q, OMEGA, VALUES, LSE, EXTRA_VALUES, EXTRA_LSE, OUT, OUT_LSE,
+    Q, OMEGA, SLICES, VALUES, LSE, EXTRA_VALUES, EXTRA_LSE, OUT, OUT_LSE,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, omega_stride_h, omega_stride_m,
-    H, N, M, D, DV, scale,
+    H, N, M, D: tl.constexpr, DV: tl.constexpr, slices, documents, scale,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HAS_EXTRA: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_EXTRA: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out_i = sum_m softmax_m(omega_m q'_i + lse_m) values_m for BLOCK_N queries, and the log of its denominator."""
-    n_blocks = tl.cdiv(N, BLOCK_N)
-    pid = tl.program_id(0)
-    n0 = (pid % n_blocks) * BLOCK_N
-    bh = (pid // n_blocks).to(tl.int64)
+    pid, column = split_columns(tl.program_id(0), tl.cdiv(DV, BLOCK_DV))
+    bh = (pid // slices).to(tl.int64)
     b, h = bh // H, bh % H
+    n0, end, _first, _last = slice_bounds(SLICES, pid % slices, slices, BLOCK_N, N, VARLEN)
+    state = state_of(SLICES, bh, pid % slices, documents, VARLEN)
     offs_n = tl.arange(0, BLOCK_N)
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
-    n_ok = n0 + offs_n < N
+    offs_dv = column * BLOCK_DV + tl.arange(0, BLOCK_DV)
+    n_ok = n0 + offs_n < end
     Q += b * q_stride_b + h * q_stride_h
-    q = load_rows(Q, n0, q_stride_n, offs_n, offs_d, q_stride_d, n_ok, offs_d < D)
+    q_at = (Q, n0, q_stride_n, offs_n, q_stride_d, n_ok)
+    q = load_tile(q_at, offs_d, D)
     exponent_scale = scale * LOG2E
     OMEGA += h * omega_stride_h
-    VALUES += bh * M * DV
-    LSE += bh * M
+    VALUES += state * M * DV
+    LSE += state * M
 
     top = tl.full([BLOCK_N], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     u_top = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    square = tl.zeros([BLOCK_N], tl.float32)
+    if HAS_EXTRA:
+        square = row_products(q, q, q_at, q_at, offs_d, D, BLOCK_D)
     for m0 in range(0, M, BLOCK_M):
         m_ok = m0 + offs_m < M
-        omega = load_rows(OMEGA, m0, omega_stride_m, offs_m, offs_d, 1, m_ok, offs_d < D)
-        values = load_rows(VALUES, m0, DV, offs_m, offs_dv, 1, m_ok, offs_dv < DV)
+        omega_at = (OMEGA, m0, omega_stride_m, offs_m, 1, m_ok)
+        omega = load_tile(omega_at, offs_d, D)
+        values_at = (VALUES, m0, DV, offs_m, 1, m_ok)
+        values = load_tile(values_at, offs_dv, DV)
         lse = tl.load(LSE + m0 + offs_m, mask=m_ok, other=float("-inf")) * LOG2E
-        u = tl.dot(q, tl.trans(omega), input_precision=PRECISION) * exponent_scale  # [BLOCK_N, BLOCK_M]
+        u = product(q, omega, q_at, omega_at, offs_d, D, BLOCK_D, PRECISION) * exponent_scale  # [BLOCK_N, BLOCK_M]
         if HAS_EXTRA:
             u_top = tl.maximum(u_top, tl.max(tl.where(m_ok[None, :], u, float("-inf")), 1))
         e = u + lse[None, :]
         top, total, acc = softmax_step(top, total, acc, e, values, PRECISION)
     if HAS_EXTRA:
-        # |q'|^2 / 2 + max_m u + extra_lse; q is read again rather than held in registers through the loop
-        q32 = load_rows(Q, n0, q_stride_n, offs_n, offs_d, q_stride_d, n_ok, offs_d < D).to(tl.float32)
-        extra = tl.sum(q32 * q32, 1) * (scale * scale * 0.5 * LOG2E) + u_top + tl.load(EXTRA_LSE + bh) * LOG2E
+        # |q'|^2 / 2 + max_m u + extra_lse
+        extra = square * (scale * scale * 0.5 * LOG2E) + u_top + tl.load(EXTRA_LSE + bh) * LOG2E
         extra_values = tl.load(EXTRA_VALUES + bh * DV + offs_dv, mask=offs_dv < DV, other=0.0)
         top, total, acc = softmax_merge(top, total, acc, extra, 1.0, extra_values[None, :])
     acc = divide_rows(acc, total)
-    store_rows(OUT + bh * N * DV, n0, DV, offs_n, offs_dv, 1, n_ok, offs_dv < DV, acc)
-    tl.store(OUT_LSE + bh * N + n0 + offs_n, (top + tl.log2(total)) / LOG2E, mask=n_ok)
+    store_tile((OUT + bh * N * DV, n0, DV, offs_n, 1, n_ok), offs_dv, DV, acc)
+    tl.store(
+        OUT_LSE + bh * N + n0 + offs_n,
+        (top + tl.log2(total)) / LOG2E,
+        mask=n0 + offs_n < tl.where(column == 0, end, 0),
+    )
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def performer_read_dq_kernel(
-    Q, OMEGA, VALUES, LSE, EXTRA_VALUES, EXTRA_LSE, OUT, OUT_LSE, DOUT, DQ, DELTA, EXTRA_WEIGHT,
+    Q, OMEGA, SLICES, VALUES, LSE, EXTRA_VALUES, EXTRA_LSE, OUT, OUT_LSE, DOUT, DQ, DELTA, EXTRA_WEIGHT,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, omega_stride_h, omega_stride_m,
     dout_stride_b, dout_stride_h, dout_stride_n, dout_stride_d,
     dq_stride_b, dq_stride_h, dq_stride_n, dq_stride_d,
-    H, N, M, D, DV, scale,
+    H, N, M, D: tl.constexpr, DV: tl.constexpr, slices, documents, scale,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HAS_EXTRA: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_EXTRA: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq_i = sum_m ds_im omega_m / D^(1/4) with ds_im = p_im (dout_i values_m - delta_i), delta_i = dout_i out_i."""
-    n_blocks = tl.cdiv(N, BLOCK_N)
-    pid = tl.program_id(0)
-    n0 = (pid % n_blocks) * BLOCK_N
-    bh = (pid // n_blocks).to(tl.int64)
+    pid, column = split_columns(tl.program_id(0), tl.cdiv(D, BLOCK_D))
+    bh = (pid // slices).to(tl.int64)
     b, h = bh // H, bh % H
+    n0, end, _first, _last = slice_bounds(SLICES, pid % slices, slices, BLOCK_N, N, VARLEN)
+    state = state_of(SLICES, bh, pid % slices, documents, VARLEN)
     offs_n = tl.arange(0, BLOCK_N)
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
+    offs_c = column * BLOCK_D + offs_d  # the columns written
     offs_dv = tl.arange(0, BLOCK_DV)
-    n_ok = n0 + offs_n < N
-    d_ok = offs_d < D
-    dv_ok = offs_dv < DV
+    n_ok = n0 + offs_n < end
+    first_ok = n0 + offs_n < tl.where(column == 0, end, 0)
     Q += b * q_stride_b + h * q_stride_h
-    q = load_rows(Q, n0, q_stride_n, offs_n, offs_d, q_stride_d, n_ok, d_ok)
+    q_at = (Q, n0, q_stride_n, offs_n, q_stride_d, n_ok)
+    q = load_tile(q_at, offs_d, D)
     DOUT += b * dout_stride_b + h * dout_stride_h
-    dout = load_rows(DOUT, n0, dout_stride_n, offs_n, offs_dv, dout_stride_d, n_ok, dv_ok)
-    out = load_rows(OUT + bh * N * DV, n0, DV, offs_n, offs_dv, 1, n_ok, dv_ok)
-    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
-    tl.store(DELTA + bh * N + n0 + offs_n, delta, mask=n_ok)
+    dout_at = (DOUT, n0, dout_stride_n, offs_n, dout_stride_d, n_ok)
+    dout = load_tile(dout_at, offs_dv, DV)
+    OUT += bh * N * DV
+    out_at = (OUT, n0, DV, offs_n, 1, n_ok)
+    out = load_tile(out_at, offs_dv, DV)
+    delta = row_products(dout, out, dout_at, out_at, offs_dv, DV, BLOCK_DV)
+    tl.store(DELTA + bh * N + n0 + offs_n, delta, mask=first_ok)
     out_lse = tl.load(OUT_LSE + bh * N + n0 + offs_n, mask=n_ok, other=0.0) * LOG2E
     base = tl.where(out_lse == float("-inf"), 0.0, out_lse)
     exponent_scale = scale * LOG2E
     extra = tl.zeros([BLOCK_N], tl.float32)
     dextra = tl.zeros([BLOCK_N], tl.float32)
     if HAS_EXTRA:
-        q32 = q.to(tl.float32)
-        extra = tl.sum(q32 * q32, 1) * (scale * scale * 0.5 * LOG2E) + tl.load(EXTRA_LSE + bh) * LOG2E - base
-        extra_values = tl.load(EXTRA_VALUES + bh * DV + offs_dv, mask=dv_ok, other=0.0)
-        dextra = tl.sum(dout.to(tl.float32) * extra_values[None, :], 1) - delta
+        square = row_products(q, q, q_at, q_at, offs_d, D, BLOCK_D)
+        extra = square * (scale * scale * 0.5 * LOG2E) + tl.load(EXTRA_LSE + bh) * LOG2E - base
+        # one row, the same for every query
+        EXTRA_VALUES += bh * DV
+        extra_values = tl.load(EXTRA_VALUES + offs_dv, mask=offs_dv < DV, other=0.0)
+        extra_at = (EXTRA_VALUES, 0, 0, offs_n, 1, n_ok)
+        dextra = row_products(dout, extra_values[None, :], dout_at, extra_at, offs_dv, DV, BLOCK_DV) - delta
     OMEGA += h * omega_stride_h
-    VALUES += bh * M * DV
-    LSE += bh * M
+    VALUES += state * M * DV
+    LSE += state * M
 
     acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     u_top = tl.full([BLOCK_N], float("-inf"), tl.float32)
     for m0 in range(0, M, BLOCK_M):
         m_ok = m0 + offs_m < M
-        omega = load_rows(OMEGA, m0, omega_stride_m, offs_m, offs_d, 1, m_ok, d_ok)
-        values = load_rows(VALUES, m0, DV, offs_m, offs_dv, 1, m_ok, dv_ok)
+        omega_at = (OMEGA, m0, omega_stride_m, offs_m, 1, m_ok)
+        omega = load_tile(omega_at, offs_d, D)
+        values_at = (VALUES, m0, DV, offs_m, 1, m_ok)
+        values = load_tile(values_at, offs_dv, DV)
         lse = tl.load(LSE + m0 + offs_m, mask=m_ok, other=float("-inf")) * LOG2E
-        u = tl.dot(q, tl.trans(omega), input_precision=PRECISION) * exponent_scale  # [BLOCK_N, BLOCK_M]
+        u = product(q, omega, q_at, omega_at, offs_d, D, BLOCK_D, PRECISION) * exponent_scale  # [BLOCK_N, BLOCK_M]
         if HAS_EXTRA:
             u_top = tl.maximum(u_top, tl.max(tl.where(m_ok[None, :], u, float("-inf")), 1))
         p = tl.exp2(u + lse[None, :] - base[:, None])
-        dp = tl.dot(dout, tl.trans(values), input_precision=PRECISION)
+        dp = product(dout, values, dout_at, values_at, offs_dv, DV, BLOCK_DV, PRECISION)
         ds = p * (dp - delta[:, None])
+        if D > BLOCK_D:
+            omega = load_tile(omega_at, offs_c, D)
         acc = tl.dot(ds.to(q.dtype), omega, acc, input_precision=PRECISION)
     acc *= scale
     if HAS_EXTRA:
         weight = tl.exp2(extra + u_top)
-        tl.store(EXTRA_WEIGHT + bh * N + n0 + offs_n, weight, mask=n_ok)
+        tl.store(EXTRA_WEIGHT + bh * N + n0 + offs_n, weight, mask=first_ok)
         # read again rather than held in registers through the loop
-        q32 = load_rows(Q, n0, q_stride_n, offs_n, offs_d, q_stride_d, n_ok, d_ok).to(tl.float32)
+        q32 = load_tile(q_at, offs_c, D).to(tl.float32)
         acc += (scale * scale * weight * dextra)[:, None] * q32
     DQ += b * dq_stride_b + h * dq_stride_h
-    store_rows(DQ, n0, dq_stride_n, offs_n, offs_d, dq_stride_d, n_ok, d_ok, acc)
+    store_tile((DQ, n0, dq_stride_n, offs_n, dq_stride_d, n_ok), offs_c, D, acc)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def performer_read_dstate_kernel(
-    Q, OMEGA, LSE, OUT_LSE, DOUT, DELTA, PART_DVALUES, PART_PDELTA,
+    Q, OMEGA, SLICES, LSE, OUT_LSE, DOUT, DELTA, PART_DVALUES, PART_PDELTA,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, omega_stride_h, omega_stride_m,
     dout_stride_b, dout_stride_h, dout_stride_n, dout_stride_d,
-    H, N, M, D, DV, slice_length, slices, scale,
+    H, N, M, D: tl.constexpr, DV: tl.constexpr, slice_length, slices, documents, scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    PRECISION: tl.constexpr,
+    VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dvalues_m = sum_i p_im dout_i and sum_i p_im delta_i (for dlse_m = dvalues_m values_m - it), one slice."""
     m_blocks = tl.cdiv(M, BLOCK_M)
-    pid = tl.program_id(0)
+    pid, column = split_columns(tl.program_id(0), tl.cdiv(DV, BLOCK_DV))
     m0 = (pid % m_blocks) * BLOCK_M
     slice_index = (pid // m_blocks) % slices
     bh = (pid // (m_blocks * slices)).to(tl.int64)
@@ -279,45 +360,49 @@ def performer_read_dstate_kernel(
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
+    offs_dv = column * BLOCK_DV + tl.arange(0, BLOCK_DV)
     m_ok = m0 + offs_m < M
     Q += b * q_stride_b + h * q_stride_h
     DOUT += b * dout_stride_b + h * dout_stride_h
-    omega = load_rows(OMEGA + h * omega_stride_h, m0, omega_stride_m, offs_m, offs_d, 1, m_ok, offs_d < D)
-    lse = tl.load(LSE + bh * M + m0 + offs_m, mask=m_ok, other=float("-inf")) * LOG2E
+    OMEGA += h * omega_stride_h
+    omega_at = (OMEGA, m0, omega_stride_m, offs_m, 1, m_ok)
+    omega = load_tile(omega_at, offs_d, D)
+    LSE += state_of(SLICES, bh, slice_index, documents, VARLEN) * M
+    lse = tl.load(LSE + m0 + offs_m, mask=m_ok, other=float("-inf")) * LOG2E
     exponent_scale = scale * LOG2E
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     pdelta = tl.zeros([BLOCK_M], tl.float32)
-    start = slice_index * slice_length
-    end = tl.minimum(start + slice_length, N)
+    start, end, _first, _last = slice_bounds(SLICES, slice_index, slices, slice_length, N, VARLEN)
     for n0 in range(start, end, BLOCK_N):
         n_ok = n0 + offs_n < end
-        q = load_rows(Q, n0, q_stride_n, offs_n, offs_d, q_stride_d, n_ok, offs_d < D)
-        dout = load_rows(DOUT, n0, dout_stride_n, offs_n, offs_dv, dout_stride_d, n_ok, offs_dv < DV)
+        q_at = (Q, n0, q_stride_n, offs_n, q_stride_d, n_ok)
+        q = load_tile(q_at, offs_d, D)
+        dout_at = (DOUT, n0, dout_stride_n, offs_n, dout_stride_d, n_ok)
+        dout = load_tile(dout_at, offs_dv, DV)
         out_lse = tl.load(OUT_LSE + bh * N + n0 + offs_n, mask=n_ok, other=float("inf")) * LOG2E
         base = tl.where(out_lse == float("-inf"), 0.0, out_lse)
         delta = tl.load(DELTA + bh * N + n0 + offs_n, mask=n_ok, other=0.0)
-        u = tl.dot(omega, tl.trans(q), input_precision=PRECISION) * exponent_scale  # [BLOCK_M, BLOCK_N]
+        u = product(omega, q, omega_at, q_at, offs_d, D, BLOCK_D, PRECISION) * exponent_scale  # [BLOCK_M, BLOCK_N]
         p = tl.exp2(u + lse[:, None] - base[None, :])
         pdelta += tl.sum(p * delta[None, :], 1)
         acc = tl.dot(p.to(q.dtype), dout, acc, input_precision=PRECISION)
     part = (bh * slices + slice_index) * M
-    store_rows(PART_DVALUES + part * DV, m0, DV, offs_m, offs_dv, 1, m_ok, offs_dv < DV, acc)
-    tl.store(PART_PDELTA + part + m0 + offs_m, pdelta, mask=m_ok)
+    store_tile((PART_DVALUES + part * DV, m0, DV, offs_m, 1, m_ok), offs_dv, DV, acc)
+    tl.store(PART_PDELTA + part + m0 + offs_m, pdelta, mask=m0 + offs_m < tl.where(column == 0, M, 0))
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def performer_state_bwd_kernel(
-    K, V, OMEGA, MASK, LSE, DVALUES, SHIFT, UNIT, DK, DV_OUT,
+    K, V, OMEGA, MASK, SLICES, LSE, DVALUES, SHIFT, UNIT, DK, DV_OUT,
     k_stride_b, k_stride_h, k_stride_n, k_stride_d,
     v_stride_b, v_stride_h, v_stride_n, v_stride_d,
     dk_stride_b, dk_stride_h, dk_stride_n, dk_stride_d,
     dv_stride_b, dv_stride_h, dv_stride_n, dv_stride_d,
     omega_stride_h, omega_stride_m, mask_stride_b, mask_stride_n,
-    H, S, M, D, DV, scale, weight_bits,
+    H, S, M, D: tl.constexpr, DV: tl.constexpr, slices, documents, scale, weight_bits,
     BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MASK: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dv_n = sum_m p_mn dvalues_m; de_mn = p_mn (dvalues_m v_n + shift_m); dk = (omega^T de - k' sum_m de) / D^(1/4).
 
@@ -325,74 +410,91 @@ def performer_state_bwd_kernel(
     2^weight_bits, dvalues and shift arrive divided by UNIT (their largest value in the head), and both are undone in
     float32.
     """
-    s_blocks = tl.cdiv(S, BLOCK_S)
-    pid = tl.program_id(0)
-    s0 = (pid % s_blocks) * BLOCK_S
-    bh = (pid // s_blocks).to(tl.int64)
+    pid, column = split_columns(tl.program_id(0), max(tl.cdiv(D, BLOCK_D), tl.cdiv(DV, BLOCK_DV)))
+    bh = (pid // slices).to(tl.int64)
     b, h = bh // H, bh % H
+    s0, end, _first, _last = slice_bounds(SLICES, pid % slices, slices, BLOCK_S, S, VARLEN)
+    state = state_of(SLICES, bh, pid % slices, documents, VARLEN)
     offs_s = tl.arange(0, BLOCK_S)
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    s_in = s0 + offs_s < S
+    offs_c = column * BLOCK_D + offs_d  # the columns written, of dk and of dv
+    offs_cv = column * BLOCK_DV + offs_dv
+    s_in = s0 + offs_s < end
     s_ok = s_in
-    d_ok = offs_d < D
-    dv_ok = offs_dv < DV
     if HAS_MASK:
         mask_row = MASK + b * mask_stride_b
-        s_ok &= tl.load(mask_row + (s0 + offs_s).to(tl.int64) * mask_stride_n, mask=s_in, other=0) != 0
+        s_ok &= (
+            tl.load(
+                mask_row + (s0 + offs_s).to(tl.int64) * mask_stride_n,
+                mask=s_in,
+                other=0,
+            )
+            != 0
+        )
     K += b * k_stride_b + h * k_stride_h
-    k = load_rows(K, s0, k_stride_n, offs_s, offs_d, k_stride_d, s_ok, d_ok)
-    v = load_rows(V + b * v_stride_b + h * v_stride_h, s0, v_stride_n, offs_s, offs_dv, v_stride_d, s_ok, dv_ok)
-    k32 = k.to(tl.float32)
-    half = tl.sum(k32 * k32, 1) * (scale * scale * 0.5 * LOG2E)
-    base = tl.where(s_ok, weight_bits - half, float("-inf"))
+    k_at = (K, s0, k_stride_n, offs_s, k_stride_d, s_ok)
+    k = load_tile(k_at, offs_d, D)
+    V += b * v_stride_b + h * v_stride_h
+    v_at = (V, s0, v_stride_n, offs_s, v_stride_d, s_ok)
+    v = load_tile(v_at, offs_dv, DV)
+    square = row_products(k, k, k_at, k_at, offs_d, D, BLOCK_D)
+    base = tl.where(s_ok, weight_bits - square * (scale * scale * 0.5 * LOG2E), float("-inf"))
     exponent_scale = scale * LOG2E
     OMEGA += h * omega_stride_h
-    LSE += bh * M
-    DVALUES += bh * M * DV
-    SHIFT += bh * M
+    LSE += state * M
+    DVALUES += state * M * DV
+    SHIFT += state * M
 
     dk = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_S, BLOCK_DV], tl.float32)
     de_sum = tl.zeros([BLOCK_S], tl.float32)
     for m0 in range(0, M, BLOCK_M):
         m_ok = m0 + offs_m < M
-        omega = load_rows(OMEGA, m0, omega_stride_m, offs_m, offs_d, 1, m_ok, d_ok)
-        dvalues = load_rows(DVALUES, m0, DV, offs_m, offs_dv, 1, m_ok, dv_ok)
+        omega_at = (OMEGA, m0, omega_stride_m, offs_m, 1, m_ok)
+        omega = load_tile(omega_at, offs_d, D)
+        dvalues_at = (DVALUES, m0, DV, offs_m, 1, m_ok)
+        dvalues = load_tile(dvalues_at, offs_dv, DV)
         lse = tl.load(LSE + m0 + offs_m, mask=m_ok, other=float("inf")) * LOG2E
         lse = tl.where(lse == float("-inf"), float("inf"), lse)
         shift = tl.load(SHIFT + m0 + offs_m, mask=m_ok, other=0.0)
-        u = tl.dot(k, tl.trans(omega), input_precision=PRECISION) * exponent_scale  # [BLOCK_S, BLOCK_M]
+        u = product(k, omega, k_at, omega_at, offs_d, D, BLOCK_D, PRECISION) * exponent_scale  # [BLOCK_S, BLOCK_M]
         p = tl.exp2(u - lse[None, :] + base[:, None])
-        dv = tl.dot(p.to(k.dtype), dvalues, dv, input_precision=PRECISION)
-        de = p * (tl.dot(v, tl.trans(dvalues), input_precision=PRECISION) + shift[None, :])
+        dvalues_c = dvalues
+        if DV > BLOCK_DV:
+            dvalues_c = load_tile(dvalues_at, offs_cv, DV)
+        dv = tl.dot(p.to(k.dtype), dvalues_c, dv, input_precision=PRECISION)
+        dp = product(v, dvalues, v_at, dvalues_at, offs_dv, DV, BLOCK_DV, PRECISION)
+        de = p * (dp + shift[None, :])
         de_sum += tl.sum(de, 1)
+        if D > BLOCK_D:
+            omega = load_tile(omega_at, offs_c, D)
         dk = tl.dot(de.to(k.dtype), omega, dk, input_precision=PRECISION)
-    unit = tl.load(UNIT + bh) * tl.exp2(-weight_bits)
+    unit = tl.load(UNIT + state) * tl.exp2(-weight_bits)
     # read again rather than held in registers through the loop
-    k32 = load_rows(K, s0, k_stride_n, offs_s, offs_d, k_stride_d, s_ok, d_ok).to(tl.float32)
+    k32 = load_tile(k_at, offs_c, D).to(tl.float32)
     dk = (dk - k32 * (scale * de_sum)[:, None]) * (scale * unit)
     DK += b * dk_stride_b + h * dk_stride_h
     DV_OUT += b * dv_stride_b + h * dv_stride_h
-    store_rows(DK, s0, dk_stride_n, offs_s, offs_d, dk_stride_d, s_in, d_ok, dk)
-    store_rows(DV_OUT, s0, dv_stride_n, offs_s, offs_dv, dv_stride_d, s_in, dv_ok, dv * unit)
+    store_tile((DK, s0, dk_stride_n, offs_s, dk_stride_d, s_in), offs_c, D, dk)
+    store_tile((DV_OUT, s0, dv_stride_n, offs_s, dv_stride_d, s_in), offs_cv, DV, dv * unit)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def performer_omega_kernel(
-    X, Y, OMEGA, MASK, VALUES, LSE, SHIFT, OUT_LSE, DELTA, UNIT, PART_DOMEGA,
+    X, Y, OMEGA, MASK, SLICES, VALUES, LSE, SHIFT, OUT_LSE, DELTA, UNIT, PART_DOMEGA,
     x_stride_b, x_stride_h, x_stride_n, x_stride_d,
     y_stride_b, y_stride_h, y_stride_n, y_stride_d,
     omega_stride_h, omega_stride_m, mask_stride_b, mask_stride_n,
-    H, N, M, D, DV, slice_length, slices, scale, weight_bits,
+    H, N, M, D: tl.constexpr, DV: tl.constexpr, slice_length, slices, documents, scale, weight_bits,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    KEYS: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, HAS_MASK: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What one slice of the keys (or queries) adds to omega's gradient: sum_n de_mn x'_n, de as in the passes that give
     dk (KEYS: X, Y = K, V, and VALUES = dvalues / UNIT) and dq (X, Y = Q, dout)."""
     m_blocks = tl.cdiv(M, BLOCK_M)
-    pid = tl.program_id(0)
+    pid, column = split_columns(tl.program_id(0), tl.cdiv(D, BLOCK_D))
     m0 = (pid % m_blocks) * BLOCK_M
     slice_index = (pid // m_blocks) % slices
     bh = (pid // (m_blocks * slices)).to(tl.int64)
@@ -400,45 +502,61 @@ def performer_omega_kernel(
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
+    offs_c = column * BLOCK_D + offs_d  # the columns written
     offs_dv = tl.arange(0, BLOCK_DV)
     m_ok = m0 + offs_m < M
     X += b * x_stride_b + h * x_stride_h
     Y += b * y_stride_b + h * y_stride_h
     MASK += b * mask_stride_b
-    omega = load_rows(OMEGA + h * omega_stride_h, m0, omega_stride_m, offs_m, offs_d, 1, m_ok, offs_d < D)
-    values = load_rows(VALUES + bh * M * DV, m0, DV, offs_m, offs_dv, 1, m_ok, offs_dv < DV)
-    lse = tl.load(LSE + bh * M + m0 + offs_m, mask=m_ok, other=float("-inf")) * LOG2E
+    OMEGA += h * omega_stride_h
+    omega_at = (OMEGA, m0, omega_stride_m, offs_m, 1, m_ok)
+    omega = load_tile(omega_at, offs_d, D)
+    state = state_of(SLICES, bh, slice_index, documents, VARLEN)
+    VALUES += state * M * DV
+    values_at = (VALUES, m0, DV, offs_m, 1, m_ok)
+    values = load_tile(values_at, offs_dv, DV)
+    lse = tl.load(LSE + state * M + m0 + offs_m, mask=m_ok, other=float("-inf")) * LOG2E
     exponent_scale = scale * LOG2E
     half_scale = scale * scale * 0.5 * LOG2E
     if KEYS:
         lse = weight_bits - tl.where(lse == float("-inf"), float("inf"), lse)
-        shift = tl.load(SHIFT + bh * M + m0 + offs_m, mask=m_ok, other=0.0)
+        shift = tl.load(SHIFT + state * M + m0 + offs_m, mask=m_ok, other=0.0)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    start = slice_index * slice_length
-    end = tl.minimum(start + slice_length, N)
+    start, end, _first, _last = slice_bounds(SLICES, slice_index, slices, slice_length, N, VARLEN)
     for n0 in range(start, end, BLOCK_N):
         n_ok = n0 + offs_n < end
         if HAS_MASK:
-            n_ok &= tl.load(MASK + (n0 + offs_n).to(tl.int64) * mask_stride_n, mask=n_ok, other=0) != 0
-        x = load_rows(X, n0, x_stride_n, offs_n, offs_d, x_stride_d, n_ok, offs_d < D)  # [BLOCK_N, BLOCK_D]
-        y = load_rows(Y, n0, y_stride_n, offs_n, offs_dv, y_stride_d, n_ok, offs_dv < DV)  # [BLOCK_N, BLOCK_DV]
-        u = tl.dot(omega, tl.trans(x), input_precision=PRECISION) * exponent_scale  # [BLOCK_M, BLOCK_N]
-        de = tl.dot(values, tl.trans(y), input_precision=PRECISION)
+            n_ok &= (
+                tl.load(
+                    MASK + (n0 + offs_n).to(tl.int64) * mask_stride_n,
+                    mask=n_ok,
+                    other=0,
+                )
+                != 0
+            )
+        x_at = (X, n0, x_stride_n, offs_n, x_stride_d, n_ok)
+        x = load_tile(x_at, offs_d, D)  # [BLOCK_N, BLOCK_D]
+        y_at = (Y, n0, y_stride_n, offs_n, y_stride_d, n_ok)
+        y = load_tile(y_at, offs_dv, DV)  # [BLOCK_N, BLOCK_DV]
+        u = product(omega, x, omega_at, x_at, offs_d, D, BLOCK_D, PRECISION) * exponent_scale  # [BLOCK_M, BLOCK_N]
+        de = product(values, y, values_at, y_at, offs_dv, DV, BLOCK_DV, PRECISION)
         if KEYS:
-            x32 = x.to(tl.float32)
-            token_shift = tl.where(n_ok, tl.sum(x32 * x32, 1) * -half_scale, float("-inf"))
+            square = row_products(x, x, x_at, x_at, offs_d, D, BLOCK_D)
+            token_shift = tl.where(n_ok, square * -half_scale, float("-inf"))
             de += shift[:, None]
         else:
             out_lse = tl.load(OUT_LSE + bh * N + n0 + offs_n, mask=n_ok, other=float("inf")) * LOG2E
             token_shift = -tl.where(out_lse == float("-inf"), float("inf"), out_lse)
             de -= tl.load(DELTA + bh * N + n0 + offs_n, mask=n_ok, other=0.0)[None, :]
         de *= tl.exp2(u + lse[:, None] + token_shift[None, :])
+        if D > BLOCK_D:
+            x = load_tile(x_at, offs_c, D)
         acc = tl.dot(de.to(x.dtype), x, acc, input_precision=PRECISION)
     if KEYS:
-        acc *= tl.load(UNIT + bh) * tl.exp2(-weight_bits)
+        acc *= tl.load(UNIT + state) * tl.exp2(-weight_bits)
     part = (bh * slices + slice_index) * M
-    store_rows(PART_DOMEGA + part * D, m0, D, offs_m, offs_d, 1, m_ok, offs_d < D, acc * scale)
+    store_tile((PART_DOMEGA + part * D, m0, D, offs_m, 1, m_ok), offs_c, D, acc * scale)
 
 
 # Inside a kernel Triton's language, not Python's, gives operators and indexing their types.

@@ -32,12 +32,19 @@ __all__ = [
 ]
 
 
-def _implementation(backend: str):
+def _implementation(backend: str, boundaries: Sequence[int] | None):
+    """The module of a backend, and what its functions take last: documents side by side only in the kernels."""
     if backend == "torch":
-        return chunked
+        assert boundaries is None, "documents run one by one in PyTorch"
+        return chunked, ()
     from medformer_kernels.performer import fused  # Triton decides at import whether it interprets
 
-    return fused
+    return fused, (boundaries,)
+
+
+def _state_axes(x: Tensor, boundaries: Sequence[int] | None) -> tuple[int, ...]:
+    """(B, H), and the number of documents if there is more than one."""
+    return (*x.shape[:2], *(() if boundaries is None or len(boundaries) <= 2 else (len(boundaries) - 1,)))
 
 
 def _state_dtype(x: Tensor) -> torch.dtype:
@@ -55,22 +62,30 @@ def _omega_buffer(like: Tensor, x: Tensor, omega: Tensor, with_omega: bool) -> T
 
 @torch.library.custom_op("medformer::performer_state", mutates_args=())
 def performer_state(
-    k: Tensor, v: Tensor, omega: Tensor, key_padding_mask: Tensor | None, with_max: bool, backend: str
+    k: Tensor,
+    v: Tensor,
+    omega: Tensor,
+    key_padding_mask: Tensor | None,
+    with_max: bool,
+    backend: str,
+    boundaries: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Key pass: (values (B, H, M, Dv), lse (B, H, M), max over n and m of omega_m k'_n (B, H)), in float32.
 
     The maximum is only computed `with_max` (else -inf). A head without a valid key has values 0 and lse -inf.
+    `boundaries` of documents, 0 first and S last, for the kernels: then a state of each, (B, H, documents, M, ...).
     """
-    return _implementation(backend).state(k, v, omega, key_padding_mask, with_max)
+    implementation, last = _implementation(backend, boundaries)
+    return implementation.state(k, v, omega, key_padding_mask, with_max, *last)
 
 
 @performer_state.register_fake
-def _(k, v, omega, key_padding_mask, with_max, backend):
-    batch, heads, num_features, dtype = *k.shape[:2], omega.shape[-2], _state_dtype(k)
+def _(k, v, omega, key_padding_mask, with_max, backend, boundaries=None):
+    axes, num_features, dtype = _state_axes(k, boundaries), omega.shape[-2], _state_dtype(k)
     return (
-        k.new_empty((batch, heads, num_features, v.shape[-1]), dtype=dtype),
-        k.new_empty((batch, heads, num_features), dtype=dtype),
-        k.new_empty((batch, heads), dtype=dtype),
+        k.new_empty((*axes, num_features, v.shape[-1]), dtype=dtype),
+        k.new_empty((*axes, num_features), dtype=dtype),
+        k.new_empty(k.shape[:2], dtype=dtype),
     )
 
 
@@ -86,21 +101,23 @@ def performer_state_backward(
     dlse: Tensor,
     with_omega: bool,
     backend: str,
+    boundaries: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dk, dv, domega (B, H, M, D) or empty). With p = softmax_n(e): dv_n = sum_m p_mn dvalues_m and
     de_mn = p_mn (dvalues_m v_n - dvalues_m values_m + dlse_m); dk = (omega^T de - k' sum_m de) / D^(1/4);
     domega_m = sum_n de_mn k'_n."""
     arguments = (k, v, omega, key_padding_mask, values, lse, dvalues, dlse)
-    return _implementation(backend).state_backward(*arguments, with_omega)
+    implementation, last = _implementation(backend, boundaries)
+    return implementation.state_backward(*arguments, with_omega, *last)
 
 
 @performer_state_backward.register_fake
-def _(k, v, omega, key_padding_mask, values, lse, dvalues, dlse, with_omega, backend):
+def _(k, v, omega, key_padding_mask, values, lse, dvalues, dlse, with_omega, backend, boundaries=None):
     return torch.empty_like(k), torch.empty_like(v), _omega_buffer(values, k, omega, with_omega)
 
 
 def _setup_state(ctx, inputs, output):
-    k, v, omega, key_padding_mask, _, ctx.backend = inputs
+    k, v, omega, key_padding_mask, _, ctx.backend, ctx.boundaries = inputs
     values, lse, exponent_max = output
     ctx.save_for_backward(k, v, omega, key_padding_mask, values, lse)
     ctx.mark_non_differentiable(exponent_max)
@@ -110,9 +127,9 @@ def _state_autograd(ctx, dvalues, dlse, _):
     k, v, omega, key_padding_mask, values, lse = ctx.saved_tensors
     with_omega = ctx.needs_input_grad[2]
     dk, dv, domega = performer_state_backward(
-        k, v, omega, key_padding_mask, values, lse, dvalues, dlse, with_omega, ctx.backend
+        k, v, omega, key_padding_mask, values, lse, dvalues, dlse, with_omega, ctx.backend, ctx.boundaries
     )
-    return dk, dv, _omega_gradient(domega, omega) if with_omega else None, None, None, None
+    return dk, dv, _omega_gradient(domega, omega) if with_omega else None, None, None, None, None
 
 
 performer_state.register_autograd(_state_autograd, setup_context=_setup_state)
@@ -127,17 +144,19 @@ def performer_read(
     extra_values: Tensor | None,
     extra_lse: Tensor | None,
     backend: str,
+    boundaries: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Query pass: (out (B, H, N, Dv), log of its denominator (B, H, N)).
+    """Query pass: (out (B, H, N, Dv), log of its denominator (B, H, N)); `boundaries` as for the state.
 
     `extra_values` (B, H, Dv) and `extra_lse` (B, H) add one feature of exponent
     |q'_i|^2 / 2 + max_m omega_m q'_i + extra_lse: the published epsilon, as it stands beside exp(u - |q'|^2/2 - max u).
     """
-    return _implementation(backend).read(q, omega, values, lse, extra_values, extra_lse)
+    implementation, last = _implementation(backend, boundaries)
+    return implementation.read(q, omega, values, lse, extra_values, extra_lse, *last)
 
 
 @performer_read.register_fake
-def _(q, omega, values, lse, extra_values, extra_lse, backend):
+def _(q, omega, values, lse, extra_values, extra_lse, backend, boundaries=None):
     return q.new_empty((*q.shape[:3], values.shape[-1])), lse.new_empty(q.shape[:3])
 
 
@@ -154,6 +173,7 @@ def performer_read_backward(
     dout: Tensor,
     with_omega: bool,
     backend: str,
+    boundaries: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dvalues, dlse, dextra_values, dextra_lse, domega (B, H, M, D) or empty); the extra two are 0 where there
     is no extra feature.
@@ -163,11 +183,12 @@ def performer_read_backward(
     constant.
     """
     arguments = (q, omega, values, lse, extra_values, extra_lse, out, out_lse, dout)
-    return _implementation(backend).read_backward(*arguments, with_omega)
+    implementation, last = _implementation(backend, boundaries)
+    return implementation.read_backward(*arguments, with_omega, *last)
 
 
 @performer_read_backward.register_fake
-def _(q, omega, values, lse, extra_values, extra_lse, out, out_lse, dout, with_omega, backend):
+def _(q, omega, values, lse, extra_values, extra_lse, out, out_lse, dout, with_omega, backend, boundaries=None):
     extra = values.new_empty((*values.shape[:2], values.shape[-1]))
     return (
         torch.empty_like(q),
@@ -180,7 +201,7 @@ def _(q, omega, values, lse, extra_values, extra_lse, out, out_lse, dout, with_o
 
 
 def _setup_read(ctx, inputs, output):
-    q, omega, values, lse, extra_values, extra_lse, ctx.backend = inputs
+    q, omega, values, lse, extra_values, extra_lse, ctx.backend, ctx.boundaries = inputs
     out, out_lse = output
     ctx.save_for_backward(q, omega, values, lse, extra_values, extra_lse, out, out_lse)
     ctx.mark_non_differentiable(out_lse)
@@ -190,12 +211,12 @@ def _read_autograd(ctx, dout, _):
     *saved, out, out_lse = ctx.saved_tensors
     omega, with_omega = saved[1], ctx.needs_input_grad[1]
     dq, dvalues, dlse, dextra_values, dextra_lse, domega = performer_read_backward(
-        *saved, out, out_lse, dout, with_omega, ctx.backend
+        *saved, out, out_lse, dout, with_omega, ctx.backend, ctx.boundaries
     )
     domega = _omega_gradient(domega, omega) if with_omega else None
     if saved[-1] is None:
-        return dq, domega, dvalues, dlse, None, None, None
-    return dq, domega, dvalues, dlse, dextra_values, dextra_lse, None
+        return dq, domega, dvalues, dlse, None, None, None, None
+    return dq, domega, dvalues, dlse, dextra_values, dextra_lse, None, None
 
 
 performer_read.register_autograd(_read_autograd, setup_context=_setup_read)

@@ -11,7 +11,7 @@ from compile_cases.shapes import WIDTHS, Case, Family, Floor
 from medformer_kernels._dispatch import chip_of, tile
 from medformer_kernels.nystrom import Cells, fused, products
 from medformer_kernels.nystrom.backward import backward as fused_backward
-from medformer_kernels.nystrom.plans import costs, one_program
+from medformer_kernels.nystrom.plans import costs, has_walk, one_program
 
 __all__ = ["FAMILY"]
 
@@ -35,6 +35,9 @@ def cases(*, widths: tuple[int, ...] = WIDTHS, landmarks: int = 256) -> Iterator
             fused.forward(x, x, x, cells, landmark, landmark, weight, mask, 6, None)
 
         def pooled() -> None:
+            if not has_walk(chip_of(x), width, dtype.itemsize):
+                given()
+                return
             # As many landmarks as the tile takes, and many heads: then keys are read once by every chip.
             number = tile("nystrom", "pool_values_fwd", chip_of(x), width, dtype.itemsize)["block_m"]
             own = Cells(grid=cells.grid, landmark_grid=(4, number // 16, 4) if full else (1, 1, number))

@@ -191,9 +191,9 @@ def _applied_backward(a: Tensor, x: Tensor, dout: Tensor, kept: Sequence[Tensor]
     dsquare = _symmetric(dread @ quarter.mT)
     fourth = square @ dlast
     third = r @ dlast
-    inner = dsquare + (fourth + fourth.mT) / 4 + (third + third.mT / 2) * 0.75
-    outer = r @ inner
-    dy = -(_symmetric(donce @ after.mT) + outer + outer.mT)
+    inner = dsquare.add_(fourth + fourth.mT, alpha=0.25).add_(third.add(third.mT, alpha=0.5), alpha=0.75)
+    outer = (r @ inner).add_(donce @ after.mT, alpha=0.5)
+    dy = -(outer + outer.mT)
     da = dy @ z.mT
     dz = _add_product(dz, a.mT, dy)
     for i in reversed(range(0, len(kept) - 4, 3)):
@@ -203,10 +203,11 @@ def _applied_backward(a: Tensor, x: Tensor, dout: Tensor, kept: Sequence[Tensor]
 
 def _step_backward(a: Tensor, z: Tensor, y: Tensor, t3: Tensor, dnew: Tensor, da: Tensor) -> Tensor:
     """dz of a step; adds to da. t3 = 13 I - 15 y + 7 y^2 - y^3, y symmetric: see `_applied_backward`."""
-    dt3 = _symmetric(_times(z.mT, dnew, 0.25))
-    square = y @ dt3
-    cube = y @ (square + square.mT / 2)
-    dy = 7 * (square + square.mT) - (cube + cube.mT) - 15 * dt3
+    half = _times(z.mT, dnew, 0.125)
+    square = y @ (half + half.mT)
+    cube = y @ square.add(square.mT, alpha=0.5)
+    half.mul_(-15).add_(square, alpha=7).sub_(cube)
+    dy = half + half.mT
     _add_product(da, dy, z.mT)
     return _add_product(_times(dnew, t3.mT, 0.25), a.mT, dy)
 
@@ -223,7 +224,7 @@ def start_backward(a: Tensor, dz: Tensor, da: Tensor) -> Tensor:
 
 
 def _symmetric(x: Tensor) -> Tensor:
-    return (x + x.mT) / 2
+    return (x + x.mT).mul_(0.5)
 
 
 def _add_product(out: Tensor, x: Tensor, y: Tensor) -> Tensor:

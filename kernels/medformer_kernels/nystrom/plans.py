@@ -9,7 +9,7 @@ from medformer_kernels import _dispatch
 from medformer_kernels._dispatch import Chip, Plan
 from medformer_kernels.nystrom.landmarks import Cells
 
-__all__ = ["Cost", "KeyWalk", "costs", "inverse_tile", "key_walk", "launch_plan", "one_program"]
+__all__ = ["Cost", "KeyWalk", "costs", "has_walk", "inverse_tile", "key_walk", "launch_plan", "one_program"]
 
 # Places in tiles that the walk over cells may take for a token; above that two reads of the keys are the better choice.
 _MOST_PLACES = 1.25
@@ -44,15 +44,26 @@ class KeyWalk:
     slices: int
 
 
+def has_walk(chip: Chip, width: int, itemsize: int) -> bool:
+    """Whether `nystrom_pool_values_fwd_kernel` has a tile: not on AMD, nor for 16-bit heads wider than 64."""
+    if not chip.arch.startswith("sm_"):
+        return False
+    table = _dispatch.load_configs("nystrom")["pool_values_fwd"]
+    entries = table[_dispatch.nearest_arch(chip.arch, tuple(table))]
+    return any(entry["itemsize"] == itemsize and entry["width"] >= _dispatch.block(width) for entry in entries)
+
+
 def key_walk(
     cells: Cells, *, ranked: bool, chip: Chip, landmarks: int, width: int, itemsize: int, tokens: int, batch_heads: int
 ) -> KeyWalk | None:
     """A walk cell by cell, which makes K~ of the first attention's read of the keys; None where two reads are better.
 
-    They are where the walk needs smaller tiles, and so more reads; where too few cells are there to fill the chip; and
-    where tiles would be filled badly, as with small cells, or with blocks that do not divide the axes of a volume and
-    so share whole planes of tokens. `ranked`: cells are cut over the real tokens.
+    They are where the walk has no tile, or a smaller one and so more reads; where too few cells are there to fill the
+    chip; and where tiles would be filled badly, as with small cells, or with blocks that do not divide the axes of a
+    volume and so share whole planes of tokens. `ranked`: cells are cut over the real tokens.
     """
+    if not has_walk(chip, width, itemsize):
+        return None
     plan, apart = (
         launch_plan(
             kernel, chip=chip, landmarks=landmarks, width=width, itemsize=itemsize, tokens=tokens,

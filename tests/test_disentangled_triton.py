@@ -104,6 +104,25 @@ def test_float16_error_is_at_most_twice_that_of_plain_pytorch(name: str) -> None
     assert_rule(call_on(*CASES[name]), torch.float16)
 
 
+@pytest.mark.parametrize("width", [72, 96, 128])
+def test_wide_heads_match_the_reference(width: int) -> None:
+    """The gradients of keys and values come from a launch each."""
+    assert_rule(call_on("grid", (2, 2, 3), width=width), torch.float16)
+
+
+def test_wide_heads_take_buckets_padding_and_dropout() -> None:
+    call = call_on("buckets", (20,), width=96)
+    mask = torch.arange(20, device=DEVICE)[None] % 3 > 0
+    assert_rule(call, torch.float16, causal=True, key_padding_mask=mask, dropout=0.2, seed=4)
+
+
+@pytest.mark.parametrize(("width", "dtype", "most"), [(136, torch.float16, 128), (72, torch.float32, 64)])
+def test_heads_wider_than_any_tile_are_refused_by_name(width: int, dtype: torch.dtype, most: int) -> None:
+    call = cast(call_on("grid", (1, 2, 2), width=width), dtype)
+    with pytest.raises(ValueError, match=f"has no kernel for scores or values wider than {most} [(]here {width}[)]"):
+        triton(**call)
+
+
 @pytest.mark.parametrize("terms", [("c2p",), ("p2c", "cp2c"), ("p2p",), TERMS], ids="+".join)
 def test_terms_and_prefix_tokens_match_the_reference(terms: tuple[str, ...]) -> None:
     assert_rule(call_on("grid", (2, 3, 3), terms=terms, prefix=2), torch.float32)

@@ -5,7 +5,7 @@ arguments      checks                          terms          the nine terms as 
 tables         relative terms as small tables  buckets        distances to rows of a table
 chunked        PyTorch, flat memory            bias           tables added to blocks of scores, and their gradients
 wide           PyTorch's fused attention over wider queries and keys
-fused          Triton launches                 kernels        the Triton kernels
+fused          Triton launches                 kernels        the Triton kernels, of device code in `tiles`
 ops            `torch.library` operators over these, with their gradients
 prefix         class and register tokens beside the kernels
 maps           attention maps and the share of each term
@@ -102,7 +102,7 @@ def disentangled_attention(
         dropout: share of the weights that are dropped, the others scaled up.
         seed: of the dropout: equal seeds drop equal weights, whatever computes them. None: drawn from torch's.
         scale: None for 1 / sqrt(D * number of terms).
-        backend: 'triton', 'torch', or 'auto': Triton on an NVIDIA GPU, for heads up to 64 wide.
+        backend: 'triton', 'torch', or 'auto': Triton on an NVIDIA GPU, for heads up to 128 wide (float32: 64).
 
     Raises:
         ValueError: an argument does not fit the others, or `backend` cannot run.
@@ -123,8 +123,10 @@ def disentangled_attention(
 def _attend(call: Call, backend: str) -> Tensor:
     x = operands(call.q, call.k, call.weights, **call.positions)
     width = max(x.q.shape[3], call.v.shape[3])
-    # Both spill registers.
-    unsupported = f"scores or values wider than 64 (here {width})" if width > 64 else None
+    # All three spill registers.
+    unsupported = f"scores or values wider than 128 (here {width})" if width > 128 else None
+    if width > 64 and call.q.dtype == torch.float32:
+        unsupported = f"scores or values wider than 64 (here {width}) in float32"
     if torch.version.hip:
         unsupported = "AMD GPUs"
     backend = resolve_backend("disentangled_attention", backend, call.q, unsupported)

@@ -19,18 +19,30 @@ from medformer_kernels import _dispatch
 from medformer_kernels._dispatch import Chip, block, chip_of, mask_arguments
 from medformer_kernels.disentangled.dropout import threshold
 from medformer_kernels.disentangled.kernels import (
-    LINES,
     disentangled_dkv_kernel,
     disentangled_dq_kernel,
     disentangled_fwd_kernel,
 )
+from medformer_kernels.disentangled.tiles import BLOCK_X, LINES
 
 __all__ = ["Cost", "backward", "costs", "forward"]
 
 
+# Own tokens of a program at most where tables are gathered: more spill.
+_BUCKET_ROWS = 128
+
+
+def _dkv_launches(width: int) -> tuple[str, ...]:
+    """What each launch gives: the gradients of keys ('k', with their table's) and of values ('v').
+
+    Of wide heads the registers hold one of the two only; the second launch takes the scores' product once more.
+    """
+    return ("kv",) if width <= 64 else ("k", "v")
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Tables:
-    """T and U as the kernels read them: rows of a multiple of 16 numbers, each axis from a multiple of 16 on."""
+    """T and U as the kernels read them: axes from multiples of 16 numbers on, x filled up with 0 to blocks."""
 
     t: Tensor | None
     u: Tensor | None
@@ -44,9 +56,10 @@ class _Tables:
         either = t if t is not None else u
         sizes = tuple(grid[1:]) if grid else (0 if either is None else either.shape[3],)
         starts, end = [], 0
-        for size in sizes:
+        for axis, size in enumerate(sizes):
             starts.append(end)
-            end += -(-size // 16) * 16
+            multiple = min(block(size), BLOCK_X) if axis == 2 else 16
+            end += -(-size // multiple) * multiple
         made = cls(t=None, u=None, starts=tuple(starts), sizes=sizes, columns=end)
         t, u = made._packed(t), made._packed(u)
         return cls(t=t, u=u, starts=made.starts, sizes=sizes, columns=end)
@@ -105,27 +118,30 @@ class _Call:
         gridded = bool(self.grid) and (self.tables.t is not None or self.tables.u is not None)
         entry = _dispatch.tile("disentangled", kernel, chip_of(self.q), max(width, width_v), self.q.element_size())
         own, walk = entry["block_m"], entry["block_n"]
-        gy, gx = self.grid[2:] if gridded else (1, 1)
-        lines = self.grid[1] * gy if gridded else 1
-        long = gridded and gx > min(own, walk)
+        if self.buckets is not None:
+            own = min(own, _BUCKET_ROWS)
         own_tokens, walk_tokens = (keys, queries) if kernel == "dkv" else (queries, keys)
-        own_lines, walk_lines = (1 if long else min(LINES, size // gx) for size in (own, walk))
-
-        def tiles(size: int, tile_lines: int, tokens: int) -> int:
-            if not gridded:
-                return -(-tokens // size)
-            return lines * -(-gx // size) if long else -(-lines // tile_lines)
-
-        own_tiles, walk_tiles = tiles(own, own_lines, own_tokens), tiles(walk, walk_lines, walk_tokens)
+        gy, gx, lines, own_lines, block_x, walk_part = 1, 1, 1, 1, 16, False
+        if gridded:
+            gy, gx = self.grid[2:]
+            lines = self.grid[1] * gy
+            walk = min(walk, block(gx))  # no more than a line
+            walk_part = gx > walk
+            block_x = min(block(gx), BLOCK_X, own)
+            own_lines = min(LINES, own // min(gx, block_x))
+            own_tiles = -(-lines // own_lines) * -(-gx // block_x)
+            walk_tiles = lines * -(-gx // walk)
+        else:
+            own_tiles, walk_tiles = -(-own_tokens // own), -(-walk_tokens // walk)
         starts = self.tables.starts if len(self.tables.starts) == 3 else (0, 0, 0)
         numbers = (
-            heads, queries, keys, width, width_v, self.tables.columns // 16, starts[1] // 16, starts[2] // 16, gy, gx,
-            lines, own_lines, walk_lines, own_tiles, walk_tiles, self.offset, threshold(self.dropout),
+            heads, queries, keys, self.tables.columns // 16, starts[1] // 16, starts[2] // 16, gy, gx,
+            lines, own_lines, own_tiles, walk_tiles, self.offset, threshold(self.dropout),
             1 / (1 - self.dropout), self.scale,
         )  # fmt: skip
         constants = {
-            "BLOCK_M": own, "BLOCK_N": walk, "BLOCK_D": block(width), "BLOCK_DV": block(width_v),
-            "BLOCK_X": 16 if long or not gridded else block(gx), "GRID": gridded, "LONG": long,
+            "W": width, "DV": width_v, "BLOCK_M": own, "BLOCK_N": walk, "BLOCK_D": block(width),
+            "BLOCK_DV": block(width_v), "BLOCK_X": block_x, "GRID": gridded, "WALK_PART": walk_part,
             "BUCKET": self.buckets is not None, "HAS_T": self.tables.t is not None,
             "HAS_U": self.tables.u is not None, "HAS_MASK": self.mask is not None, "CAUSAL": self.causal,
             "DROPOUT": self.dropout > 0,
@@ -175,10 +191,11 @@ def backward(
         delta if dt is None else dt, *call.strides(dout), *numbers, HAS_DLSE=dlse is not None, **constants,
     )  # fmt: skip
     programs, numbers, constants = call.launch("dkv")
-    disentangled_dkv_kernel[(programs,)](
-        *call.tensors(), lse, dout, delta, dk, dv, delta if du is None else du, *call.strides(dout), *numbers,
-        **constants,
-    )  # fmt: skip
+    for outputs in _dkv_launches(max(q.shape[3], v.shape[3])):
+        disentangled_dkv_kernel[(programs,)](
+            *call.tensors(), lse, dout, delta, dk, dv, delta if du is None else du, *call.strides(dout), *numbers,
+            HAS_DK="k" in outputs, HAS_DV="v" in outputs, **constants,
+        )  # fmt: skip
     return dq, dk, dv, tables.unpacked(dt, t), tables.unpacked(du, u)
 
 
@@ -198,17 +215,21 @@ def costs(
     gz, gy, gx = grid
     tokens, columns = gz * gy * gx, sum(-(-g // 16) * 16 for g in grid)
     pair = 2 * batch_heads * tokens * tokens
-    bias = 2 * LINES + block(gx)  # T by line, U by line, U by x
-    taken = 2 * LINES + block(gx)
-    # (columns of the products, tensors of the own tokens): read and written once
-    products = {"fwd": (2 * width + bias, 3), "dq": (3 * width + bias + taken, 5), "dkv": (4 * width + bias + taken, 5)}
+    bias = LINES + min(block(gx), BLOCK_X)  # of the table walked over: by line, by x
+    launches = _dkv_launches(width)
+    # (products of a head's width, launches, tensors of the own tokens): read and written once
+    work = {"fwd": (2, 1, 3), "dq": (3, 1, 5), "dkv": (3 + len(launches), len(launches), 5)}
     result = {}
-    for kernel, (inner, tensors) in products.items():
+    for kernel, (products, times, tensors) in work.items():
         own = tensors * width * itemsize + columns * (itemsize if kernel == "fwd" else itemsize + 4)
         tile = _dispatch.tile("disentangled", kernel, chip, width, itemsize)
         # A head is walked over once for each wave of programs: within one all read the same tiles, from the cache.
         programs = batch_heads * -(-tokens // tile["block_m"])
         waves = -(-programs // (2 * chip.units))
-        walked = waves * (2 * width + columns) * itemsize
-        result[kernel] = Cost(flop=pair * inner, exponentials=pair // 2, bytes=tokens * (batch_heads * own + walked))
+        walked = times * waves * (2 * width + columns) * itemsize
+        result[kernel] = Cost(
+            flop=pair * (products * width + times * bias),
+            exponentials=times * pair // 2,
+            bytes=tokens * (batch_heads * own + walked),
+        )
     return result

@@ -27,13 +27,17 @@ from medformer_kernels import _dispatch
 CANDIDATES = {
     (2, 64): [
         (256, 64, 8, 3), (256, 32, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2), (64, 128, 8, 3), (64, 128, 8, 2),
-        (128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2), (32, 32, 4, 2),
+        (128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2), (32, 32, 4, 2),
     ],
     (2, 128): [
-        (256, 32, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2),
-        (32, 128, 8, 2), (64, 32, 4, 2), (32, 64, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1),
+        (256, 32, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2),
+        (64, 64, 4, 2), (32, 128, 8, 2), (64, 32, 8, 2), (64, 32, 4, 2), (64, 16, 8, 1), (64, 16, 4, 1), (32, 64, 4, 2),
+        (32, 32, 8, 1), (32, 32, 4, 2), (32, 32, 4, 1),
     ],
-    (4, 64): [(64, 64, 8, 2), (64, 32, 4, 2), (32, 64, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1)],
+    (4, 64): [
+        (64, 64, 8, 2), (64, 32, 4, 2), (32, 64, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1), (32, 16, 8, 1), (16, 16, 4, 1),
+        (16, 16, 8, 1),
+    ],
     (4, 128): [(32, 32, 4, 1), (32, 32, 8, 2), (16, 16, 4, 1), (16, 16, 8, 2), (16, 32, 4, 1, 64), (16, 16, 4, 1, 64)],
     (2, 256): [
         (128, 128, 8, 2, 64), (128, 64, 8, 2, 128), (128, 64, 8, 2, 64), (64, 128, 8, 2, 64), (64, 64, 4, 2, 64),
@@ -61,9 +65,16 @@ CAUSAL_CANDIDATES = {
 }  # fmt: skip
 
 
-def choose(family: str, kernel: str, arch: str, width: int, dtype: torch.dtype) -> dict[str, int]:
-    """The first candidate that fits in every variant (masked or not) of this kernel, width and dtype."""
-    cases = [c for c in FAMILIES[family].cases(widths=(width,)) if c.dtype == dtype and kernel in c.launches]
+def choose(family: str, kernel: str, arch: str, width: int, dtype: torch.dtype) -> dict[str, int] | None:
+    """The first candidate that fits in every variant (masked or not) of this kernel, width and dtype; None where the
+    family has no such kernel."""
+    cases = [
+        case
+        for case in FAMILIES[family].cases(widths=(width,))
+        if case.dtype == dtype and kernel in case.launches and (not case.archs or arch in case.archs)
+    ]
+    if not cases:
+        return None
     candidates = CAUSAL_CANDIDATES if kernel.startswith("causal") else CANDIDATES
     keys = ("block_m", "block_n", "num_warps", "num_stages", "columns")
     for candidate in candidates[dtype.itemsize, width]:
@@ -96,6 +107,8 @@ def main() -> None:
     for arch, kernel in itertools.product(arguments.arch or TARGETS, kernels):
         for width, dtype in itertools.product(widths, (torch.bfloat16, torch.float32)):
             entry = choose(arguments.family, kernel, arch, width, dtype)
+            if entry is None:
+                continue
             print(kernel, arch, entry, flush=True)
             table = json.loads(path.read_text()) if path.exists() else {}  # read again: others may choose beside us
             entries = table.setdefault(kernel, {}).setdefault(arch, [])

@@ -12,6 +12,7 @@ Measured with `benchmarks/bench_tnt.py`.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -127,10 +128,12 @@ def forward(
     return out
 
 
-def _chunks(x: Tensor) -> list[tuple[int, Tensor]]:
+def _chunks(x: Tensor) -> Iterator[tuple[int, Tensor]]:
     exact = torch.promote_types(x.dtype, torch.float32)
-    length = max(1, _CHUNK * torch.get_num_threads() // max(1, x.shape[1] * x.shape[2]))
-    return [(first, x[first : first + length].to(exact).contiguous()) for first in range(0, x.shape[0], length)]
+    count = max(1, round(x.numel() / (_CHUNK * torch.get_num_threads())))  # even: no short one at the end
+    length = max(1, -(-x.shape[0] // count))
+    for first in range(0, x.shape[0], length):
+        yield first, x[first : first + length].to(exact).contiguous()
 
 
 def _forward(block: _Block, x: Tensor, first: int, saved: Saved | None) -> Tensor:

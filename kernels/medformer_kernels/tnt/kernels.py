@@ -371,4 +371,4 @@ def tnt_attn_dw_kernel(
 
 
 # Inside a kernel Triton's language, not Python's, gives operators and indexing their types.
-# pyright: reportOperatorIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false

@@ -39,7 +39,8 @@ class Plan:
 
 def _entry(kernel: str, chip: Chip, tokens: int, width: int, head: int, itemsize: int) -> dict[str, Any] | None:
     table = _dispatch.load_configs("tnt").get(kernel, {})
-    known = tuple(arch for arch in table if arch[:2] == chip.arch[:2])
+    # Tiles are cut to the registers of one generation (sm_80 and sm_86, not sm_90): on another they may spill.
+    known = tuple(arch for arch in table if arch[:-1] == chip.arch[:-1])
     if not known:
         return None
     fitting = [

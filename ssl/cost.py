@@ -10,7 +10,8 @@ a machine. Assumptions, all of them:
 - FSDP2 shards all that is trained, its optimiser and the teacher over all N: weights are gathered for forward and again
   for backward, the teacher's once, gradients are scattered: (N - 1) / N of 4 times the bytes, hidden behind all compute
   but for the largest block.
-- Small exchanges (centre, Sinkhorn's columns, figures, batch statistics): `exchanges` of one latency * log2(N) each.
+- Small exchanges (centre, figures, gradient norm, batch statistics): `exchanges` of one latency * log2(N) each; of a
+  batch norm over all processes two forward and two backward.
 - Memory: weights, gradients and AdamW's two moments in float32, the teacher, DDP's buckets (a second copy of the
   gradients), what forward keeps, and 10% for what the allocator does not hand out.
 
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import medformer_kernels.performer.ops  # noqa: F401 - so that its operators exist below
+from norms import SyncBatchNorm
 from sharding import blocks
 
 __all__ = ["MACHINES", "Counted", "Estimate", "Machine", "counting", "estimate", "here", "table"]
@@ -81,7 +83,7 @@ class Counted:
     largest: int = 0
     """Bytes of the largest block."""
     exchanges: int = 3
-    """Small exchanges a step: figures, centre, gradient norm."""
+    """Small exchanges: three a step, and those of batch norms."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,9 +124,17 @@ def counting(method: Any) -> Iterator[Counted]:
             seen[storage.data_ptr()] = storage.nbytes()
         return x
 
+    def exchange(*_: Any) -> None:
+        found.exchanges += 4 if torch.is_grad_enabled() else 2
+
+    hooks = [m.register_forward_hook(exchange) for m in method.modules() if isinstance(m, SyncBatchNorm)]
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        yield found
+        try:
+            yield found
+        finally:
+            for hook in hooks:
+                hook.remove()
     found.operations, found.kept = float(counter.get_total_flops()), sum(seen.values())
 
 

@@ -179,6 +179,8 @@ def save_checkpoint(run: Path, step: int, state: dict[str, Any], *, keep: int = 
 
     def write(file: io.BufferedWriter) -> None:
         hashed = _Hashed(file)
+        # The archive's own checksums, which torch.load does not read, take as long as all else and hold up training.
+        torch.serialization.set_crc32_options(False)
         torch.save(state, hashed)  # pyright: ignore[reportArgumentType]
         file.write(_MARK + hashed.digest.digest())
 

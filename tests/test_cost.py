@@ -48,6 +48,17 @@ def test_operations_of_a_backbone_follow_from_its_shape() -> None:
     assert found.largest == 4 * sum(p.numel() for p in model.blocks[0].parameters())
 
 
+def test_batch_norms_over_processes_exchange_twice_a_pass() -> None:
+    from norms import SyncBatchNorm
+
+    method = Method(nn.Sequential(nn.Linear(8, 4), SyncBatchNorm(4)))
+    with counting(method) as found:
+        method.student(torch.randn(5, 8)).sum().backward()
+        with torch.no_grad():
+            method.student(torch.randn(5, 8))
+    assert found.exchanges == 3 + 4 + 2
+
+
 def test_one_gpu_sends_nothing() -> None:
     for parallel in ("ddp", "fsdp2"):
         found = estimate(WORK, MACHINE, 1, parallel=parallel)

@@ -9,14 +9,18 @@ from medformer.embed import embed
 from medformer.expire_span import ExpireSpanAttention
 from medformer.foreign import load_resnet, load_vit
 from medformer.hopfield import HopfieldAttention, HopfieldLayer, HopfieldLookup, HopfieldPooling
+from medformer.image_gpt import ImageGPT, ImageGPTConfig
+from medformer.models import build
 from medformer.moe import SwitchMLP, auxiliary_loss
 from medformer.nystrom_attention import NystromAttention
 from medformer.presets import base_2d, base_3d, large_2d, large_3d, small_2d, small_3d, tiny_2d, tiny_3d
 from medformer.resnet import ResNet, ResNetConfig
 from medformer.swap import swap_attention
+from medformer.tnt import TNT, TNTConfig, TNTLevel
 from medformer.transfer import freeze_for_transfer
 
 __all__ = [
+    "TNT",
     "Backbone",
     "BackboneConfig",
     "Description",
@@ -27,15 +31,20 @@ __all__ = [
     "HopfieldLayer",
     "HopfieldLookup",
     "HopfieldPooling",
+    "ImageGPT",
+    "ImageGPTConfig",
     "NystromAttention",
     "PerformerAttention",
     "ResNet",
     "ResNetConfig",
     "SoftmaxAttention",
     "SwitchMLP",
+    "TNTConfig",
+    "TNTLevel",
     "auxiliary_loss",
     "base_2d",
     "base_3d",
+    "build",
     "describe",
     "embed",
     "freeze_for_transfer",

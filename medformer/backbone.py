@@ -17,7 +17,7 @@ from medformer.attention import PerformerAttention, SelfAttention, SoftmaxAttent
 from medformer.blocks import Block
 from medformer.config import BackboneConfig
 from medformer.disentangled_attention import DisentangledAttention
-from medformer.features import Features
+from medformer.features import Features, layers_of, rows_wanted, split_tokens, whole_mask
 from medformer.hopfield import HopfieldAttention
 from medformer.mlp import MLP, GatedMLP
 from medformer.moe import SwitchMLP
@@ -140,12 +140,8 @@ class Backbone(nn.Module):
         Raises:
             IndexError: no such block.
         """
-        depth = len(self.blocks)
-        wanted = list(range(depth - layers, depth)) if isinstance(layers, int) else list(layers)
-        fits = 0 < layers <= depth if isinstance(layers, int) else all(-depth <= layer < depth for layer in wanted)
-        if not fits:
-            raise IndexError(f"Backbone.get_intermediate_layers: layers={layers} must name some of {depth} blocks")
-        return self._intermediate(x, [layer % depth for layer in wanted], mask, key_padding_mask, norm=norm)
+        wanted = layers_of("Backbone", layers, len(self.blocks))
+        return self._intermediate(x, wanted, mask, key_padding_mask, norm=norm)
 
     def _intermediate(
         self, x: Tensor, layers: Sequence[int], mask: Tensor | None, key_padding_mask: Tensor | None, *, norm: bool
@@ -158,20 +154,9 @@ class Backbone(nn.Module):
             else:
                 x = block(x, **context)
             if layer in layers:
-                found.append(self._features(self.norm(x) if norm else x, grid, key_padding_mask))
+                tokens = self.norm(x) if norm else x
+                found.append(split_tokens(tokens, grid, self.config.class_token, self.config.prefix, key_padding_mask))
         return found
-
-    def _features(self, x: Tensor, grid: tuple[int, ...], key_padding_mask: Tensor | None) -> Features:
-        prefix = self.config.prefix
-        patches = x[:, prefix:]
-        if self.class_token is not None:
-            cls = x[:, 0]
-        elif key_padding_mask is None:
-            cls = patches.mean(dim=1)
-        else:
-            real = key_padding_mask[..., None]
-            cls = torch.where(real, patches, 0.0).sum(dim=1) / real.sum(dim=1).clamp(min=1)
-        return Features(cls=cls, registers=x[:, int(self.config.class_token) : prefix], patches=patches, grid=grid)
 
     @torch.no_grad()
     def attention_map(
@@ -199,24 +184,13 @@ class Backbone(nn.Module):
             ValueError: no queries are given and the model has no class token.
             IndexError: no such layer or patch.
         """
-        if queries is None and self.class_token is None:
-            raise ValueError(
-                "Backbone.attention_map: this model has no class token; give queries, or build it with class_token=True"
-            )
-        depth, prefix = len(self.blocks), self.config.prefix
-        if not -depth <= layer < depth:
-            raise IndexError(f"Backbone.attention_map: layer={layer} must be from {-depth} to {depth - 1}")
         x, grid, context = self._embed(x, None, key_padding_mask)
-        patches = range(prefix, x.shape[1])
-        for query in queries or ():
-            if not -len(patches) <= query < len(patches):
-                raise IndexError(f"Backbone.attention_map: queries={queries} must be patches of {len(patches)}")
-        stop = layer % depth
+        stop, chosen = rows_wanted("Backbone", layer, queries, len(self.blocks), self.config, x.shape[1])
         for block in self.blocks[:stop]:
             x = block(x, **context)
         block = cast(Block, self.blocks[stop])
-        chosen = [0] if queries is None else [patches[query] for query in queries]
-        rows = block.attention.attention_rows(block.norm1(x), chosen, **context)[..., prefix:].unflatten(-1, grid)
+        rows = block.attention.attention_rows(block.norm1(x), chosen, **context)
+        rows = rows[..., self.config.prefix :].unflatten(-1, grid)
         return rows[:, :, 0] if queries is None else rows
 
     @torch.no_grad()
@@ -285,14 +259,8 @@ class Backbone(nn.Module):
             place = None if self.position is None else self.position.cls
             cls = self.class_token if place is None else self.class_token + place
             parts.insert(0, cls.expand(batch, 1, -1))
-        if key_padding_mask is not None:
-            if key_padding_mask.dtype != torch.bool or key_padding_mask.shape != tokens.shape[:2]:
-                raise ValueError(
-                    f"Backbone: key_padding_mask of shape {tuple(key_padding_mask.shape)} and dtype "
-                    f"{key_padding_mask.dtype} must be bool of shape {tuple(tokens.shape[:2])}, True where a token of "
-                    f"grid {grid} is real"
-                )
-            key_padding_mask = nn.functional.pad(key_padding_mask, (self.config.prefix, 0), value=True)
+        shape = (batch, tokens.shape[1])
+        key_padding_mask = whole_mask("Backbone", key_padding_mask, shape, grid, self.config.prefix)
         rotary = None if self.rotary is None else self.rotary(grid, prefix=self.config.prefix)
         context = {"key_padding_mask": key_padding_mask, "rotary": rotary, "grid": grid}
         return torch.cat(parts, dim=1), grid, context

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from medformer.backbone import Backbone
-    from medformer.resnet import ResNet
+    from medformer.models import Model
 
 __all__ = ["write_card"]
 
 
-def write_card(model: Backbone | ResNet, path: Path) -> Path:
+def write_card(model: Model, path: Path) -> Path:
     """Write `<name>.md` beside the checkpoint `path`, unless there is one, which may have been filled in."""
     card = path.with_suffix(".md")
     if not card.exists():
@@ -30,6 +29,9 @@ def _card(model: Any, name: str) -> str:
         if field.default is MISSING or getattr(config, field.name) != field.default
     ]
     rows = "\n".join(chosen) or "| (all) | defaults |"
+    use = "features = model.forward_features(x)  # .cls, .patches, .grid"
+    if hasattr(model, "codebook"):
+        use = "tokens = model.codebook.encode(x)\nfeatures = model.features(tokens)"
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return f"""---
 library_name: medformer
@@ -49,7 +51,7 @@ which it maps to {config.width} features. What differs from the defaults of {typ
 import medformer
 
 model = medformer.load("{name}").eval()
-features = model.forward_features(x)  # .cls, .patches, .grid
+{use}
 ```
 
 Not a medical device. Not stated by whoever saved this file, and to be filled in before it is shared:

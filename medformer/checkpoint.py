@@ -8,25 +8,21 @@ import os
 import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TypeAlias
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from medformer.backbone import Backbone, BackboneConfig
 from medformer.card import write_card
-from medformer.resnet import ResNet, ResNetConfig
+from medformer.models import CONFIGS, Model, ModelConfig, build
 
 __all__ = ["load", "save"]
 
 CONFIG_KEY = "medformer_config"
 KIND_KEY = "medformer_model"
-KINDS = {"Backbone": (Backbone, BackboneConfig), "ResNet": (ResNet, ResNetConfig)}
+BEFORE_KEY = "medformer_image_gpt"  # where an Image-GPT's config was before one mechanism served all models
 HUB = "hf:"
-
-Model: TypeAlias = Backbone | ResNet
 
 
 def save(model: Model, path: str | os.PathLike[str], *, card: bool = True) -> None:
@@ -36,18 +32,18 @@ def save(model: Model, path: str | os.PathLike[str], *, card: bool = True) -> No
     renamed, so that a crash or a full disk leaves the previous file as it was.
 
     Args:
-        model: a `Backbone` or `ResNet`, or one that went through `torch.compile`.
+        model: a `Backbone`, `ResNet`, `TNT` or `ImageGPT`, or one that went through `torch.compile`.
         path: file to write, usually `*.safetensors`; its folder must exist.
         card: also write `<name>.md`, what the model is and how to load it, with gaps for what only you know. A file of
             that name is left as it is.
 
     Raises:
-        TypeError: `model` is neither.
+        TypeError: `model` is another kind.
         OSError: the file cannot be written.
     """
     model = getattr(model, "_orig_mod", model)
-    if not isinstance(model, (Backbone, ResNet)):
-        raise TypeError(f"medformer.save: {type(model).__name__} is not a Backbone or ResNet; save its backbone")
+    if not isinstance(model, Model):
+        raise TypeError(f"medformer.save: {type(model).__name__} is not a {' or '.join(CONFIGS)}; save its backbone")
     path = Path(path)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     metadata = {"format": "pt", KIND_KEY: type(model).__name__, CONFIG_KEY: json.dumps(asdict(model.config))}
@@ -98,6 +94,8 @@ def load(path: str | os.PathLike[str], *, strict: bool = True) -> Model:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
+            if BEFORE_KEY in metadata:
+                metadata |= {KIND_KEY: "ImageGPT", CONFIG_KEY: metadata[BEFORE_KEY]}
             if CONFIG_KEY not in metadata:
                 raise ValueError(
                     f"medformer.load: {path} is a safetensors file without a medformer config; "
@@ -107,11 +105,10 @@ def load(path: str | os.PathLike[str], *, strict: bool = True) -> Model:
     except safetensors.SafetensorError as error:
         raise ValueError(f"medformer.load: {path} is damaged or not a safetensors file ({error})") from error
     kind = metadata.get(KIND_KEY, "Backbone")  # files of before there was another
-    if kind not in KINDS:
-        raise ValueError(f"medformer.load: {path} holds a {kind}; medformer.load reads {' and '.join(KINDS)}")
-    build, config = KINDS[kind]
+    if kind not in CONFIGS:
+        raise ValueError(f"medformer.load: {path} holds a {kind}; medformer.load reads {', '.join(CONFIGS)}")
     with torch.random.fork_rng(devices=[]):
-        model = build(_config_from(metadata[CONFIG_KEY], path, config))  # type: ignore[arg-type]
+        model = build(_config_from(metadata[CONFIG_KEY], path, CONFIGS[kind]))
 
     expected = model.state_dict()
     problems = [f"{name} is missing" for name in expected.keys() - tensors.keys()]
@@ -144,9 +141,7 @@ def _from_hub(name: str) -> Path:
     return Path(hf_hub_download(f"{owner}/{repository}", file or "model.safetensors"))
 
 
-def _config_from(
-    text: str, path: Path, kind: type[BackboneConfig] | type[ResNetConfig]
-) -> BackboneConfig | ResNetConfig:
+def _config_from(text: str, path: Path, kind: type) -> ModelConfig:
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from medformer.backbone import Backbone
 from medformer.hopfield import HopfieldAttention
 from medformer.resnet import ResNet
+from medformer.tnt import TNT
 
 __all__ = ["Description", "describe"]
 
@@ -32,7 +33,7 @@ class Description:
     """Voxels of the input, zyx."""
     batch: int
     grid: tuple[int, ...]
-    """Patch tokens of each axis (places of the last map for a ResNet)."""
+    """Patch tokens of each axis (places of the last map for a ResNet, tokens of the last level for a TNT)."""
     flops: int
     """Floating-point operations of a forward pass, two for a multiplication with addition, of matrix products,
     convolutions and attention; what is linear in the tokens and elementwise is left out."""
@@ -54,7 +55,7 @@ class Description:
         )
 
 
-def describe(model: Backbone | ResNet, size: int | Sequence[int], *, batch: int = 1) -> Description:
+def describe(model: Backbone | ResNet | TNT, size: int | Sequence[int], *, batch: int = 1) -> Description:
     """Count what one pass costs, on shapes alone: `print(medformer.describe(model, 128))`.
 
     Args:

@@ -10,15 +10,10 @@ Shape legend: B batch, N tokens, V vocabulary, C width, H heads, D head width, L
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import safetensors
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,8 +28,6 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 __all__ = ["ImageGPT", "ImageGPTConfig", "image_gpt_large", "image_gpt_medium", "image_gpt_small"]
-
-_KEY = "medformer_image_gpt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +85,16 @@ class ImageGPTConfig:
 
         if self.attention == "expire_span" and self.objective == "bert":
             raise ValueError("ImageGPTConfig: attention='expire_span' is causal; objective='bert' needs another")
+
+    @property
+    def dims(self) -> int:
+        """Axes of the grid."""
+        return len(self.grid)
+
+    @property
+    def in_channels(self) -> int:
+        """Of the scans that become tokens: one."""
+        return 1
 
     @property
     def tokens(self) -> int:
@@ -338,44 +341,6 @@ class ImageGPT(nn.Module):
             take = left & (ranks < (left.sum(1) - stay)[:, None])
             result, left = torch.where(take, drawn, result), left & ~take
         return torch.where(left, drawn, result)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write weights, codebook and configuration to one safetensors file, whole or not at all."""
-        path = Path(path)
-        tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
-        content = safetensors.torch.save(tensors, metadata={"format": "pt", _KEY: json.dumps(asdict(self.config))})
-        draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            with open(draft, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
-
-    @staticmethod
-    def load(path: str | os.PathLike[str]) -> ImageGPT:
-        """Rebuild a model that `save` wrote, on the CPU.
-
-        Raises:
-            ValueError: another kind of file, or one whose tensors do not fit its configuration.
-        """
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                text = (file.metadata() or {}).get(_KEY)
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"ImageGPT.load: {path} is damaged or no safetensors file ({error})") from error
-        if text is None:
-            raise ValueError(f"ImageGPT.load: {path} holds no Image-GPT; ImageGPT.save writes one")
-        with torch.random.fork_rng(devices=[]):
-            model = ImageGPT(ImageGPTConfig(**json.loads(text)))
-        try:
-            model.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise ValueError(f"ImageGPT.load: {path} does not fit its configuration: {error}") from error
-        return model
 
 
 def _draw(logits: Float[Tensor, "B V"], temperature: float, generator: torch.Generator | None) -> Int[Tensor, " B"]:

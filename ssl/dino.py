@@ -209,9 +209,13 @@ class Dino(nn.Module):
         self.collapse = CollapseWatch(config.prototypes)
 
     def train(self, mode: bool = True) -> Dino:
-        """The teacher stays in evaluation mode: its targets have no drop path."""
+        """The teacher stays in evaluation mode: its targets have no drop path. Its batch norms have statistics of
+        their own, of what it sees."""
         super().train(mode)
         self.teacher.eval()
+        for module in self.teacher.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.train(mode)
         return self
 
     @property

@@ -196,13 +196,10 @@ def load_checkpoint(path: Path) -> tuple[medformer.Backbone | ImageGPT, Path, di
     Raises:
         UserError: it is no model of ours.
     """
-    sequence = path / GPT_FILE if path.is_dir() else path
-    if sequence.name == GPT_FILE and sequence.is_file():
-        file, load = sequence, ImageGPT.load
-    else:
-        file, load = path / "backbone.safetensors" if path.is_dir() else path, medformer.load
+    sequence = path / GPT_FILE
+    file = sequence if sequence.is_file() else path / "backbone.safetensors" if path.is_dir() else path
     try:
-        model = load(file)
+        model = medformer.load(file)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error), 2) from error
     if not isinstance(model, medformer.Backbone | ImageGPT):

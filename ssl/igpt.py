@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import medformer
 from medformer import BackboneConfig
 from medformer.image_gpt import ImageGPT, ImageGPTConfig
 from runs import UserError
@@ -68,8 +69,10 @@ class IgptConfig:
             raise ValueError(f"--igpt.fit_steps {self.fit_steps} must be at least 1")
 
 
-def model_config(model: BackboneConfig, config: IgptConfig, size: tuple[int, int, int], scale: str) -> ImageGPTConfig:
+def model_config(model: Any, config: IgptConfig, size: tuple[int, int, int], scale: str) -> ImageGPTConfig:
     """The network for views of `size` voxels (zyx; the slice axis falls away for dims=2)."""
+    if not isinstance(model, BackboneConfig):
+        raise UserError("--network: igpt needs a causal transformer; use transformer, or dino or byol", 2)
     whole, patch = size, config.patch
     if model.dims == 2:
         if patch[0] != 1:
@@ -160,9 +163,12 @@ class Igpt(nn.Module):
 
     def _take_codebook(self, path: str) -> None:
         try:
-            book = ImageGPT.load(path).codebook
+            found = medformer.load(path)
         except (OSError, ValueError) as error:
             raise UserError(f"--igpt.codebook {path}: {error}") from error
+        if not isinstance(found, ImageGPT):
+            raise UserError(f"--igpt.codebook {path}: is a {type(found).__name__}, which has no codebook", 2)
+        book = found.codebook
         here = self.student.codebook
         for what, a, b in (
             ("entries", len(book.centres), len(here.centres)),
@@ -253,5 +259,5 @@ class Igpt(nn.Module):
 
     def save(self, path: Path) -> str:
         """Write the model with its codebook into the run's folder; returns the file's name."""
-        self.student.save(path / "image_gpt.safetensors")
+        medformer.save(self.student, path / "image_gpt.safetensors")
         return "image_gpt.safetensors"

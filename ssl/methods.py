@@ -75,7 +75,7 @@ def make(config: TrainConfig, scale: str) -> Method:
         method = Igpt(shape, config.igpt, config.seed)
         method.student.checkpoint_activations = config.checkpoint_activations
         return cast(Method, method)
-    backbone = medformer.Backbone(config.model)
+    backbone = medformer.build(config.model)
     backbone.checkpoint_activations = config.checkpoint_activations
     cutmix, width = config.views.cutmix, config.model.width
     if config.method == "dino":
@@ -86,7 +86,7 @@ def make(config: TrainConfig, scale: str) -> Method:
             2,
         )
     # The target draws weights of its own; the random features follow the config's seed and are the same.
-    target = medformer.Backbone(config.model)
+    target = medformer.build(config.model)
     return cast(Method, Byol(backbone, target, width, config.byol, config.steps, cutmix=cutmix))
 
 

@@ -19,7 +19,12 @@ import sharding
 __all__ = ["Lars", "OptimConfig", "adaptive_clip", "clip_per_tensor", "make_optimiser", "parameter_groups"]
 
 # Parameters of the input: the first layer of layer decay.
-_INPUT = ("patch_embed", "class_token", "register_tokens", "mask_token", "position", "token_embed", "start")
+_INPUT = (
+    "patch_embed", "class_token", "register_tokens", "mask_token", "position", "token_embed", "start",
+    "conv", "positions", "stems",  # of a TNT
+    "conv1", "bn1",  # of a ResNet
+)  # fmt: skip
+_BLOCK = re.compile(r"(?:^|\.)((?:blocks|stages|layer\d)\.\d+)\.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,17 +77,18 @@ def parameter_groups(module: nn.Module, *, layer_decay: float = 1.0, patch_lr: f
     Not decayed: every bias and every tensor of one dimension (norms, layer scales). The rule is DINO v1's
     (facebookresearch/dino `get_params_groups`; DINOv3 excludes by name). With these backbones it decays the register
     tokens and the table of positions, and leaves the class token alone, which is a vector here.
-    Layer decay: of L blocks, block i of `blocks.i` (from 0) learns at layer_decay^(L - i) of the rate, the input at
-    layer_decay^(L + 1), all else at the full rate. Source: Bao et al. 2021 (BEiT).
+    Layer decay: of L blocks (stages of a TNT, blocks of a ResNet), block i (from 0) learns at layer_decay^(L - i) of
+    the rate, the input, a stem with it, at layer_decay^(L + 1), all else at the full rate. Source: Bao et al. 2021
+    (BEiT).
     """
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    found = [int(m[1]) for name, _ in named if (m := re.search(r"(?:^|\.)blocks\.(\d+)\.", name))]
-    top = max(found, default=-1) + 2
+    inside = [None if "stem" in name.split(".") else _BLOCK.search(name) for name, _ in named]
+    order = {block: i for i, block in enumerate(dict.fromkeys(m[1] for m in inside if m))}
+    top = len(order) + 1
     groups: dict[tuple[bool, float], dict[str, Any]] = {}
-    for name, p in named:
-        block = re.search(r"(?:^|\.)blocks\.(\d+)\.", name)
-        first = any(part in _INPUT for part in name.split("."))
-        layer = int(block[1]) + 1 if block else 0 if first else top
+    for (name, p), block in zip(named, inside, strict=True):
+        first = any(part in ("stem", *_INPUT) for part in name.split("."))
+        layer = order[block[1]] + 1 if block else 0 if first else top
         scale = layer_decay ** (top - layer) * (patch_lr if "patch_embed" in name.split(".") else 1.0)
         decay = not (p.ndim <= 1 or name.endswith(".bias"))
         group = groups.setdefault((not decay, scale), {"params": [], "decay": decay, "lr_scale": scale})

@@ -28,11 +28,11 @@ _SAMPLES = 2  # completions of each scan
 
 
 def draw(config: TrainConfig, prepared: Prepared, method: Any, path: Path, caption: str) -> bool:
-    """The method's picture, or False where there is nothing to draw (a backbone without a class token)."""
+    """The method's picture, or False where there is nothing to draw (no class token, and so no attention of it)."""
     if config.method == "igpt":
         _completions(config, prepared, method.student, path, caption)
         return True
-    if not config.model.class_token:
+    if not getattr(config.model, "class_token", False):
         return False
     encoder = cast(Backbone, method.encoder)
     was = encoder.training

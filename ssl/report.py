@@ -141,8 +141,6 @@ def closing(run: Path, steps: int, weights: str, picture: str | None, say: Calla
     what = "weights of the backbone" if backbone else "weights and codebook"
     shows = "where the class token looks in a scan" if backbone else "scans, the half that was shown, completions"
     look = f"\n  {picture:21} {shows}" if picture else ""
-    load = f'medformer.load("{run}/{weights}").eval()' if backbone else f'ImageGPT.load("{run}/{weights}").eval()'
-    name = "medformer" if backbone else "medformer.image_gpt"
     say(f"""\
 {run}/
   {weights:21} {what}{look}
@@ -152,8 +150,8 @@ def closing(run: Path, steps: int, weights: str, picture: str | None, say: Calla
 Next:
   on your own scans     python ssl/train.py --data.root DIR
   go on for longer      python ssl/train.py --resume {run} --steps {2 * steps}
-  in Python             {"import medformer" if backbone else f"from {name} import ImageGPT"}
-                        model = {load}
+  in Python             import medformer
+                        model = medformer.load("{run}/{weights}").eval()
   curves                tensorboard --logdir {run.parent}""")
 
 
@@ -179,7 +177,8 @@ def attention_picture(
 
     device = next(backbone.parameters()).device
     x = torch.from_numpy(voxels)[None, None].to(device)
-    least = [max(n, k) for n, k in zip(x.shape[2:], backbone.config.kernel, strict=True)]
+    kernel = getattr(backbone.config, "kernel", x.shape[2:])  # a TNT takes what is larger than its views
+    least = [max(n, k) for n, k in zip(x.shape[2:], kernel, strict=True)]
     if least != list(x.shape[2:]):
         pad = [p for n, k in zip(reversed(x.shape[2:]), reversed(least), strict=True) for p in (0, k - n)]
         x = F.pad(x, pad, mode="replicate")

@@ -18,7 +18,7 @@ import yaml
 from byol import ByolConfig
 from dino import DinoConfig
 from igpt import IgptConfig, model_config
-from medformer import BackboneConfig
+from medformer import BackboneConfig, ResNetConfig, TNTConfig
 from online import OnlineConfig
 from optim import OptimConfig
 from prepare import DataConfig
@@ -30,6 +30,9 @@ __all__ = ["MAY_CHANGE", "TrainConfig", "as_dict", "changes", "flat", "from_dict
 
 # docstring_parse_attribute_docstrings: the text under each field becomes its flag's help.
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+# What --model.* are settings of.
+NETWORKS: dict[str, Any] = {"transformer": BackboneConfig, "resnet": ResNetConfig, "tnt": TNTConfig}
 
 # A resumed run may set these anew and still be the same run.
 MAY_CHANGE = (
@@ -47,8 +50,11 @@ class TrainConfig:
     size: Literal["mini", "tiny", "small", "base"] = "mini"
     """Sets width, depth, patches, crops, batch, head and schedule together; every flag given wins over it. mini:
     minutes on a CPU. tiny, small (ViT-S), base (ViT-B): for GPUs; nobody has run them to their end yet."""
+    network: Literal["transformer", "resnet", "tnt"] = "transformer"
+    """What is trained, and what --model.* are settings of: a transformer (Backbone), a resnet (ResNet) or a tnt
+    (Transformer-in-Transformer); the last two by dino and byol. --help with --network shows their flags."""
     data: DataConfig = field(default_factory=DataConfig)
-    model: BackboneConfig = field(
+    model: BackboneConfig | ResNetConfig | TNTConfig = field(
         default_factory=lambda: BackboneConfig(width=96, depth=4, heads=3, patch_stride=6, patch_padding=1)
     )
     views: ViewsConfig = field(default_factory=ViewsConfig)
@@ -128,26 +134,47 @@ class TrainConfig:
                 raise ValueError(
                     f"--views.{name} {shown}: --model.dims 2 takes views of one slice; use 1x{size[1]}x{size[2]}"
                 )
-            kernel = self.model.kernel if dims == 3 else (1, *self.model.kernel)
-            if method != "igpt" and any(n < k for n, k in zip(size, kernel, strict=True)):
-                raise ValueError(f"--views.{name} {shown} is below --model.patch_size {'x'.join(map(str, kernel))}")
-        if views.cutmix and (method == "igpt" or self.batch_size < 2 or not self.model.class_token):
+            self._check_size(name, size[3 - dims :])
+        tokens = getattr(self.model, "class_token", False)
+        if views.cutmix and (method == "igpt" or self.batch_size < 2 or not tokens):
             raise ValueError(
-                f"--views.cutmix {views.cutmix} needs dino or byol, --batch_size 2 or more and --model.class_token; "
-                "use 0"
+                f"--views.cutmix {views.cutmix} needs dino or byol, --batch_size 2 or more and --model.class_token, "
+                "which a resnet has not; use 0"
+            )
+        if getattr(self.model, "norm", "group") == "batch" and self.batch_size < 2:
+            raise ValueError(
+                f"--model.norm batch with --batch_size {self.batch_size}: BatchNorm needs 2 or more scans; use "
+                "--model.norm group"
             )
         if method == "byol" and self.byol.norm == "batch" and self.batch_size < 2:
             raise ValueError(
                 f"--byol.norm batch with --batch_size {self.batch_size}: BatchNorm needs 2 or more scans; use "
                 "--byol.norm group"
             )
-        if method == "dino" and self.dino.masked_patches and not self.model.mask_token:
-            raise ValueError(f"--dino.masked_patches {self.dino.masked_patches} needs --model.mask_token true")
+        if method == "dino" and self.dino.masked_patches and not getattr(self.model, "mask_token", False):
+            raise ValueError(
+                f"--dino.masked_patches {self.dino.masked_patches} needs --model.mask_token true, which only --network "
+                "transformer has"
+            )
         for name, weight in (("dino", self.dino.koleo), ("byol", self.byol.koleo)):
             if method == name and weight and self.batch_size < 2:
                 raise ValueError(f"--{name}.koleo {weight} needs --batch_size 2 or more")
         if method == "igpt":
             model_config(self.model, self.igpt, views.global_size, "")  # says what does not fit
+
+    def _check_size(self, name: str, size: tuple[int, ...]) -> None:
+        """That the network takes a view of `size` voxels; a residual network takes any."""
+        shown = "x".join(map(str, getattr(self.views, name)))
+        if isinstance(self.model, TNTConfig):
+            try:
+                self.model.grids(size)
+            except ValueError as error:
+                raise ValueError(f"--views.{name} {shown}: {error}") from error
+        elif isinstance(self.model, BackboneConfig) and self.method != "igpt":
+            kernel = self.model.kernel
+            if any(n < k for n, k in zip(size, kernel, strict=True)):
+                patch = "x".join(map(str, (1, *kernel)[-3:]))
+                raise ValueError(f"--views.{name} {shown} is below --model.patch_size {patch}")
 
 
 class _Parser(jsonargparse.ArgumentParser):
@@ -160,7 +187,7 @@ class _Parser(jsonargparse.ArgumentParser):
 def _one_line(message: str) -> str:
     message = re.sub(r'Parser key "([^"]+)":\s*', r"--\1: ", message)
     message = re.sub(r"<class '(\w+)'>", r"\1", message)
-    return " ".join(message.replace("BackboneConfig: ", "--model.").split())
+    return " ".join(re.sub(r"(Backbone|ResNet|TNT)Config: ", "--model.", message).split())
 
 
 def _known_flags(argv: list[str], parser: argparse.ArgumentParser) -> None:
@@ -173,7 +200,7 @@ def _known_flags(argv: list[str], parser: argparse.ArgumentParser) -> None:
             raise UserError(f"unknown flag {flag}: {hint}", 2)
 
 
-def _parser() -> _Parser:
+def _parser(network: str) -> _Parser:
     parser = _Parser(
         prog="python ssl/train.py",
         usage="python ssl/train.py [dino|byol|igpt] [--size S] [--config FILE] [--data.root DIR] [--resume RUN] ...",
@@ -184,7 +211,10 @@ def _parser() -> _Parser:
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these settings; flags after it win.")
     parser.add_argument("method", nargs="?", default="dino", choices=list(METHODS), help="What to train with.")
-    parser.add_class_arguments(TrainConfig, as_group=False, skip={"method"})
+    parser.add_class_arguments(TrainConfig, as_group=False, skip={"method", "model"})
+    parser.add_class_arguments(NETWORKS[network], "model")
+    if network == "transformer":
+        parser.set_defaults(flat({"model": as_dict(TrainConfig().model)}))
     return parser
 
 
@@ -194,19 +224,25 @@ def parse(argv: list[str], saved: dict[str, Any] | None = None) -> TrainConfig:
     Raises:
         UserError: with exit code 2, for anything wrong in the flags or the file.
     """
-    parser = _parser()
     argv = _readable(argv)
+    chosen = _choices(argv)
+    if saved is not None:
+        asked, chosen["network"] = chosen["network"], saved.get("network", "transformer")
+        if any(word.startswith("--network") for word in argv) and asked != chosen["network"]:
+            raise UserError(f"--resume: another model, its --network is {chosen['network']} and not {asked}", 2)
+    if chosen["network"] not in NETWORKS:
+        raise UserError(f"--network {chosen['network']} must be one of {', '.join(NETWORKS)}", 2)
+    parser = _parser(chosen["network"])
     _known_flags(argv, parser)
     if saved is not None:
         parser.set_defaults(flat(saved))
     else:
-        chosen = _choices(argv)
         try:
-            parser.set_defaults(defaults_of(chosen["method"], chosen["size"], chosen["dims"]))
+            parser.set_defaults(defaults_of(**chosen))
         except (ValueError, KeyError):
             pass  # the parser itself says what is wrong with method, size or dims
         else:
-            parser.set_defaults(method=chosen["method"])
+            parser.set_defaults(method=chosen["method"], network=chosen["network"])
     try:
         values = parser.parse_args(argv).as_dict()
     except UserError:
@@ -220,8 +256,8 @@ def parse(argv: list[str], saved: dict[str, Any] | None = None) -> TrainConfig:
 
 
 def _choices(argv: list[str]) -> dict[str, Any]:
-    """Method, size and dims, on which other defaults depend, from the flags or the file they name."""
-    chosen: dict[str, Any] = {"method": "dino", "size": "mini", "dims": 3}
+    """Method, network, size and dims, on which other defaults depend, from the flags or the file they name."""
+    chosen: dict[str, Any] = {"method": "dino", "network": "transformer", "size": "mini", "dims": 3}
     words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
     flags = {name: value for name, value in pairwise(words) if name.startswith("--")}
     if "--config" in flags and Path(flags["--config"]).is_file():
@@ -230,10 +266,11 @@ def _choices(argv: list[str]) -> dict[str, Any]:
         except (yaml.YAMLError, UnicodeDecodeError):
             content = None  # the parser says so
         if isinstance(content, dict):
-            chosen |= {name: content[name] for name in ("method", "size") if name in content}
+            chosen |= {name: content[name] for name in ("method", "network", "size") if name in content}
             if isinstance(model := content.get("model"), dict):
                 chosen["dims"] = model.get("dims", 3)
-    chosen["size"] = flags.get("--size", chosen["size"])
+    for name in ("network", "size"):
+        chosen[name] = flags.get(f"--{name}", chosen[name])
     if "--model.dims" in flags:
         chosen["dims"] = int(flags["--model.dims"]) if flags["--model.dims"].isdigit() else 0
     for before, word in pairwise(["", *words]):
@@ -245,7 +282,8 @@ def _choices(argv: list[str]) -> dict[str, Any]:
 def _readable(argv: list[str]) -> list[str]:
     """24x32x32 and 24,32,32 to lists, and a switch without a value to true."""
     switches = {f"--{f.name}" for f in dataclasses.fields(TrainConfig) if f.type == "bool"}
-    switches |= {f"--model.{f.name}" for f in dataclasses.fields(BackboneConfig) if f.type == "bool"}
+    for network in NETWORKS.values():
+        switches |= {f"--model.{f.name}" for f in dataclasses.fields(network) if f.type == "bool"}
     result = []
     for i, word in enumerate(argv):
         name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
@@ -268,10 +306,13 @@ def _build(cls: type, values: dict[str, Any]) -> Any:
         if name not in known:
             raise ValueError(f"unknown setting {name} of {cls.__name__}")
         hint = hints[name]
+        if cls is TrainConfig and name == "model":
+            hint = NETWORKS[values.get("network", "transformer")]
         if dataclasses.is_dataclass(hint) and isinstance(value, dict):
             value = _build(typing.cast(type, hint), value)
-        elif isinstance(value, list):
-            value = tuple(value)
+        elif isinstance(value, list | tuple):
+            # Of dataclasses, as a TNT's levels are, jsonargparse makes namespaces.
+            value = tuple(v.as_dict() if isinstance(v, jsonargparse.Namespace) else v for v in value)
         arguments[name] = value
     return cls(**arguments)
 

@@ -70,11 +70,43 @@ _SEQUENCES: dict[int, dict[str, Any]] = {
     3: {"views.global_size": (32, 32, 32), "views.local_views": 0},
     2: {"views.global_size": (1, 64, 64), "views.local_views": 0, "igpt.patch": (1, 2, 2)},
 }
+# Maps that are not too coarse for the crops: one place for every 8 or 16 voxels.
+_RESNETS: dict[str, dict[str, Any]] = {
+    "mini": {"model.depth": 10, "model.base_width": 32, "model.output_stride": 8},
+    "tiny": {"model.depth": 18, "model.output_stride": 16},
+    "small": {"model.depth": 50, "model.output_stride": 16},
+    "base": {"model.depth": 101, "model.output_stride": 16},
+}
+# Width and heads of the inner and of the outer tokens, and blocks of both: small and base are TNT-S and TNT-B.
+_TNTS = {
+    "mini": (24, 2, 96, 3, 4),
+    "tiny": (24, 4, 192, 3, 6),
+    "small": (24, 4, 384, 6, 12),
+    "base": (40, 4, 640, 10, 12),
+}
 SIZES = ("mini", "tiny", "small", "base")
 
 
-def defaults_of(method: str, size: str, dims: int) -> dict[str, Any]:
-    """Settings by dotted name that method, size and dimension change; ValueError for an unknown method or size."""
+def _tnt(size: str, dims: int) -> dict[str, Any]:
+    """Tokens of 8 voxels (3D) or 16 pixels (2D) a side, of 4 in a mini, that hold tokens of 2 or 4."""
+    inner, inner_heads, width, heads, depth = _TNTS[size]
+    fine: dict[str, Any] = {
+        "width": inner,
+        "heads": inner_heads,
+        "depth": depth,
+        "kernel": 4,
+        "stride": 2,
+        "padding": 1,
+    }
+    if dims == 2 and size != "mini":
+        fine |= {"kernel": 7, "stride": 4, "padding": 3}
+    step = 2 if size == "mini" else 4
+    coarse = {"width": width, "heads": heads, "depth": depth, "kernel": step, "stride": step}
+    return {"model.levels": [fine, coarse], "model.attention": "performer" if dims == 3 else "softmax"}
+
+
+def defaults_of(method: str, size: str, dims: int, network: str = "transformer") -> dict[str, Any]:
+    """Settings by dotted name that these change; ValueError for an unknown method or size."""
     if method not in METHODS or size not in SIZES:
         raise ValueError(f"--size {size}, method {method}: must be of {', '.join(SIZES)} and {', '.join(METHODS)}")
     values: dict[str, Any] = {}
@@ -91,4 +123,7 @@ def defaults_of(method: str, size: str, dims: int) -> dict[str, Any]:
         values |= _SEQUENCES[dims]
     if dims == 2:
         values["views.image_side"] = 2 * values["views.global_size"][1]
+    if network != "transformer":
+        values = {name: value for name, value in values.items() if not name.startswith("model.")}
+        values |= _RESNETS[size] if network == "resnet" else _tnt(size, dims)
     return values

@@ -51,7 +51,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PATIENCE = timedelta(days=2)
 # Settings that decide the shape of the weights, besides --model's.
 _SHAPE = (
-    "method", "size", "dino.prototypes", "dino.hidden", "dino.bottleneck", "byol.hidden", "byol.projection",
+    "method", "network", "size", "dino.prototypes", "dino.hidden", "dino.bottleneck", "byol.hidden", "byol.projection",
     "byol.norm", "igpt.colours", "igpt.patch", "igpt.order", "igpt.objective", "igpt.expire_span",
 )  # fmt: skip
 
@@ -250,7 +250,7 @@ def train(
     student: nn.Module = method.student
     if ranks > 1 and not split:
         student = DistributedDataParallel(
-            student, broadcast_buffers=False, find_unused_parameters=config.model.mask_token
+            student, broadcast_buffers=False, find_unused_parameters=getattr(config.model, "mask_token", False)
         )
     warmup = round(config.optim.warmup * config.steps)
     say(

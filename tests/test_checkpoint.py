@@ -140,12 +140,52 @@ def test_files_of_before_there_was_another_model_are_backbones(saved: Path) -> N
     assert isinstance(medformer.load(saved), Backbone)
     metadata["medformer_model"] = "UNet"
     saved.write_bytes(safetensors.torch.save(tensors, metadata=metadata))
-    with pytest.raises(ValueError, match=r"holds a UNet; medformer\.load reads Backbone and ResNet"):
+    with pytest.raises(ValueError, match=r"holds a UNet; medformer\.load reads Backbone, ResNet, TNT, ImageGPT"):
         medformer.load(saved)
 
 
+LEVELS = ({"width": 12, "heads": 2, "depth": 1}, {"width": 24, "heads": 2, "depth": 1, "kernel": 2, "stride": 2})
+
+
+@pytest.mark.parametrize(
+    ("config", "x"),
+    [
+        (medformer.ResNetConfig(dims=2, depth=18, base_width=32), torch.ones(1, 1, 20, 20)),
+        (medformer.TNTConfig(levels=LEVELS, dims=3), torch.ones(1, 1, 9, 8, 10)),  # type: ignore[arg-type]
+        (
+            medformer.ImageGPTConfig(vocabulary=8, grid=(2, 3), width=8, depth=1, heads=2, scale="z-score"),
+            torch.arange(6)[None],
+        ),
+    ],
+    ids=["resnet", "tnt", "image_gpt"],
+)
+def test_every_model_has_its_config_and_its_report_in_the_file(tmp_path: Path, config: Any, x: torch.Tensor) -> None:
+    model, path = medformer.build(config).eval(), tmp_path / "model.safetensors"
+    medformer.save(model, path)
+    loaded: Any = medformer.load(path)
+    assert loaded.config == config
+    torch.testing.assert_close(loaded.eval()(x), model(x))
+    text = path.with_suffix(".md").read_text()
+    assert type(model).__name__ in text
+    assert ("codebook.encode" in text) == hasattr(model, "codebook")
+    name = list(model.state_dict())[-1]
+    rewrite(path, **{name.replace(".", "__"): None})
+    with pytest.raises(ValueError, match=rf"{name.replace('.', '[.]')} is missing. strict=False loads the rest"):
+        medformer.load(path)
+
+
+def test_an_image_gpt_of_before_one_mechanism_still_loads(tmp_path: Path) -> None:
+    config = medformer.ImageGPTConfig(vocabulary=8, grid=(2, 3), width=8, depth=1, heads=2)
+    model = medformer.ImageGPT(config)
+    metadata = {"medformer_image_gpt": json.dumps(dataclasses.asdict(config))}
+    (tmp_path / "old.safetensors").write_bytes(safetensors.torch.save(model.state_dict(), metadata=metadata))
+    loaded: Any = medformer.load(tmp_path / "old.safetensors")
+    assert loaded.config == config
+    assert torch.equal(loaded.token_embed, model.token_embed)
+
+
 def test_only_backbones_are_saved(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="Linear is not a Backbone or ResNet"):
+    with pytest.raises(TypeError, match="Linear is not a Backbone or ResNet or TNT or ImageGPT"):
         medformer.save(torch.nn.Linear(2, 2), tmp_path / "x.safetensors")  # type: ignore[arg-type]
 
 

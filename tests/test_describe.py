@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import medformer
-from medformer import Backbone, BackboneConfig
+from medformer import TNT, Backbone, BackboneConfig, TNTConfig, TNTLevel
 
 VIT: dict[str, Any] = {
     "patch_size": 16, "patch_stride": 16, "patch_padding": 0, "registers": 0, "attention": "softmax",
@@ -67,6 +67,18 @@ def test_counts_are_those_of_a_real_pass(options: dict[str, Any]) -> None:
     assert found.flops >= counter.get_total_flops() > 0  # the attention of a CPU is not in torch's list
     assert found.grid == model.grid_of(size)
     assert found.parameters == found.trainable == sum(p.numel() for p in model.parameters())
+
+
+def test_a_tnt_is_counted_as_it_runs() -> None:
+    fine, coarse = TNTLevel(width=12, depth=1, heads=2), TNTLevel(width=24, depth=1, heads=2, kernel=2, stride=2)
+    model = TNT(TNTConfig(levels=(fine, coarse), dims=2, attention="softmax"))
+    found = medformer.describe(model, 16)
+    assert found.grid == (2, 2)
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+    with FlopCounterMode(display=False) as counter:
+        model.train()(torch.randn(1, 1, 16, 16))
+    assert found.flops >= counter.get_total_flops() > 0
+    assert found.saved_bytes > 0
 
 
 def test_operations_of_known_networks() -> None:

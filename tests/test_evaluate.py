@@ -291,7 +291,7 @@ def test_image_gpt_is_probed_in_its_middle_and_nothing_else(tmp_path: Path, caps
     images = [torch.randn(1, 16, 16) for _ in range(40)]
     model.codebook.fit(model.codebook.patches(torch.stack(images)).flatten(0, 1))
     (tmp_path / "run").mkdir()
-    model.save(tmp_path / "run" / "image_gpt.safetensors")
+    medformer.save(model, tmp_path / "run" / "image_gpt.safetensors")
     frozen = probes.extract(model, images[:5], 2, torch.no_grad, list)
     expected = model.features(model.codebook.encode(torch.stack(images[:5])), 2)
     torch.testing.assert_close(frozen.layers[:, -1], expected)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from medformer import Backbone, BackboneConfig
+from medformer import Backbone, BackboneConfig, ResNet, ResNetConfig
 from optim import Lars, OptimConfig, adaptive_clip, clip_per_tensor, make_optimiser, parameter_groups
 
 
@@ -177,3 +177,17 @@ def test_adaptive_clipping_lets_zero_weights_move_and_leaves_the_head_alone() ->
 def test_impossible_new_settings_name_their_flag(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"--optim.{name} {value}"):
         OptimConfig(**{name: value})
+
+
+def test_layer_decay_counts_residual_blocks_and_takes_a_stem_for_input() -> None:
+    def scales(model: nn.Module) -> dict[str, float]:
+        groups = parameter_groups(model, layer_decay=0.5)
+        found = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+        return {name: found[id(p)] for name, p in model.named_parameters()}
+
+    resnet = scales(nn.ModuleDict({"backbone": ResNet(ResNetConfig(dims=2, depth=10, base_width=32, stages=2))}))
+    names = ("conv1.weight", "layer1.0.conv1.weight", "layer2.0.downsample.0.weight")
+    assert [resnet[f"backbone.{name}"] for name in names] == [0.125, 0.25, 0.5]
+    config = BackboneConfig(stem="resnet18", stem_stages=1, width=24, depth=1, heads=2, patch_size=1, patch_padding=0)
+    stemmed = scales(Backbone(config))
+    assert [stemmed[name] for name in ("stem.layer1.0.conv1.weight", "blocks.0.mlp.fc1.weight")] == [0.25, 0.5]

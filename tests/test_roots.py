@@ -18,7 +18,6 @@ import medformer
 import settings
 import train
 from images import prepare_images
-from medformer.image_gpt import ImageGPT
 from online import OnlineConfig, features, linear_accuracy, measure, read_labelled
 from prepare import DataConfig, load, sample_scan
 from roots import Order, gather, voxel_scale

@@ -150,6 +150,46 @@ def test_checkpointing_changes_no_gradient() -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("attention", ["softmax", "performer", "nystrom", "disentangled"])
+def test_padding_never_changes_the_rest(attention: str) -> None:
+    model = build(FINE | {"padding": 0}, MIDDLE, dims=2, attention=attention, num_landmarks=3, class_token=False).eval()
+    torch.nn.init.zeros_(model.position.patches)  # those of the whole grid would differ from those of a part
+    x = scan(2, 1, 17, 17)
+    mask = torch.zeros(2, *model.grid_of((17, 17)), dtype=torch.bool)
+    mask[0, :2, :3] = mask[1] = True
+    padded = model.forward_features(x, key_padding_mask=mask.flatten(1))
+    alone = model.forward_features(x[:1, :, :9, :13])
+    assert alone.grid == (2, 3)
+    torch.testing.assert_close(padded.cls[0], alone.cls[0])
+    torch.testing.assert_close(padded.patches[0][mask[0].flatten()], alone.patches[0])
+    with pytest.raises(ValueError, match=r"TNT: key_padding_mask of shape \(2, 3\).*must be bool of shape \(2, 16\)"):
+        model.forward_features(x, key_padding_mask=mask[:, 0, :3])
+
+
+def test_maps_are_the_rows_of_the_last_level() -> None:
+    model = build(FINE, COARSE, dims=2).eval()
+    x = scan(2, 1, 9, 11)
+    seen: list[Tensor] = []
+    outer = model.stages[1].outer
+    outer.attention.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    grid = model.forward_features(x).grid
+    rows = outer.attention.attention_rows(seen[0], [0, 3], grid=grid)[..., 1:].unflatten(-1, grid)
+    torch.testing.assert_close(model.attention_map(x), rows[:, :, 0])
+    torch.testing.assert_close(model.attention_map(x, layer=1, queries=[2]), rows[:, :, 1:])
+    assert not torch.equal(model.attention_map(x, layer=0), rows[:, :, 0])
+    with pytest.raises(IndexError, match=r"TNT\.attention_map: layer=2 must be from -2 to 1"):
+        model.attention_map(x, layer=2)
+
+
+def test_intermediate_layers_are_the_ends_of_shorter_models() -> None:
+    model = build(FINE, COARSE, dims=2).eval()
+    x = scan(1, 1, 9, 11)
+    first, last = model.get_intermediate_layers(x, 2)
+    torch.testing.assert_close(last.patches, model.forward_features(x).patches)
+    del model.stages[1]
+    torch.testing.assert_close(first.cls, model(x))
+
+
 @pytest.mark.parametrize("name", ["tnt_s_legacy_patch16_224", "tnt_s_patch16_224"])
 def test_timm_weights_load_and_outputs_agree(name: str) -> None:
     timm = pytest.importorskip("timm")

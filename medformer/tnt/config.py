@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from medformer.tnt.windows import window_grid
 
 __all__ = ["TNTConfig", "TNTLevel"]
 
@@ -108,6 +111,29 @@ class TNTConfig:
         """position_grid for every axis."""
         value = self.position_grid if self.position_grid is not None else (8 if self.dims == 3 else 14)
         return (value,) * self.dims if isinstance(value, int) else tuple(value)
+
+    @property
+    def width(self) -> int:
+        """Channels of a token of the last level."""
+        return self.levels[-1].width
+
+    @property
+    def prefix(self) -> int:
+        """Class tokens in front of those of the last level."""
+        return int(self.class_token)
+
+    def grids(self, size: Sequence[int]) -> list[tuple[int, ...]]:
+        """The grid of every level for an input of `size` voxels (zyx), overlaps held once.
+
+        Raises:
+            ValueError: a window does not fit; names the level.
+        """
+        found, grid = [], tuple(size)
+        for index in range(len(self.levels)):
+            geometry = (self.axes(index, name) for name in ("kernel", "stride", "padding", "dilation"))
+            grid = window_grid(index, grid, *geometry)
+            found.append(grid)
+        return found
 
     def window(self, index: int) -> int:
         """Tokens of level `index - 1` in one token of level `index`."""

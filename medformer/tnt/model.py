@@ -11,8 +11,9 @@ level.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,16 +23,16 @@ from torch.utils.checkpoint import checkpoint
 from medformer.attention import PerformerAttention, SoftmaxAttention
 from medformer.blocks import Block
 from medformer.disentangled_attention import DisentangledAttention
-from medformer.features import Features
+from medformer.features import Features, layers_of, rows_wanted, split_tokens, whole_mask
 from medformer.mlp import MLP
 from medformer.nystrom_attention import NystromAttention
 from medformer.position import LearnedPosition
 from medformer.tnt.blocks import Fusion, InnerBlock
 from medformer.tnt.config import TNTConfig
-from medformer.tnt.windows import window_grid, windows
+from medformer.tnt.windows import windows
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
 
 __all__ = ["TNT"]
 
@@ -74,7 +75,15 @@ class Stage(nn.Module):
             drop_path=drop_path,
         )
 
-    def forward(self, levels: list[Tensor], grid: tuple[int, ...]) -> list[Tensor]:
+    def forward(
+        self, levels: list[Tensor], grid: tuple[int, ...], key_padding_mask: Tensor | None = None
+    ) -> list[Tensor]:
+        levels = self.fuse(levels)
+        levels[-1] = self.outer(levels[-1], grid=grid, key_padding_mask=key_padding_mask)
+        return levels
+
+    def fuse(self, levels: list[Tensor]) -> list[Tensor]:
+        """The levels as the last level's attention finds them."""
         levels = list(levels)
         for index, (blocks, fusion) in enumerate(zip(self.inner, self.fusions, strict=True)):
             for block in blocks:  # type: ignore[union-attr]
@@ -87,7 +96,6 @@ class Stage(nn.Module):
                 else:
                     taken = taken.view(above.shape[0], -1, above.shape[2])
                     levels[index + 1] = above + F.pad(taken, (0, 0, above.shape[1] - taken.shape[1], 0))
-        levels[-1] = self.outer(levels[-1], grid=grid)
         return levels
 
 
@@ -138,34 +146,67 @@ class TNT(nn.Module):
         cls = self.forward_features(x).cls
         return cls if self.head is None else self.head(cls)
 
-    def forward_features(self, x: Float[Tensor, "B Cin *size"]) -> Features:
+    def forward_features(
+        self, x: Float[Tensor, "B Cin *size"], *, key_padding_mask: Bool[Tensor, "B N"] | None = None
+    ) -> Features:
         """The tokens of the last level.
 
         Args:
             x: volumes (B, Cin, Z, Y, X) or images (B, Cin, Y, X), floating point, of any size that holds one window
                 of every level.
+            key_padding_mask: True where a token of the last level is real; the others are read by nobody, and their
+                own features mean nothing.
 
         Raises:
-            ValueError: `x` has the wrong shape, or some level's window does not fit; names the level.
+            ValueError: `x` or the mask has the wrong shape, or some level's window does not fit; names the level.
         """
-        grid = self.grid_of(x.shape[2:]) if x.ndim == self.config.dims + 2 else ()
-        if x.ndim != self.config.dims + 2 or x.shape[1] != self.config.in_channels or not x.is_floating_point():
-            axes = "Z, Y, X" if self.config.dims == 3 else "Y, X"
-            raise ValueError(
-                f"TNT: x of shape {tuple(x.shape)} and dtype {x.dtype} must be floating point "
-                f"(B, {self.config.in_channels}, {axes})"
-            )
-        levels = self._embed(x)
-        for stage in self.stages:
+        return self.get_intermediate_layers(x, key_padding_mask=key_padding_mask)[0]
+
+    def get_intermediate_layers(
+        self,
+        x: Float[Tensor, "B Cin *size"],
+        layers: int | Sequence[int] = 1,
+        *,
+        norm: bool = True,
+        key_padding_mask: Bool[Tensor, "B N"] | None = None,
+    ) -> list[Features]:
+        """The last level's tokens after several stages, first stage first; arguments as in `Backbone`.
+
+        Raises:
+            IndexError: no such stage.
+        """
+        levels, grid, mask = self._prepare(x, key_padding_mask)
+        found = []
+        wanted = layers_of("TNT", layers, len(self.stages))
+        for index, stage in enumerate(self.stages):
             if self.checkpoint_activations and self.training and torch.is_grad_enabled():
-                levels = checkpoint(stage, levels, grid, use_reentrant=False)
+                levels = checkpoint(stage, levels, grid, mask, use_reentrant=False)
             else:
-                levels = stage(levels, grid)
-        tokens = self.norm(levels[-1])
-        prefix = int(self.class_token is not None)
-        patches = tokens[:, prefix:]
-        cls = tokens[:, 0] if prefix else patches.mean(dim=1)
-        return Features(cls=cls, registers=tokens[:, prefix:prefix], patches=patches, grid=grid)
+                levels = stage(levels, grid, mask)
+            if index in wanted:
+                tokens = self.norm(levels[-1]) if norm else levels[-1]
+                found.append(split_tokens(tokens, grid, self.config.class_token, self.config.prefix, key_padding_mask))
+        return found
+
+    @torch.no_grad()
+    def attention_map(
+        self,
+        x: Float[Tensor, "B Cin *size"],
+        layer: int = -1,
+        *,
+        queries: Sequence[int] | None = None,
+        key_padding_mask: Bool[Tensor, "B N"] | None = None,
+    ) -> Float[Tensor, "B H *grid"]:
+        """How much the class token, or chosen tokens, read each token of the last level; arguments as in `Backbone`."""
+        levels, grid, mask = self._prepare(x, key_padding_mask)
+        stop, chosen = rows_wanted("TNT", layer, queries, len(self.stages), self.config, levels[-1].shape[1])
+        for stage in self.stages[:stop]:
+            levels = stage(levels, grid, mask)
+        stage = cast(Stage, self.stages[stop])
+        tokens, outer = stage.fuse(levels)[-1], stage.outer
+        rows = outer.attention.attention_rows(outer.norm1(tokens), chosen, key_padding_mask=mask, grid=grid)
+        rows = rows[..., self.config.prefix :].unflatten(-1, grid)
+        return rows[:, :, 0] if queries is None else rows
 
     def grid_of(self, size: Sequence[int]) -> tuple[int, ...]:
         """Token grid of the last level for an input of `size` voxels, zyx.
@@ -173,21 +214,27 @@ class TNT(nn.Module):
         Raises:
             ValueError: a window does not fit; names the level.
         """
-        return self._grids(size)[-1]
-
-    def _grids(self, size: Sequence[int]) -> list[tuple[int, ...]]:
-        """The grid of every level, overlaps held once."""
-        grids, grid = [], tuple(size)
-        for index in range(len(self.config.levels)):
-            grid = window_grid(index, grid, *self._geometry(index))
-            grids.append(grid)
-        return grids
+        return self.config.grids(size)[-1]
 
     def _geometry(self, index: int) -> tuple[tuple[int, ...], ...]:
         kernel, stride, padding, dilation = (
             self.config.axes(index, name) for name in ("kernel", "stride", "padding", "dilation")
         )
         return kernel, stride, padding, dilation
+
+    def _prepare(
+        self, x: Tensor, key_padding_mask: Tensor | None
+    ) -> tuple[list[Tensor], tuple[int, ...], Tensor | None]:
+        """Levels as they start, the last level's grid, and the mask with the class token in front."""
+        grid = self.grid_of(x.shape[2:]) if x.ndim == self.config.dims + 2 else ()
+        if x.ndim != self.config.dims + 2 or x.shape[1] != self.config.in_channels or not x.is_floating_point():
+            axes = "Z, Y, X" if self.config.dims == 3 else "Y, X"
+            raise ValueError(
+                f"TNT: x of shape {tuple(x.shape)} and dtype {x.dtype} must be floating point "
+                f"(B, {self.config.in_channels}, {axes})"
+            )
+        mask = whole_mask("TNT", key_padding_mask, (x.shape[0], math.prod(grid)), grid, self.config.prefix)
+        return self._embed(x), grid, mask
 
     def _embed(self, x: Tensor) -> list[Tensor]:
         """Every level as it starts: (S, n, c) for each, (B, 1 + N, C) for the last."""

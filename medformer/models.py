@@ -1,0 +1,24 @@
+"""Every model that is built from a configuration, saved and loaded: the type of the configuration says which."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+from medformer.backbone import Backbone, BackboneConfig
+from medformer.image_gpt import ImageGPT, ImageGPTConfig
+from medformer.resnet import ResNet, ResNetConfig
+from medformer.tnt import TNT, TNTConfig
+
+__all__ = ["CONFIGS", "Model", "ModelConfig", "build"]
+
+Model: TypeAlias = Backbone | ResNet | TNT | ImageGPT
+ModelConfig: TypeAlias = BackboneConfig | ResNetConfig | TNTConfig | ImageGPTConfig
+
+MODELS: dict[type, Any] = {BackboneConfig: Backbone, ResNetConfig: ResNet, TNTConfig: TNT, ImageGPTConfig: ImageGPT}
+CONFIGS: dict[str, type] = {model.__name__: config for config, model in MODELS.items()}
+"""Configurations by the name of the model, as checkpoints hold it."""
+
+
+def build(config: ModelConfig) -> Any:
+    """The model that `config` describes, with fresh weights from torch's generator."""
+    return MODELS[type(config)](config)

@@ -21,11 +21,10 @@ import torch
 from ahead_of_time import record
 from compile_cases.tnt import launches
 
-for shape in ((16, 24, 4), (64, 48, 4)):
-    by_kernel = launches(*shape, torch.bfloat16, True)
-    for launch in ("fwd", "attn_dx"):
-        for compiled in record("sm_90", by_kernel[launch]):
-            print(compiled.kernel, compiled.fits, compiled.matrix)
+by_kernel = launches(64, 48, 4, torch.bfloat16, True)
+for launch in ("fwd", "attn_dx"):
+    for compiled in record("sm_90", by_kernel[launch]):
+        print(compiled.kernel, compiled.fits, compiled.matrix)
 """
 
 
@@ -78,5 +77,5 @@ def test_planned_bytes_are_near_the_least() -> None:
     costs = fused.costs(chip=H200, sequences=32_768, tokens=64, width=48, hidden=192, num_heads=4, itemsize=2)
     tensor = 32_768 * 64 * 48 * 2
     assert {kernel: round(cost.bytes / tensor, 1) for kernel, cost in costs.items()} == {
-        "fwd": 3.0, "mlp_dx": 3.0, "mlp_dw": 6.2, "attn_dx": 3.0, "attn_dw": 8.0,
+        "fwd": 3.0, "mlp_dx": 3.0, "mlp_dw": 6.1, "attn_dx": 3.0, "attn_dw": 8.0,
     }  # fmt: skip

@@ -152,6 +152,17 @@ def test_operators_with_a_trained_omega_pass_opcheck():
     torch.library.opcheck(ops.performer_read, (q, omega, values, lse, None, None, "torch"))
 
 
+def test_operators_on_documents_pass_opcheck():
+    q, k, v = inputs(9, batch=1, heads=1, kv_heads=1, width=16, width_v=16, dtype=torch.float32)
+    omega, ends = omega_for(16, dtype=torch.float32), [0, 3, 3, 9]
+    utils = ("test_schema", "test_faketensor", "test_autograd_registration")
+    arguments = (k, v, omega, None, False, "triton", ends)
+    torch.library.opcheck(ops.performer_state, arguments, test_utils=utils)
+    values, lse, _ = (x.detach() for x in ops.performer_state(*arguments))
+    assert values.shape == (1, 1, 3, 20, 16)
+    torch.library.opcheck(ops.performer_read, (q, omega, values, lse, None, None, "triton", ends), test_utils=utils)
+
+
 def test_triton_names_what_it_has_no_kernel_for():
     q, k, v = inputs(dtype=torch.float32)
     with pytest.raises(ValueError, match="performer_attention: backend='triton' has no kernel for feature='relu'"):

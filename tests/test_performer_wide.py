@@ -93,9 +93,11 @@ def test_columns_in_blocks_keep_exact_pairs_at_large_inputs(columns_of_16):
     assert_kernels_are_near_the_reference(leaves(17, 20, 16, torch.float32, std=10.0), 2e-4, causal=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-@pytest.mark.parametrize(("width", "width_v"), [(130, 130), (160, 96), (256, 200)])
-def test_heads_up_to_256_run_in_the_kernels(dtype, width, width_v):
-    mask = torch.rand(1, 40, generator=torch.Generator().manual_seed(2)).to(DEVICE) > 0.3
-    inputs = leaves(40, width, width_v, dtype)
+@pytest.mark.parametrize(
+    ("width", "width_v", "dtype"),
+    [(130, 130, torch.float32), (160, 96, torch.float16), (256, 200, torch.float32)],
+)
+def test_heads_up_to_256_run_in_the_kernels(width, width_v, dtype):
+    mask = torch.rand(1, 24, generator=torch.Generator().manual_seed(2)).to(DEVICE) > 0.3
+    inputs = leaves(24, width, width_v, dtype)
     assert_kernels_err_at_most_twice_as_much_as_plain_pytorch(inputs, key_padding_mask=mask)

@@ -3,7 +3,7 @@
 reference      the definition, in plain PyTorch
 arguments      checks, and the forms that reduce to the plain one (grouped heads, documents, two-sided features)
 chunked        bidirectional, PyTorch          causal         causal, PyTorch
-fused          bidirectional, Triton launches  kernels        its kernels
+fused          bidirectional, Triton launches  kernels        its kernels, with backward_kernels
 causal_fused   causal, Triton launches         causal_kernels its kernels, of causal_tiles
 columns        heads wider than a tile, in the kernels of both
 ops            `torch.library` operators over these, with their gradients

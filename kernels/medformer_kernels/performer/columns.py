@@ -35,16 +35,7 @@ def store_tile(at, offs_d, D, x):
 
 
 @triton.jit
-def product(
-    x,
-    y,
-    x_at,
-    y_at,
-    offs_d,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def product(x, y, x_at, y_at, offs_d, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
     """x y^T over all D columns, of which x and y hold the first BLOCK_D."""
     result = tl.dot(x, tl.trans(y), input_precision=PRECISION)
     for d0 in tl.static_range(BLOCK_D, D, BLOCK_D):

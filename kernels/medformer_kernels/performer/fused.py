@@ -23,13 +23,15 @@ from torch import Tensor
 
 from medformer_kernels import _dispatch
 from medformer_kernels._dispatch import Chip, Plan, block, chip_of, mask_arguments
-from medformer_kernels.performer.kernels import (
-    performer_merge_kernel,
+from medformer_kernels.performer.backward_kernels import (
     performer_omega_kernel,
     performer_read_dq_kernel,
     performer_read_dstate_kernel,
-    performer_read_fwd_kernel,
     performer_state_bwd_kernel,
+)
+from medformer_kernels.performer.kernels import (
+    performer_merge_kernel,
+    performer_read_fwd_kernel,
     performer_state_fwd_kernel,
 )
 

@@ -1,8 +1,9 @@
 """Lives of the trainer, each a forked child of one process that has imported it: a second each, not five.
 
 Reads one JSON job from each line of stdin and answers each with one line of JSON:
-    {"argv": [...], "ranks": 1, "kill": {"run": RUN, "steps": 7, "rank": 0}, "signal": 9, "timeout": 60, "argvs": null}
-`kill` sends `signal` to one process once the run's metrics.jsonl has that many lines; `argvs` gives each rank its own.
+    {"argv": [...], "ranks": 1, "kill": {"run": RUN, "steps": 7, "rank": 0}, "signal": 9, "timeout": 120, "argvs": null}
+`kill` sends `signal` to one process once the run's metrics.jsonl has that many lines; `argvs` gives each rank its own;
+`before` is run in each first; `"strike": {"step": 7, "after": 0.01}` has it die by SIGKILL so long after its 7th step.
 
 By hand, a run killed 100 times against one that was not:
     python tests/lives.py --kills 100 SCANS FOLDER --model.width=24 ...
@@ -29,8 +30,7 @@ import train
 
 pictures.draw = lambda *_args, **_options: False  # half a second a run
 
-# Put into a process before it trains: it dies a moment after its nth step, whatever it is at then, and does not end
-# before.
+# The process dies whatever it is at then, and does not end before.
 STRIKE = """
 import os, signal, threading, time, runs
 write, main = runs.Metrics.write, train.main
@@ -70,7 +70,8 @@ def live(job: dict[str, Any], scratch: Path) -> dict[str, Any]:
                 )  # fmt: skip
             code = 70
             try:
-                exec(job.get("before", ""), {"train": train})  # faults that are put in
+                strike = STRIKE.format(**job["strike"]) if "strike" in job else ""
+                exec(job.get("before", strike), {"train": train})  # faults that are put in
                 code = train.main(argv)
             except BaseException:
                 import traceback
@@ -81,7 +82,7 @@ def live(job: dict[str, Any], scratch: Path) -> dict[str, Any]:
                 sys.stderr.flush()
                 os._exit(code)
         pids.append(pid)
-    kill, limit = job.get("kill"), began + job.get("timeout", 60)
+    kill, limit = job.get("kill"), began + job.get("timeout", 120)
     codes: list[int | None] = [None] * ranks
     killed_at = None
     while None in codes and time.monotonic() < limit:
@@ -121,8 +122,7 @@ def kill_many(scans: Path, folder: Path, flags: list[str], kills: int, seed: int
                 path.rmdir() if path.is_dir() else path.unlink()
             often.rmdir()
         target = min(lines(often) // 2 * 2 + rng.randint(1, 7), steps - 1)
-        strike = STRIKE.format(step=target, after=rng.random() * 0.03)
-        found = live({"argv": argv, "before": strike}, folder)
+        found = live({"argv": argv, "strike": {"step": target, "after": rng.random() * 0.03}}, folder)
         assert found["codes"] == [-signal.SIGKILL], found
     last = live({"argv": [f"--resume={often}"], "timeout": 600}, folder)
     assert last["codes"] == [0], last

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -47,29 +44,16 @@ METHODS = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_killed_run_resumes_to_bit_identical_weights(trainer: Any, tmp_path: Path, method: str) -> None:
+def test_a_killed_run_resumes_to_bit_identical_weights(trainer: Any, lives: Any, tmp_path: Path, method: str) -> None:
     """kill -9 in the middle; then two workers instead of none, which must not matter either."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    flags = [*trainer.flags, *METHODS[method], "--steps=24", "--save_every=2", f"--data.root={trainer.scans}"]
-    command = [sys.executable, str(trainer.script), *flags]
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "env": env, "text": True}
-    reference = subprocess.Popen([*command, f"--out={whole}"], **quiet)  # type: ignore[call-overload]
-    victim = subprocess.Popen([*command, f"--out={killed}"], **quiet)  # type: ignore[call-overload]
-    deadline = time.monotonic() + 60
-    while not any((killed / "checkpoints").glob("step-0000001*.pt")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    victim.send_signal(signal.SIGKILL)
-    assert victim.wait(20) == -signal.SIGKILL, "the run ended before it could be killed"
-    written = runs.checkpoints(killed)[-1]
-    assert 0 < int(written.stem[5:]) < 24
-    again = subprocess.run(
-        [sys.executable, str(trainer.script), f"--resume={killed}", "--workers=2"],
-        capture_output=True, text=True, env=env, timeout=100,
-    )  # fmt: skip
-    assert again.returncode == 0, again.stderr
-    assert "going on at step" in again.stdout
-    assert reference.wait(60) == 0
+    killed, whole, flags = tmp_path / "killed", tmp_path / "whole", (*METHODS[method], "--steps=12")
+    lost = lives(trainer.arguments(killed, *flags), strike={"step": 7, "after": 0.01})
+    assert lost["codes"] == [-signal.SIGKILL], lost
+    assert 0 < int(runs.checkpoints(killed)[-1].stem[5:]) < 12
+    again = lives([f"--resume={killed}", "--workers=2"])
+    reference = lives(trainer.arguments(whole, *flags))
+    assert (again["codes"], reference["codes"]) == ([0], [0]), (again, reference)
+    assert "going on at step" in again["out"][0]
     assert_same_run(trainer, killed, whole)
 
 

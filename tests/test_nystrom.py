@@ -244,6 +244,18 @@ def test_gradient_error_is_at_most_twice_that_of_plain_pytorch(scale: float) -> 
         assert (x - right).norm() <= 2 * (usual - right).norm()
 
 
+def test_torch_path_compiles_as_one_graph() -> None:
+    q, k, v = (x.requires_grad_() for x in qkv(1, 2, 40, 8))
+    weight = torch.randn(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return nystrom_attention(q, k, v, num_landmarks=4, conv_weight=weight).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(loss(q, k, v), (q, weight))
+    torch.testing.assert_close(torch.autograd.grad(compiled(q, k, v), (q, weight)), expected)
+
+
 def test_convolution_along_more_tokens_than_its_gradient_takes_at_once() -> None:
     v = qkv(2, 3, 1101, 4)[0].transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
     weight = torch.randn(3, 1, 1, 33, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()

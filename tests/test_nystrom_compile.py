@@ -14,7 +14,7 @@ from ahead_of_time import record
 from compile_cases import FAMILIES
 
 case = next(case for case in FAMILIES["nystrom"].cases(widths=(64,)) if case.name.endswith("bfloat16 plain"))
-for launch in ("values_fwd", "token_bwd"):
+for launch in ("values_fwd", "pool_values_fwd", "token_bwd"):
     for compiled in record("sm_90", case.launches[launch]):
         print(compiled.kernel, compiled.fits, compiled.matrix)
 """
@@ -49,8 +49,8 @@ def test_headline_kernels_use_wgmma_without_spills() -> None:
     rows = run(_HEADLINE)
     assert {fits for _, fits, _ in rows} == {"True"}
     assert {kernel for kernel, _, matrix in rows if matrix == "wgmma"} == {
-        "nystrom_values_fwd_kernel", "nystrom_read_fwd_kernel", "nystrom_landmark_bwd_kernel",
-        "nystrom_token_bwd_kernel",
+        "nystrom_values_fwd_kernel", "nystrom_pool_values_fwd_kernel", "nystrom_read_fwd_kernel",
+        "nystrom_landmark_bwd_kernel", "nystrom_token_bwd_kernel", "nystrom_products_kernel",
     }  # fmt: skip
 
 

@@ -88,13 +88,14 @@ class Fusion(nn.Module):
         self.proj = None if form == "raw" else nn.Linear(tokens * inner, width, bias=form != "window")
         self.norm2 = nn.LayerNorm(width, eps=1e-6) if form in ("window", "stem") else None
 
-    def forward(self, x: Float[Tensor, "S n c"]) -> Float[Tensor, "S C"]:
+    def forward(self, x: Float[Tensor, "S n c"], above: Float[Tensor, "S C"] | None = None) -> Float[Tensor, "S C"]:
+        """What the windows add to their tokens; added to `above` where that is given."""
         if self.by_token and self.proj is not None:
-            x = tnt_inner_to_outer(
-                x, None, norm_weight=self.norm1.weight, norm_bias=self.norm1.bias, weight=self.proj.weight,
+            return tnt_inner_to_outer(
+                x, above, norm_weight=self.norm1.weight, norm_bias=self.norm1.bias, weight=self.proj.weight,
                 bias=self.proj.bias, eps=self.norm1.eps, backend=self.backend,
             )  # fmt: skip
-        else:
-            x = self.norm1(x).flatten(1) if self.by_token else self.norm1(x.flatten(1))
-            x = x if self.proj is None else self.proj(x)
-        return x if self.norm2 is None else self.norm2(x)
+        x = self.norm1(x).flatten(1) if self.by_token else self.norm1(x.flatten(1))
+        x = x if self.proj is None else self.proj(x)
+        x = x if self.norm2 is None else self.norm2(x)
+        return x if above is None else above + x

@@ -90,10 +90,10 @@ class Stage(nn.Module):
                 levels[index] = block(levels[index])
             if isinstance(fusion, Fusion):
                 above = levels[index + 1]
-                taken = fusion(levels[index])
                 if index + 2 < len(levels):
-                    levels[index + 1] = above + taken.view(above.shape)
+                    levels[index + 1] = fusion(levels[index], above.flatten(0, 1)).view(above.shape)
                 else:
+                    taken = fusion(levels[index])
                     taken = taken.view(above.shape[0], -1, above.shape[2])
                     levels[index + 1] = above + F.pad(taken, (0, 0, above.shape[1] - taken.shape[1], 0))
         return levels

@@ -7,6 +7,7 @@ its loss is checked to start at ln K. Memory is the growth of a fresh process ov
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 import medformer
+import methods
+import settings
 from dino import Dino, DinoConfig
 from measuring import DEVICE, cpu_peak_memory_mib
 from optim import OptimConfig, clip_per_tensor, make_optimiser
@@ -129,3 +132,55 @@ def bench_views(timed, settings: dict[str, Any]) -> None:
     assert views.shape == (2 * SCANS, 1, SIDE, SIDE, SIDE)
     assert views.isfinite().all()
     timed(lambda: render(plans, config, DEVICE), side=SIDE, scans=SCANS, dtype="float32")
+
+
+@pytest.mark.parametrize("size", ["mini", "tiny"])
+def bench_share_of_views(benchmark, size: str) -> None:
+    """Views and step of `ssl/train.py dino --size SIZE` in turn, 2 scans a step on a CPU: the share that views take."""
+    config = settings.parse(["dino", f"--size={size}", *([] if ON_GPU else ["--batch_size=2"])])
+    torch.manual_seed(0)
+    method: Any = methods.make(config, "").to(DEVICE).train()
+    optimiser = make_optimiser(method.student, config.optim)
+    rng = np.random.default_rng(0)
+    scan = rng.normal(size=[3 * n for n in config.views.global_size]).astype(np.float16)
+    points = np.array([scan.shape]) // 2
+
+    def cut() -> list[Tensor]:
+        draws = [
+            draw(scan, (3.0, 1.0, 1.0), points, 0.0, config.views, (s,), s, "MR") for s in range(config.batch_size)
+        ]
+        return render(default_collate(draws), config.views, DEVICE)
+
+    def step(views: list[Tensor]) -> None:
+        with torch.autocast(DEVICE.type, DTYPE, enabled=ON_GPU):
+            loss, _ = method.loss(method.student, views, 1)
+        loss.backward()
+        clip_per_tensor(method.student.parameters(), config.optim.clip)
+        optimiser.step()
+        method.after_step(1)
+        optimiser.zero_grad(set_to_none=True)
+
+    method.look(cut())
+    method.start()
+    seconds: list[tuple[float, float]] = []
+
+    def clock() -> float:
+        if ON_GPU:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def both() -> None:
+        began = clock()
+        views = cut()
+        middle = clock()
+        step(views)
+        seconds.append((middle - began, clock() - middle))
+
+    benchmark.pedantic(both, rounds=5 if ON_GPU or size == "mini" else 2, warmup_rounds=1)
+    views, rest = (min(part) for part in zip(*seconds[1:], strict=True))
+    benchmark.extra_info |= {
+        "scans": config.batch_size,
+        "views_ms": round(1000 * views, 1),
+        "step_ms": round(1000 * rest, 1),
+    }
+    benchmark.extra_info["share_of_views"] = round(views / (views + rest), 4)

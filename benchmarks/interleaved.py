@@ -2,6 +2,7 @@
 
     python benchmarks/interleaved.py nystrom --tokens 4096 --rounds 12
     python benchmarks/interleaved.py performer --tokens 16384 --rounds 5 --clock processor
+    python benchmarks/interleaved.py disentangled --tokens 2048 --rounds 5 --clock processor
     python benchmarks/interleaved.py patch_embed --rounds 250
 
 In a fixed order whoever follows the heaviest neighbour finds cold caches: for ratios near 1 that decides. Milliseconds,
@@ -14,12 +15,13 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 
+import bench_disentangled
 import bench_nystrom
 import bench_patch_embed
 import bench_performer
@@ -57,12 +59,25 @@ def performer(tokens: int, number: int, causal: bool) -> None:
     steps(made, (1, bench_performer.HEADS, tokens, bench_performer.WIDTH), number)
 
 
-def steps(made: dict[str, Callable[..., torch.Tensor]], shape: tuple[int, ...], number: int) -> None:
+def disentangled(tokens: int, number: int) -> None:
+    bench = bench_disentangled
+    at = bench.Positions(tokens)
+    compared = (bench.buckets_medformer, bench.buckets_transformers, bench.grid_medformer, bench.without_bias)
+    made = {f.__name__: f(at) for f in compared}
+    steps(made, (1, bench.HEADS, tokens, bench.WIDTH), number, at.leaves())
+
+
+def steps(
+    made: dict[str, Callable[..., torch.Tensor]],
+    shape: tuple[int, ...],
+    number: int,
+    tables: Sequence[torch.Tensor] = (),
+) -> None:
     q, k, v, dout = (torch.randn(shape) for _ in range(4))
 
     def step(attention: Callable[..., torch.Tensor]) -> None:
         given = [x.detach().requires_grad_() for x in (q, k, v)]
-        torch.autograd.grad(attention(*given), given, dout)
+        torch.autograd.grad(attention(*given), (*given, *tables), dout, allow_unused=len(tables) > 0)
 
     with torch.no_grad():
         print("forward", rounds({name: lambda f=f: f(q, k, v) for name, f in made.items()}, number))
@@ -82,8 +97,8 @@ def patch_embed(number: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("family", choices=["nystrom", "patch_embed", "performer"])
-    parser.add_argument("--tokens", type=int, default=4096, help="of nystrom and performer")
+    parser.add_argument("family", choices=["disentangled", "nystrom", "patch_embed", "performer"])
+    parser.add_argument("--tokens", type=int, default=4096, help="of all but patch_embed")
     parser.add_argument("--causal", action="store_true", help="performer in causal order")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--rounds", type=int, default=20)
@@ -94,6 +109,8 @@ def main() -> None:
     torch.manual_seed(0)
     if arguments.family == "nystrom":
         nystrom(arguments.tokens, arguments.rounds)
+    elif arguments.family == "disentangled":
+        disentangled(arguments.tokens, arguments.rounds)
     elif arguments.family == "performer":
         performer(arguments.tokens, arguments.rounds, arguments.causal)
     else:

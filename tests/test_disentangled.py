@@ -385,7 +385,7 @@ BAD = {
     },
     "dropout=1.0 must be at least 0 and less than 1": {"dropout": 1.0},
     "key_padding_mask is torch.float32 (1, 12); it must be bool (1, 12)": {"key_padding_mask": torch.zeros(1, 12)},
-    "with prefix_tokens=0 each hold 7 tokens, but q has 12": {"grid": [(2, 3, 1), (1, 1, 1)]},
+    "each behind prefix_tokens=0, hold 7 tokens in all, but q has 12": {"grid": [(2, 3, 1), (1, 1, 1)]},
     "cu_seqlens=[0, 5] must rise from 0 to the number of tokens, 12": {"cu_seqlens": torch.tensor([0, 5])},
 }  # fmt: skip
 

@@ -123,7 +123,10 @@ def prepare(
         for size in grids:
             cuts.append(cuts[-1] + prefix_tokens + math.prod(size))
         if cuts[-1] != tokens:
-            fail(f"grids {grids} with prefix_tokens={prefix_tokens} each hold {cuts[-1]} tokens, but q has {tokens}")
+            fail(
+                f"grids {grids}, each behind prefix_tokens={prefix_tokens}, hold {cuts[-1]} tokens in all, but q has "
+                f"{tokens}; the two must agree"
+            )
     elif grids is not None:
         if cuts is not None:
             fail("cu_seqlens does not go with a single grid; give a list of grids, one a document")

@@ -288,6 +288,7 @@ def disentangled_dkv_kernel(
         if CAUSAL:
             e = tl.where((own_first + offs_m)[:, None] <= (first + offs_n)[None, :], e, float("-inf"))
         p = tl.exp2(e + by_row[:, None] - base[None, :])
+        kept = pair_ok
         if DROPOUT:
             kept = kept_by_dropout(SEED, bh, prefix + first + offs_n, prefix + own_first + offs_m, drop_below, True)
         if HAS_DV:

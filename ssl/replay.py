@@ -151,6 +151,6 @@ def dry_run(config: TrainConfig, device: torch.device) -> int:
     print(f"time: {seconds:.2f} s a step, {seconds * config.steps / 3600:.1f} h for {config.steps} steps, without data")
     if work is not None:
         scans, local = config.accumulate * config.batch_size, cost.here(work, seconds / config.accumulate)
-        parts = {"accumulate": config.accumulate, "scans": scans, "parallel": config.parallel, "local": local}
-        print(cost.table(work, config.gpus, **parts))
+        accumulate, parallel = config.accumulate, config.parallel
+        print(cost.table(work, config.gpus, accumulate=accumulate, scans=scans, parallel=parallel, local=local))
     return 0

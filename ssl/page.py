@@ -282,7 +282,7 @@ def read_probe(path: Path, model: medformer.Backbone) -> Probe:
 
 
 def read_cases(viewer: Viewer, root: Path, limit: int, progress: Callable[[Any], Any]) -> list[Case]:
-    """Embed up to `limit` cases below a folder, or of the train_images of an .npz; what the trainer skips is skipped."""
+    """Embed up to `limit` cases below a folder, or of the train_images of an .npz, without what the trainer skips."""
     volumes: list[tuple[str, Callable[[], Volume]]] = []
     if root.suffix == ".npz":
         with np.load(root, allow_pickle=False) as file:

@@ -197,7 +197,8 @@ def _applied_backward(a: Tensor, x: Tensor, dout: Tensor, kept: Sequence[Tensor]
     da = dy @ z.mT
     dz = _add_product(dz, a.mT, dy)
     for i in reversed(range(0, len(kept) - 4, 3)):
-        dz = _step_backward(a, *kept[i : i + 3], dz, da)
+        step_z, y, t3 = kept[i : i + 3]
+        dz = _step_backward(a, step_z, y, t3, dz, da)
     return start_backward(a, dz, da), dx
 
 

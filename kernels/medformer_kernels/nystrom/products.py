@@ -134,7 +134,8 @@ def _matrix(scratch: Tensor, slot: int, columns: int, landmarks: int) -> Tensor:
 def solve(chip: Chip, a: Tensor, x: Tensor, iterations: int) -> Tensor:
     """pinv(a) x."""
     scratch = _run(chip, {_A: a, _X: x, _Z: start(a)}, iterations, back=False)
-    return _matrix(scratch, _OUT, x.shape[-1], x.shape[-2]).contiguous()
+    # A copy always: a view would keep the whole scratch.
+    return _matrix(scratch, _OUT, x.shape[-1], x.shape[-2]).clone(memory_format=torch.contiguous_format)
 
 
 def solve_backward(chip: Chip, a: Tensor, x: Tensor, dout: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
@@ -143,4 +144,5 @@ def solve_backward(chip: Chip, a: Tensor, x: Tensor, dout: Tensor, iterations: i
     scratch = _run(chip, {_A: a, _X: x, _DOUT: dout, _Z: start(a)}, iterations, back=True)
     dstart = _matrix(scratch, _OTHER if iterations % 2 else _G, number, number)
     da = _matrix(scratch, _DA, number, number) if iterations else torch.zeros_like(a)
-    return start_backward(a, dstart, da), _matrix(scratch, _OUT, width, number).contiguous()
+    dx = _matrix(scratch, _OUT, width, number).clone(memory_format=torch.contiguous_format)
+    return start_backward(a, dstart, da), dx

@@ -22,11 +22,11 @@ VARIANTS = {
     "dino": (),
     "sinkhorn": ("--dino.balance=sinkhorn",),
     "koleo": ("--dino.koleo=0.1",),
-    "byol": (*BYOL, "--optim.lr=0.01"),
+    "byol": (*BYOL, "--optim.lr=0.01", "--checkpoint_activations"),
     "byol-sync": (*BYOL, "--optim.lr=0.002", "--byol.norm=sync"),
     "igpt": (
         "igpt", "--views.local_views=0", "--views.global_views=1", "--igpt.colours=16", "--igpt.patch=4x4x4",
-        "--igpt.fit_steps=2",
+        "--igpt.fit_steps=2", "--checkpoint_activations",
     ),
 }  # fmt: skip
 FLAGS = ("--steps=3", "--model.depth=2", "--save_every=2", "--keep=9")

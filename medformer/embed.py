@@ -30,6 +30,7 @@ from medformer.backbone import Backbone
 from medformer.blocks import Block
 from medformer.mlp import MLP, GatedMLP
 from medformer.position import LearnedPosition, _linear_resampling
+from medformer_kernels.performer.arguments import without_kernel
 from medformer_kernels.performer.ops import performer_read, performer_state
 
 if TYPE_CHECKING:
@@ -363,7 +364,7 @@ def _performer(attention: PerformerAttention, split: Any, spans: list[slice]) ->
         _, k, v = split(span)
         if omega.dtype.itemsize < k.dtype.itemsize:
             omega = omega.to(k.dtype)
-        backend = "triton" if k.is_cuda and k.shape[-1] <= 128 else "torch"
+        backend = "triton" if k.is_cuda and without_kernel(k, v, omega, False, "softmax") is None else "torch"
         some, weight, _ = performer_state(k, v, omega, None, False, backend)
         if values is None or lse is None:
             values, lse = some, weight

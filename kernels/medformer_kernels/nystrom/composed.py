@@ -112,8 +112,7 @@ def _along_sequence(v: Tensor, taps: Tensor) -> Tensor:
 class _SequenceConvolution(torch.autograd.Function):
     """On a CPU heads go last: a quarter of the time (7 for 29 ms at H=8 N=4096 D=64 on one core).
 
-    The gradient of the taps is a few matrix products here; that of PyTorch's convolution costs 9 ms of the same on one
-    core, and 29 on two.
+    The gradient of the taps is a few matrix products here; that of PyTorch's convolution costs 9 ms of the same.
     """
 
     @staticmethod

@@ -5,12 +5,14 @@ Axes: V views, T teacher (global) views, B scans, K prototypes, C width, P maske
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from peers import summed
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -174,10 +176,8 @@ def koleo(cls: Float[Tensor, "B C"]) -> Tensor:
         x = F.normalize(cls.float(), dim=-1, eps=1e-8)
         everyone, own = x, torch.arange(len(x), device=x.device)
         if dist.is_initialized():
-            from torch.distributed.nn.functional import all_reduce  # passes gradients on
-
             before, ranks = dist.get_rank() * len(x), dist.get_world_size()
-            everyone = cast(Tensor, all_reduce(F.pad(x, (0, 0, before, ranks * len(x) - len(x) - before))))
+            everyone = summed(F.pad(x, (0, 0, before, ranks * len(x) - len(x) - before)))
             own = own + before
         if len(everyone) < 2:
             raise ValueError(f"koleo: {len(cls)} row has no neighbour; give at least 2 scans a batch, or turn it off")

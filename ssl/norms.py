@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from peers import summed
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -21,14 +23,12 @@ class SyncBatchNorm(nn.BatchNorm1d):
         uses_batch = self.training or not self.track_running_stats
         if not (uses_batch and dist.is_initialized()):
             return super().forward(x)
-        from torch.distributed.nn.functional import all_reduce  # passes gradients on
-
         # Centred before it is squared: the mean of squares less the square of the mean has no digits left where a
         # batch's rows differ little, as they do at the start.
-        sums = cast(Tensor, all_reduce(torch.cat([x.float().sum(0), x.new_tensor([len(x)], dtype=torch.float32)])))
+        sums = summed(torch.cat([x.float().sum(0), x.new_tensor([len(x)], dtype=torch.float32)]))
         rows = sums[-1]
         x = x.float() - sums[:-1] / rows
-        variance = cast(Tensor, all_reduce(x.square().sum(0))) / rows
+        variance = summed(x.square().sum(0)) / rows
         if self.track_running_stats:
             with torch.no_grad():
                 assert self.running_mean is not None

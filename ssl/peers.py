@@ -1,4 +1,4 @@
-"""Processes that train as one: who they are, that they were told the same, and what it looks like to lose one."""
+"""Processes that train as one: who they are, their sums, and what it looks like to lose one."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from runs import UserError
 
-__all__ = ["LOST", "LocalError", "agree", "due", "from_environment", "is_loss", "is_worker"]
+__all__ = ["LOST", "LocalError", "agree", "due", "from_environment", "is_loss", "is_worker", "summed"]
 
 T = TypeVar("T")
 LOST = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed later
@@ -65,6 +67,25 @@ def agree(values: Mapping[str, Any]) -> None:
     names = [n for n in sorted(first.keys() | second.keys()) if first.get(n) != second.get(n)]
     listed = "; ".join(f"{n} is {first.get(n)} in process 0, {second.get(n)} in process {other}" for n in names[:5])
     raise UserError(f"the processes of this run differ: {listed}; start all of them with the same flags and code", 2)
+
+
+def summed(x: Tensor) -> Tensor:
+    """The sum of `x` over all processes, known to all of them; gradients are summed likewise on their way back."""
+    return cast(Tensor, _Sum.apply(x))
+
+
+class _Sum(torch.autograd.Function):
+    """Holds no process group: a graph that outlives the group would keep the group's threads alive to the very end."""
+
+    @staticmethod
+    def forward(_ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(_ctx: Any, *grads: Tensor) -> Tensor:
+        return _Sum.forward(None, grads[0])
 
 
 def is_loss(error: BaseException) -> bool:

@@ -9,6 +9,9 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
+from functools import reduce
+from operator import and_
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +27,9 @@ seen, real = [], runs.Metrics.write
 def files():
     for number in os.listdir("/proc/self/fd"):
         try:
-            name = os.readlink(f"/proc/self/fd/{number}")
+            yield os.readlink(f"/proc/self/fd/{number}")
         except FileNotFoundError:
-            continue  # closed meanwhile, as that of this listing is
-        if "/checkpoints" not in name:  # being written by its thread
-            yield name
+            pass  # closed meanwhile, as that of this listing is
 
 def write(self, step, values):
     real(self, step, values)
@@ -57,4 +58,6 @@ def test_memory_and_open_files_stay_where_they_were(trainer: Any, tmp_path: Path
     settled = [sample for sample in seen if sample[0] >= steps // 5]  # the first steps load code
     first, last = settled[0], settled[-1]
     assert last[1] < 1.01 * first[1]
-    assert all(files == first[2] for _, _, files in settled)
+    # The threads that fetch scans and write checkpoints hold a file now and then; one that is never closed stays.
+    files = [Counter(files) for _, _, files in settled]
+    assert reduce(and_, files[-4:]) <= reduce(and_, files[:4])

@@ -233,7 +233,6 @@ def test_sync_batch_norm_on_two_processes_is_batch_norm_on_one(tmp_path: Path) -
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("same") == 2
-    assert "Warning" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -406,10 +406,10 @@ class TestCompressed:
         ds.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
         ds.save_as(path)
         assert path.stat().st_size < 2**18
-        start = time.perf_counter()
+        start = time.process_time()
         with pytest.raises(ScanError, match="deflated transfer syntax"):
             read_volume(path)
-        assert time.perf_counter() - start < 1
+        assert time.process_time() - start < 1
 
 
 class TestEnhanced:

@@ -295,10 +295,10 @@ class TestBudgets:
         del ds
         with pytest.raises(ScanError):
             read_volume(path)  # imports are not what is measured
-        start = time.perf_counter()
+        start = time.process_time()
         with pytest.raises(ScanError, match="deflated transfer syntax"):
             read_volume(path)
-        assert time.perf_counter() - start < 0.05
+        assert time.process_time() - start < 0.05
         tracemalloc.start()
         with pytest.raises(ScanError):
             read_volume(path)

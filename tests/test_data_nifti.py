@@ -189,13 +189,13 @@ class TestRefused:
         packed = tmp_path / "b.nii.gz"
         packed.write_bytes(gzip.compress(path.read_bytes()))
         tracemalloc.start()
-        start = time.perf_counter()
+        start = time.process_time()
         for file in (path, packed):
             with pytest.raises(ScanError, match="cut off"):
                 read_volume(file)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert time.perf_counter() - start < 1
+        assert time.process_time() - start < 1
         assert peak < 2**22
 
     def test_gzip_with_too_much_behind_it_costs_nothing(self, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+from collections import defaultdict
 from pathlib import Path
 from unittest.mock import patch
 
@@ -65,33 +66,33 @@ CAUSAL_CANDIDATES = {
 }  # fmt: skip
 
 
+def fits(entry: dict[str, int], family: str, kernel: str, arch: str, width: int, dtype: torch.dtype) -> bool:
+    """Whether `entry` fits in every variant (masked or not) of this kernel, width and dtype; not where there is none."""
+    # For every kernel that a launch starts beside this one, too, and on every chip: a family may ask which have a tile.
+    table = defaultdict(lambda: dict.fromkeys(TARGETS, [entry]))
+    with patch.object(_dispatch, "load_configs", lambda _: table):
+        launches = [
+            case.launches[kernel]
+            for case in FAMILIES[family].cases(widths=(width,))
+            if case.dtype == dtype and kernel in case.launches and case.runs_on(arch)
+        ]
+        for launch in launches:
+            for compiled in record(arch, launch, f"{family}_{kernel}_kernel"):
+                on_matrix_unit = arch != "sm_90" or dtype == torch.float32 or compiled.matrix == "wgmma"
+                if not (compiled.fits and on_matrix_unit):
+                    return False
+    return bool(launches)
+
+
 def choose(family: str, kernel: str, arch: str, width: int, dtype: torch.dtype) -> dict[str, int] | None:
-    """The first candidate that fits in every variant (masked or not) of this kernel, width and dtype; None where the
-    family has no such kernel."""
-    cases = [
-        case
-        for case in FAMILIES[family].cases(widths=(width,))
-        if case.dtype == dtype and kernel in case.launches and (not case.archs or arch in case.archs)
-    ]
-    if not cases:
-        return None
+    """The first candidate that fits, or None."""
     candidates = CAUSAL_CANDIDATES if kernel.startswith("causal") else CANDIDATES
     keys = ("block_m", "block_n", "num_warps", "num_stages", "columns")
     for candidate in candidates[dtype.itemsize, width]:
         entry = {"itemsize": dtype.itemsize, "width": width} | dict(zip(keys, candidate, strict=False))
-        # for every kernel that a launch starts beside this one, too
-        table = {name: {arch: [entry]} for name in {*_dispatch.load_configs(family), *cases[0].launches}}
-        fits = True
-        for case in cases:
-            with patch.object(_dispatch, "load_configs", lambda _, table=table: table):
-                for compiled in record(arch, case.launches[kernel], f"{family}_{kernel}_kernel"):
-                    on_matrix_unit = arch != "sm_90" or dtype == torch.float32 or compiled.matrix == "wgmma"
-                    fits &= compiled.fits and on_matrix_unit
-            if not fits:
-                break
-        if fits:
+        if fits(entry, family, kernel, arch, width, dtype):
             return entry
-    raise SystemExit(f"choose_configs: no candidate fits {family} {kernel} {arch} width {width} {dtype}")
+    return None
 
 
 def main() -> None:
@@ -108,6 +109,7 @@ def main() -> None:
         for width, dtype in itertools.product(widths, (torch.bfloat16, torch.float32)):
             entry = choose(arguments.family, kernel, arch, width, dtype)
             if entry is None:
+                print(f"{kernel} {arch}: no candidate fits width {width} {dtype}", flush=True)
                 continue
             print(kernel, arch, entry, flush=True)
             table = json.loads(path.read_text()) if path.exists() else {}  # read again: others may choose beside us

@@ -116,7 +116,7 @@ def main() -> int:
         for case in family.cases(widths=tuple(w for w in family.widths if not arguments.width or w in arguments.width))
         if arguments.case in case.name
         for arch in arguments.arch or TARGETS
-        if not case.archs or arch in case.archs
+        if case.runs_on(arch)
     ]
     rows, problems = [], []
     for name, case, arch in tqdm(work, desc="compiling", unit="case", disable=None):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -67,3 +68,12 @@ def test_planned_bytes_are_near_the_least(direction, share):
 
     floor = next(floor for floor in FAMILIES["performer"].floors() if floor.direction == direction)
     assert floor.least_bytes <= floor.planned_bytes <= share * floor.least_bytes
+
+
+def test_case_for_no_chip_runs_on_none():
+    from compile_cases import Case
+
+    shape = {"name": "", "width": 64, "dtype": torch.float32, "launches": {}}
+    assert Case(**shape).runs_on("sm_90")
+    assert Case(**shape, archs=("sm_90",)).runs_on("sm_90")
+    assert not Case(**shape, archs=()).runs_on("sm_90")

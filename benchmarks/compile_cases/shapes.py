@@ -23,8 +23,11 @@ class Case:
     dtype: torch.dtype
     launches: dict[str, Callable[[], Any]]
     """By configuration key: each starts at least the kernel that key configures."""
-    archs: tuple[str, ...] = ()
-    """Chips that have the kernels; default: all."""
+    archs: tuple[str, ...] | None = None
+    """Chips that have the kernels; None: all."""
+
+    def runs_on(self, arch: str) -> bool:
+        return self.archs is None or arch in self.archs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,9 +67,9 @@ CAUSAL_CANDIDATES = {
 
 
 def fits(entry: dict[str, int], family: str, kernel: str, arch: str, width: int, dtype: torch.dtype) -> bool:
-    """Whether `entry` fits in every variant (masked or not) of this kernel, width and dtype; not where there is none."""
+    """Whether `entry` fits in every variant (masked or not) of this kernel, width and dtype; no if there is none."""
     # For every kernel that a launch starts beside this one, too, and on every chip: a family may ask which have a tile.
-    table = defaultdict(lambda: dict.fromkeys(TARGETS, [entry]))
+    table = defaultdict(lambda: {chip: [entry] for chip in TARGETS})
     with patch.object(_dispatch, "load_configs", lambda _: table):
         launches = [
             case.launches[kernel]

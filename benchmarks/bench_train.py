@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ import settings
 from dino import Dino, DinoConfig
 from measuring import DEVICE, cpu_peak_memory_mib
 from optim import OptimConfig, clip_per_tensor, make_optimiser
-from views import ViewsConfig, draw, render
+from views import Plan, ViewsConfig, draw, render
 
 ON_GPU = DEVICE.type == "cuda"
 SIDE = 128 if ON_GPU else 64
@@ -136,8 +137,12 @@ def bench_views(timed, settings: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("size", ["mini", "tiny"])
 def bench_share_of_views(benchmark, size: str) -> None:
-    """Views and step of `ssl/train.py dino --size SIZE` in turn, 2 scans a step on a CPU: the share that views take."""
-    config = settings.parse(["dino", f"--size={size}", *([] if ON_GPU else ["--batch_size=2"])])
+    """Views and step of `ssl/train.py dino --size SIZE` in turn (tiny on a CPU: 2 scans a step): what views take of it.
+
+    In a run the plans are drawn by another thread, beside the step; here all three take turns.
+    """
+    few = size != "mini" and not ON_GPU
+    config = settings.parse(["dino", f"--size={size}", *(["--batch_size=2"] if few else [])])
     torch.manual_seed(0)
     method: Any = methods.make(config, "").to(DEVICE).train()
     optimiser = make_optimiser(method.student, config.optim)
@@ -145,11 +150,10 @@ def bench_share_of_views(benchmark, size: str) -> None:
     scan = rng.normal(size=[3 * n for n in config.views.global_size]).astype(np.float16)
     points = np.array([scan.shape]) // 2
 
-    def cut() -> list[Tensor]:
-        draws = [
-            draw(scan, (3.0, 1.0, 1.0), points, 0.0, config.views, (s,), s, "MR") for s in range(config.batch_size)
-        ]
-        return render(default_collate(draws), config.views, DEVICE)
+    def plans() -> Plan:
+        return default_collate(
+            [draw(scan, (3.0, 1.0, 1.0), points, 0.0, config.views, (s,), s, "MR") for s in range(config.batch_size)]
+        )
 
     def step(views: list[Tensor]) -> None:
         with torch.autocast(DEVICE.type, DTYPE, enabled=ON_GPU):
@@ -160,27 +164,33 @@ def bench_share_of_views(benchmark, size: str) -> None:
         method.after_step(1)
         optimiser.zero_grad(set_to_none=True)
 
-    method.look(cut())
+    method.look(render(plans(), config.views, DEVICE))
     method.start()
-    seconds: list[tuple[float, float]] = []
+    seconds: list[list[float]] = []
 
     def clock() -> float:
         if ON_GPU:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def both() -> None:
-        began = clock()
-        views = cut()
-        middle = clock()
+    def all_of_it() -> None:
+        times = [clock()]
+        drawn = plans()
+        times.append(clock())
+        views = render(drawn, config.views, DEVICE)
+        times.append(clock())
         step(views)
-        seconds.append((middle - began, clock() - middle))
+        times.append(clock())
+        seconds.append([b - a for a, b in pairwise(times)])
 
-    benchmark.pedantic(both, rounds=5 if ON_GPU or size == "mini" else 2, warmup_rounds=1)
-    views, rest = (min(part) for part in zip(*seconds[1:], strict=True))
+    benchmark.pedantic(all_of_it, rounds=2 if few else 9, warmup_rounds=1)
+    drawing, rendering, rest = (min(part) for part in zip(*seconds[1:], strict=True))
+    whole = drawing + rendering + rest
     benchmark.extra_info |= {
         "scans": config.batch_size,
-        "views_ms": round(1000 * views, 1),
+        "draw_ms": round(1000 * drawing, 2),
+        "render_ms": round(1000 * rendering, 2),
         "step_ms": round(1000 * rest, 1),
+        "share_of_rendering": round(rendering / whole, 4),
+        "share_of_views": round((drawing + rendering) / whole, 4),
     }
-    benchmark.extra_info["share_of_views"] = round(views / (views + rest), 4)

@@ -7,8 +7,10 @@ looks the same in any batch. Axes: N views of one size, Z, Y, X voxels.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +18,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["BLUR_RADIUS", "CHANGES", "CONTROL", "change", "warp"]
+__all__ = ["BLUR_RADIUS", "CHANGES", "CONTROL", "change", "resample", "rotation", "smoothing", "warp"]
 
 # Columns of a view's row.
 CHANGES = (
@@ -24,6 +26,7 @@ CHANGES = (
     "elastic",
 )  # fmt: skip
 BLUR_RADIUS = 3  # voxels either side
+_NEUTRAL = {"contrast": 1.0, "gamma": 1.0, "coarse": 1.0}  # changes nothing; all others: 0
 CONTROL = 4  # points an axis that a smooth random field is stretched from
 _KNOTS = CONTROL**3
 
@@ -55,7 +58,7 @@ def warp(
     at = matrix.to(x.dtype) @ at
     if bool((elastic > 0).any()):
         moves = _field(knots[:, : 3 * _KNOTS].unflatten(1, (3, _KNOTS)), size).flatten(2)
-        at = at + elastic[:, None, None] * moves
+        at = at + elastic.to(x.device)[:, None, None] * moves
     # grid_sample wants x first, -1 and 1 at the outer faces. An axis of one voxel has nothing to sample between.
     half = torch.tensor([n / 2 for n in size], device=x.device, dtype=x.dtype)
     grid = at / half[:, None]
@@ -65,66 +68,101 @@ def warp(
 
 
 def change(
-    x: Float[Tensor, "N Z Y X"], rows: Float[Tensor, "N P"], grain: Tensor, second_grain: Tensor | None, knots: Tensor
+    x: Float[Tensor, "N Z Y X"],
+    rows: Float[Tensor, "N P"],
+    grain: Tensor,
+    second_grain: Tensor | None,
+    knots: Tensor,
+    *,
+    smoothed: bool = False,
 ) -> Float[Tensor, "N Z Y X"]:
     """Window, coarsen, blur, bias field, gamma, contrast, brightness, noise; a row of zeros and ones changes nothing.
 
-    `second_grain` is the imaginary part of Rician noise (Gudbjartsson and Patz 1995), used where `rician` is set.
+    What no row asks for is not computed. `second_grain` is the imaginary part of Rician noise (Gudbjartsson and Patz
+    1995), used where `rician` is set. `smoothed`: `smoothing` was part of how the views were cut.
     """
-    row = {name: rows[:, i, None, None, None] for i, name in enumerate(CHANGES)}
-    if bool((row["window_high"] > row["window_low"]).any()):
-        used = row["window_high"] > row["window_low"]
-        x = torch.where(used, x.clamp(row["window_low"], row["window_high"]), x)
-    if bool((row["coarse"] > 1).any()):
-        x = _coarsen(x, row["coarse"].flatten())
-    x = _blur(x, row["blur"])
-    low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
+    size, used = x.shape[1:], asked(rows)
+    row = {name: column[:, None] for name, column in zip(CHANGES, rows.to(x.device).unbind(1), strict=True)}
+    if "window" in used:
+        low, high = (row[name][..., None, None] for name in ("window_low", "window_high"))
+        x = torch.where(high > low, x.clamp(low, high), x)
+    if not smoothed and (matrices := smoothing(rows, size, x.device)):
+        x = resample(x, [m[:, None] for m in matrices])[:, 0]
+    if not used & {"bias", "gamma", "contrast", "brightness", "noise"}:
+        return x
+    x = x.flatten(1)
+    low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
     span = (high - low).clamp_min(1e-6)
-    if bool((row["bias"] > 0).any()):
-        field = _field(knots[:, None, 3 * _KNOTS :], x.shape[1:])[:, 0]
-        x = (low + (x - low) * torch.exp(row["bias"] * field)).clamp(max=high + span)
-        high = x.amax((1, 2, 3), keepdim=True)
-        span = (high - low).clamp_min(1e-6)
-    x = low + span * ((x - low) / span).clamp(0, 1) ** row["gamma"]
-    mean = x.mean((1, 2, 3), keepdim=True)
-    spread = x.std((1, 2, 3), correction=0, keepdim=True)
-    noisy = x + spread * row["noise"] * grain / row["contrast"]
-    if second_grain is not None:
-        other = spread * row["noise"] * second_grain / row["contrast"]
-        magnitude = low + torch.sqrt((noisy - low).square() + other.square())
-        noisy = torch.where(row["rician"] > 0, magnitude, noisy)
-    return mean + (noisy - mean) * row["contrast"] + spread * row["brightness"]
+    if "bias" in used:
+        field = _field(knots[:, None, 3 * _KNOTS :], size).flatten(1)
+        x = (low + (x - low) * torch.exp(row["bias"] * field)).clamp_(max=high + span)
+        span = (x.amax(1, keepdim=True) - low).clamp_min(1e-6)
+    # From here on 0 is a view's darkest and 1 its brightest voxel, and all is done in place.
+    x = (x - low).div_(span)
+    if "gamma" in used:
+        x.pow_(row["gamma"])
+    mean = x.mean(1, keepdim=True)
+    x.sub_(mean)
+    spread = torch.linalg.vector_norm(x, dim=1, keepdim=True) / math.sqrt(x.shape[1])
+    if "noise" in used:
+        deviation = spread * row["noise"] / row["contrast"]
+        x.addcmul_(grain.reshape(x.shape), deviation)
+        if second_grain is not None:
+            magnitude = torch.hypot(x + mean, deviation * second_grain.reshape(x.shape)).sub_(mean)
+            x = torch.where(row["rician"] > 0, magnitude, x)
+    x.mul_(span * row["contrast"]).add_(low + span * (mean + spread * row["brightness"]))
+    return x.unflatten(1, size)
 
 
-def _coarsen(x: Tensor, factor: Float[Tensor, " N"]) -> Tensor:
-    """Mean over cells of `factor` voxels along each axis (at least 1): a scan of lower resolution."""
-    for axis, letter in ((1, "z"), (2, "y"), (3, "x")):
-        cell = torch.floor(torch.arange(x.shape[axis], device=x.device) / factor.clamp_min(1)[:, None])
-        same = (cell[:, :, None] == cell[:, None, :]).to(x.dtype)
-        same = same / same.sum(-1, keepdim=True)
-        x = torch.einsum(f"nzyx,no{letter}->n{'zyx'.replace(letter, 'o')}", x, same)
-    return x
+def asked(rows: Float[Tensor, "N P"]) -> set[str]:
+    """Names of the changes that any row asks for, "window" for both its ends. Rows on the CPU make no GPU wait."""
+    low, high = (CHANGES.index(name) for name in ("window_low", "window_high"))
+    found = {"window"} if bool((rows[:, high] > rows[:, low]).any()) else set()
+    differs = (rows != rows.new_tensor([_NEUTRAL.get(name, 0.0) for name in CHANGES])).any(0).tolist()
+    return found | {name for name, differ in zip(CHANGES, differs, strict=True) if differ}
 
 
-def _blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian along each axis with the sample's own width, as a sum of shifted copies; sigma 0 changes nothing."""
-    taps = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=x.device, dtype=x.dtype)
-    weights = torch.exp(-0.5 * (taps / sigma.flatten(1).clamp_min(1e-3)) ** 2)
+def resample(
+    x: Float[Tensor, "B Z Y X"], matrices: Sequence[Float[Tensor, "B V out inner"]]
+) -> Float[Tensor, "B V z y x"]:
+    """V versions of each x: a matrix along each axis (z, y, x), from its voxels to those of the result.
+
+    Each product takes the last axis away and puts the new one in front, so that nothing is ever copied.
+    """
+    along_z, along_y, along_x = matrices
+    found = along_x.flatten(1, 2) @ x.flatten(1, 2).mT  # [B, V * x, Z * Y]
+    found = found.unflatten(1, along_x.shape[1:3])
+    for matrix in (along_y, along_z):  # to [B, V, y, x * Z], to [B, V, z, y * x]
+        found = matrix @ found.unflatten(-1, (-1, matrix.shape[-1])).flatten(2, -2).mT
+    return found.unflatten(-1, (along_y.shape[2], along_x.shape[2]))
+
+
+def smoothing(rows: Float[Tensor, "N P"], size: Sequence[int], device: torch.device) -> list[Tensor] | None:
+    """What `coarse` and `blur` do along each axis of `size` voxels, as matrices [N, n, n]; None where no row asks.
+
+    Coarse: the mean over cells of so many voxels, a scan of lower resolution. Blur: a Gaussian; the edge repeats.
+    """
+    if not asked(rows) & {"coarse", "blur"}:
+        return None
+    coarse, sigma = (rows[:, CHANGES.index(name), None].to(device) for name in ("coarse", "blur"))
+    taps = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=device)
+    weights = torch.exp(-0.5 * (taps / sigma.clamp_min(1e-3)) ** 2)
     weights = weights / weights.sum(1, keepdim=True)
-    for axis in (1, 2, 3):
-        length = x.shape[axis]
-        if length == 1:
-            continue
-        at = torch.arange(-BLUR_RADIUS, length + BLUR_RADIUS, device=x.device).clamp(0, length - 1)
-        padded = x.index_select(axis, at)
-        x = sum(weights[:, k, None, None, None] * padded.narrow(axis, k, length) for k in range(2 * BLUR_RADIUS + 1))  # type: ignore[assignment]
-    return x
+    found = {}
+    for n in set(size):
+        place = torch.arange(n, device=device)
+        cell = torch.floor(place / coarse.clamp_min(1))
+        same = (cell[:, :, None] == cell[:, None, :]).to(weights.dtype)
+        reached = (place + taps[:, None]).clamp(0, n - 1)  # [taps, n]: by each tap of each voxel
+        blur = (weights @ (reached[..., None] == place).to(weights.dtype).flatten(1)).unflatten(1, (n, n))
+        found[n] = blur @ (same / same.sum(-1, keepdim=True))
+    return [found[n] for n in size]
 
 
-def rotation(degrees: tuple[float, float, float]) -> list[list[float]]:
+def rotation(degrees: Iterable[float]) -> np.ndarray:
     """Turn about z, then y, then x; acts on zyx vectors."""
     a, b, c = (math.radians(d) for d in degrees)
-    about_z = torch.tensor([[1, 0, 0], [0, math.cos(a), -math.sin(a)], [0, math.sin(a), math.cos(a)]])
-    about_y = torch.tensor([[math.cos(b), 0, -math.sin(b)], [0, 1, 0], [math.sin(b), 0, math.cos(b)]])
-    about_x = torch.tensor([[math.cos(c), -math.sin(c), 0], [math.sin(c), math.cos(c), 0], [0, 0, 1]])
-    return (about_x @ about_y @ about_z).tolist()
+    about_z = np.array([[1, 0, 0], [0, math.cos(a), -math.sin(a)], [0, math.sin(a), math.cos(a)]])
+    about_y = np.array([[math.cos(b), 0, -math.sin(b)], [0, 1, 0], [math.sin(b), 0, math.cos(b)]])
+    about_x = np.array([[math.cos(c), -math.sin(c), 0], [math.sin(c), math.cos(c), 0], [0, 0, 1]])
+    return about_x @ about_y @ about_z

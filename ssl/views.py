@@ -12,6 +12,7 @@ its views are 1 x Y x X.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -228,7 +229,9 @@ def draw(
 
 def _warp(rng: np.random.Generator, config: ViewsConfig, mm: np.ndarray) -> np.ndarray:
     """A turn and a shear in millimetres, as a matrix of voxels of `mm` millimetres."""
-    turn = np.array(augment.rotation(tuple(np.array(config.rotate) * rng.uniform(-1, 1, 3))))
+    if not (any(config.rotate) or config.shear):
+        return np.eye(3)  # nothing is drawn after this, so what is not drawn here moves nothing
+    turn = augment.rotation(np.array(config.rotate) * rng.uniform(-1, 1, 3))
     shear = np.eye(3) + config.shear * np.triu(rng.uniform(-1, 1, (3, 3)), 1)
     return (turn @ shear) * mm[None, :] / mm[:, None]
 
@@ -263,9 +266,10 @@ def render(plans: Plan, config: ViewsConfig, device: torch.device) -> list[Float
     `plans` holds tensors with a batch axis in front, as the default collate makes them of `draw`'s.
     """
     region = torch.as_tensor(plans.region).to(device, non_blocking=True).float()
-    extent = torch.as_tensor(plans.extent).to(device)
-    boxes, flips, intensity = (torch.as_tensor(t).to(device) for t in (plans.boxes, plans.flips, plans.intensity))
-    warps = torch.as_tensor(plans.warp).to(device)
+    extent, boxes, flips, warps = (
+        torch.as_tensor(t).to(device) for t in (plans.extent, plans.boxes, plans.flips, plans.warp)
+    )
+    intensity = torch.as_tensor(plans.intensity)  # stays here: looking at it must not wait for a GPU
     groups = [(0, config.global_views, config.global_size)]
     if config.local_views:
         groups.append((config.global_views, config.global_views + config.local_views, config.local_size))
@@ -276,58 +280,48 @@ def render(plans: Plan, config: ViewsConfig, device: torch.device) -> list[Float
     views = []
     for (first, last, size), numbers in zip(groups, noise, strict=True):
         count, voxels = last - first, math.prod(size)
-        x = _crop(region, extent, boxes[:, first:last], flips[:, first:last], size).flatten(0, 1)  # [B * v, Z, Y, X]
         rows = intensity[:, first:last].flatten(0, 1)
-        grain, *second = numbers[:, : count * voxels * grains].unflatten(1, (grains, count, *size)).unbind(1)
+        matrices = _resize_matrices(boxes[:, first:last], flips[:, first:last], size, extent, region.shape[1:])
+        # Linear along each axis, as the resizing is: part of it, unless something that is not comes between them.
+        smooth = None if config.warps or config.window else augment.smoothing(rows, size, device)
+        if smooth:
+            matrices = [s.unflatten(0, m.shape[:2]) @ m for s, m in zip(smooth, matrices, strict=True)]
+        x = augment.resample(region, matrices).flatten(0, 1)  # [B * v, Z, Y, X]
+        grain, *second = numbers[:, : count * voxels * grains].unflatten(1, (grains, count, voxels)).unbind(1)
         knots = numbers[:, count * voxels * grains :].unflatten(1, (count, fields)).flatten(0, 1)
         if config.warps:
             x = augment.warp(x, warps[:, first:last].flatten(0, 1), rows[:, augment.CHANGES.index("elastic")], knots)
-        second_grain = second[0].flatten(0, 1) if second else None
-        x = augment.change(x, rows, grain.flatten(0, 1), second_grain, knots)
-        views.append(x.unflatten(0, (-1, count)).transpose(0, 1).flatten(0, 1).unsqueeze(1).contiguous())
+        x = augment.change(x, rows, grain, second[0] if second else None, knots, smoothed=smooth is not None)
+        views.append(x.unflatten(0, (-1, count)).transpose(0, 1).flatten(0, 1).unsqueeze(1))
     return views
 
 
-def _noise(seeds: Tensor, count: int, device: torch.device) -> Tensor:
-    rows = []
-    for seed in seeds.tolist():
-        rows.append(torch.randn(count, generator=torch.Generator(device).manual_seed(seed), device=device))
-    return torch.stack(rows)
+def _noise(seeds: Tensor, count: int, device: torch.device) -> Float[Tensor, "B count"]:
+    """Standard normal numbers of each sample's own."""
+    rows = torch.empty(len(seeds), count, device=device)
+    for row, seed in zip(rows, seeds.tolist(), strict=True):
+        row.normal_(generator=torch.Generator(device).manual_seed(seed))
+    return rows
 
 
-def _crop(region: Tensor, extent: Tensor, boxes: Tensor, flips: Tensor, size: tuple[int, int, int]) -> Tensor:
-    """Trilinear resize of each box, one axis at a time as a small matrix product.
+def _resize_matrices(
+    boxes: Tensor, flips: Tensor, size: tuple[int, int, int], extent: Tensor, full: Sequence[int]
+) -> list[Float[Tensor, "B V out full"]]:
+    """Trilinear resize of each box to `size`, a matrix along each axis: row i averages the voxels under voxel i.
 
     Where a box is shrunk the hat function widens with it, so fine detail is averaged rather than aliased; beyond the
-    region's edge the last voxel repeats.
+    extent of the region the last voxel repeats.
     """
-    x = region[:, None]
-    for axis, letter in ((2, "x"), (1, "y"), (0, "z")):
-        weights = _resize_matrix(
-            boxes[..., axis],
-            boxes[..., 3 + axis],
-            flips[..., axis],
-            size[axis],
-            extent[:, axis],
-            region.shape[1 + axis],
-        )
-        if letter == "x":
-            x = torch.einsum("bvzyx,bvnx->bvzyn", x.expand(-1, boxes.shape[1], -1, -1, -1), weights)
-        elif letter == "y":
-            x = torch.einsum("bvzyx,bvny->bvznx", x, weights)
-        else:
-            x = torch.einsum("bvzyx,bvnz->bvnyx", x, weights)
-    return x
-
-
-def _resize_matrix(start: Tensor, length: Tensor, flip: Tensor, out: int, extent: Tensor, full: int) -> Tensor:
-    """[B, V, out, full]: row i averages the input voxels under output voxel i."""
-    index = torch.arange(out, device=start.device, dtype=torch.float32)
-    index = torch.where(flip[..., None] > 0, out - 1 - index, index)
-    step = (length / out)[..., None]
-    at = start[..., None] + (index + 0.5) * step - 0.5
-    at = torch.minimum(at.clamp_min(0), (extent - 1).float()[:, None, None])
-    source = torch.arange(full, device=start.device, dtype=torch.float32)
-    weights = (1 - (source - at[..., None]).abs() / step.clamp_min(1)[..., None]).clamp_min(0)
-    weights = weights * (source < extent[:, None, None, None])
-    return weights / weights.sum(-1, keepdim=True)
+    device = boxes.device
+    out = torch.tensor(size, device=device, dtype=torch.float32)[:, None]
+    index = torch.arange(max(size), device=device, dtype=torch.float32)
+    index = torch.where(flips[..., None] > 0, out - 1 - index, index)  # [B, V, axis, out]
+    step = boxes[..., 3:, None] / out
+    last = (extent - 1).float()[:, None, :, None]
+    at = boxes[..., :3, None] + (index + 0.5) * step - 0.5
+    at = torch.minimum(at.clamp_min(0), last)
+    source = torch.arange(max(full), device=device, dtype=torch.float32)
+    weights = (1 - (source - at[..., None]).abs_().div_(step.clamp_min(1)[..., None])).clamp_min_(0)
+    weights = weights * (source <= last[..., None])
+    weights = weights / weights.sum(-1, keepdim=True)
+    return [weights[:, :, axis, : size[axis], : full[axis]] for axis in range(3)]

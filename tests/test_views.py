@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -196,6 +197,36 @@ def test_coarse_views_hold_the_means_of_cells() -> None:
     x = torch.randn(1, 4, 4, 4)
     cells = torch.nn.functional.avg_pool3d(x[None], 2)[0].repeat_interleave(2, 1).repeat_interleave(2, 2)
     torch.testing.assert_close(changed(x, coarse=2.0), cells.repeat_interleave(2, 3))
+
+
+def test_blur_is_a_gaussian_of_the_views_own_width() -> None:
+    x, sigma = torch.randn(2, 9, 10, 11), torch.tensor([0.6, 1.4])
+    generator = torch.Generator().manual_seed(0)
+    both = torch.cat([rows(blur=float(s)) for s in sigma])
+    found = augment.change(x, both, torch.randn(x.shape, generator=generator), None, torch.zeros(2, 0))
+    for view, s in enumerate(sigma):
+        taps = torch.exp(-0.5 * (torch.arange(-3.0, 4.0) / s) ** 2)
+        taps = torch.einsum("i,j,k->ijk", taps, taps, taps)
+        padded = torch.nn.functional.pad(x[view, None, None], (3,) * 6, mode="replicate")
+        expected = torch.nn.functional.conv3d(padded, taps[None, None] / taps.sum())[0, 0]
+        torch.testing.assert_close(found[view], expected)
+
+
+def test_blur_while_cutting_is_blur_after_cutting() -> None:
+    """Both are one product along each axis, unless a warp or a window comes between them."""
+    config = ViewsConfig(**{**vars(SMALL), "blur": 1.5, "coarse": 2.5})
+    plans = default_collate([plan(scan(), config, seed) for seed in range(4)])
+    assert (plans.intensity[..., augment.CHANGES.index("coarse")] > 1).any()
+    apart = replace(config, window=0.2)  # which no scan that is not CT has, so that nothing else differs
+    for together, after in zip(render(plans, config, CPU), render(plans, apart, CPU), strict=True):
+        torch.testing.assert_close(together, after)
+
+
+def test_what_no_view_asks_for_is_not_done() -> None:
+    x = torch.randn(2, 4, 5, 6)
+    assert augment.change(x, rows(2), x, None, x) is x
+    assert augment.asked(rows(2)) == set()
+    assert augment.asked(torch.cat([rows(), rows(noise=0.1, window_high=0.3)])) >= {"noise", "window"}
 
 
 def test_bias_is_smooth_positive_and_leaves_the_darkest_dark() -> None:

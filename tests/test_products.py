@@ -1,0 +1,36 @@
+"""Products by oneDNN are those of `@`, whatever lies transposed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from medformer_kernels import _products
+from medformer_kernels._products import product
+
+SIZES = [(300, 65, 256), (256, 300, 65), (3, 5, 2)]
+
+
+@pytest.mark.parametrize("batch", [(), (1, 1), (2, 3)], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("transposed", [(False, False), (True, False), (False, True), (True, True)], ids=str)
+def test_product_is_a_product(batch, size, transposed):
+    n, k, m = size
+    shapes = [(n, k), (k, m)]
+    x, y = (
+        torch.randn(*batch, *shape[:: -1 if flip else 1]).transpose(-1, -2 if flip else -1)
+        for shape, flip in zip(shapes, transposed, strict=True)
+    )
+    exact = x.double() @ y.double()
+    error = (product(x, y).double() - exact).norm() / exact.norm()
+    assert product(x, y).shape == exact.shape
+    assert error <= 2 * ((x @ y).double() - exact).norm() / exact.norm() + 1e-7
+
+
+@pytest.mark.skipif(not _products._ONEDNN, reason="this PyTorch holds no oneDNN")
+def test_small_products_and_other_dtypes_are_left_to_matmul(monkeypatch):
+    monkeypatch.setattr(_products, "_linear", None)  # not callable: a use would raise
+    product(torch.randn(4, 5), torch.randn(5, 6))
+    product(torch.randn(300, 128, dtype=torch.float64), torch.randn(128, 256, dtype=torch.float64))
+    with pytest.raises(TypeError):
+        product(torch.randn(300, 128), torch.randn(128, 256))

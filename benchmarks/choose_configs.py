@@ -97,7 +97,7 @@ def choose(family: str, kernel: str, arch: str, width: int, dtype: torch.dtype) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("family", choices=sorted(FAMILIES))
+    parser.add_argument("family", choices=sorted(FAMILIES.keys() - {"tnt"}), help="of tnt: choose_tnt_configs.py")
     parser.add_argument("--arch", choices=sorted(TARGETS), action="append", help="default: all")
     parser.add_argument("--kernel", action="append", help="configuration key; default: all")
     parser.add_argument("--width", type=int, action="append", help="head width; default: all of the family")

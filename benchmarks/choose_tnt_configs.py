@@ -70,15 +70,15 @@ def choose(
         tables[kernel] = {arch: [entry]}
         with patch.object(_dispatch, "load_configs", lambda _, tables=tables: tables):
             dtypes = (torch.bfloat16, torch.float16) if itemsize == 2 else (torch.float32,)
-            if all(_fits(kernel, arch, dtype, shape) for dtype, shape in itertools.product(dtypes, shapes)):
+            variants = itertools.product((True, False), dtypes, shapes)  # the fuller one spills more often
+            if all(_fits(kernel, arch, *variant) for variant in variants):
                 return entry
     return None
 
 
-def _fits(kernel: str, arch: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> bool:
-    # With everything that adds to a kernel; `compile_report` looks at the plain one too.
+def _fits(kernel: str, arch: str, full: bool, dtype: torch.dtype, shape: tuple[int, int, int]) -> bool:
     launch = outer_launches if kernel in OUTER_KERNELS else launches
-    compiled = record(arch, launch(*shape, dtype, True)[kernel], f"tnt_{kernel}_kernel")
+    compiled = record(arch, launch(*shape, dtype, full)[kernel], f"tnt_{kernel}_kernel")
     return all(c.fits and (arch != "sm_90" or dtype.itemsize == 4 or c.matrix == "wgmma") for c in compiled)
 
 
@@ -86,9 +86,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", choices=sorted(TARGETS), action="append", help="default: all")
     parser.add_argument("--kernel", choices=KERNELS + OUTER_KERNELS, action="append", help="default: all")
+    parser.add_argument("--itemsize", choices=(2, 4), type=int, action="append", help="bytes of a number; default: all")
+    parser.add_argument(
+        "--tile", nargs=3, type=int, metavar=("WIDTH", "HEAD", "ROWS"), action="append",
+        help="of `compile_cases.tnt.SHAPES`; default: all",
+    )  # fmt: skip
     arguments = parser.parse_args()
-    for arch, itemsize in itertools.product(arguments.arch or TARGETS, (2, 4)):
+    for arch, itemsize in itertools.product(arguments.arch or TARGETS, arguments.itemsize or (2, 4)):
         for shape in SHAPES[itemsize]:  # all kernels of one before the next: what is chosen first is complete first
+            if arguments.tile and list(shape) not in arguments.tile:
+                continue
             for kernel in arguments.kernel or KERNELS + OUTER_KERNELS:
                 key, shapes = _needs(kernel, itemsize, shape)
                 if any(name(entry) == (itemsize, *key) for entry in read().get(kernel, {}).get(arch, [])):

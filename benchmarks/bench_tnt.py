@@ -1,5 +1,5 @@
-"""The inner block of a TNT against the same block written out, with matrix products or with SDPA; TNT-S against timm; a
-three-level model over a volume of 128^3 with its memory.
+"""The inner block of a TNT against the same block written out, with matrix products or with SDPA; the step behind it to
+the outer token; TNT-S against timm; a three-level model over a volume of 128^3 with its memory.
 
 Every implementation gets the same tokens and weights, and its output is checked before it is timed. What cannot run
 here is skipped.
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from measuring import DEVICE, cpu_peak_memory_mib, peak_memory_mib
 from medformer.tnt import TNT, TNTConfig, TNTLevel, blocks, tnt_from_timm
-from medformer_kernels import TNTInnerWeights, tnt_inner_block
+from medformer_kernels import TNTInnerWeights, tnt_inner_block, tnt_inner_to_outer
 
 ON_GPU = DEVICE.type == "cuda"
 DTYPES = (torch.bfloat16,) if ON_GPU else (torch.float32, torch.bfloat16)
@@ -147,6 +147,60 @@ def bench_tnt_inner_step(timed, implementation, shape, dtype):
         floor_ms=floor_ms(shape, dtype, step=True),
         shape=f"{shape} {str(dtype)[6:]}",
     )
+
+
+class Step(NamedTuple):
+    """Inner tokens x (S, n, c) and what takes them to outer tokens (S, E)."""
+
+    x: Tensor
+    outer: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+def make_step(shape: Shape, channels: int, dtype: torch.dtype) -> Step:
+    generator = torch.Generator().manual_seed(0)
+    s, n, c = shape[:3]
+    shapes = [(s, n, c), (s, channels), (c,), (c,), (channels, n * c), (channels,)]
+    drawn = (torch.randn(*sizes, generator=generator) for sizes in shapes)
+    return Step(*((tensor * tensor.shape[-1] ** -0.5).to(DEVICE, dtype) for tensor in drawn))
+
+
+def to_outer_medformer(step: Step) -> Tensor:
+    return tnt_inner_to_outer(
+        step.x, step.outer, **{k: v for k, v in step._asdict().items() if k not in ("x", "outer")}
+    )
+
+
+def to_outer_eager(step: Step) -> Tensor:
+    normed = F.layer_norm(step.x, step.x.shape[-1:], step.norm_weight, step.norm_bias, 1e-6)
+    return step.outer + F.linear(normed.flatten(1), step.weight, step.bias)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "step"])
+@pytest.mark.parametrize("shape", [Shape(50_176 if ON_GPU else 784, 16, 24)], ids=str)
+@dtypes
+@pytest.mark.parametrize("implementation", [to_outer_medformer, to_outer_eager], ids=["medformer", "eager"])
+def bench_tnt_inner_to_outer(timed, implementation, shape, dtype, backward):
+    """As in TNT-S: to 384 channels."""
+    tensors = make_step(shape, 384, dtype)
+    tolerance = 0.1 if dtype == torch.bfloat16 else 1e-3
+    torch.testing.assert_close(implementation(tensors), to_outer_eager(tensors), rtol=tolerance, atol=tolerance)
+    if backward:
+        dout = torch.randn_like(tensors.outer)
+        for tensor in tensors:
+            tensor.requires_grad_()
+
+    def run() -> None:
+        if backward:
+            torch.autograd.grad(implementation(tensors), tensors, dout)
+        else:
+            with torch.no_grad():
+                implementation(tensors)
+
+    timed(run, shape=f"{shape} to 384 {str(dtype)[6:]}")
 
 
 def tnt_s(which: str) -> torch.nn.Module:

@@ -4,6 +4,8 @@
     python benchmarks/interleaved.py performer --tokens 16384 --rounds 5 --clock processor
     python benchmarks/interleaved.py disentangled --tokens 2048 --rounds 5 --clock processor
     python benchmarks/interleaved.py patch_embed --rounds 250
+    python benchmarks/interleaved.py tnt --tokens 16 --rounds 20
+    python benchmarks/interleaved.py tnt_s --rounds 8
 
 In a fixed order whoever follows the heaviest neighbour finds cold caches: for ratios near 1 that decides. Milliseconds,
 least and median, of the wall or (where others use the machine too) of the processor, summed over threads.
@@ -12,6 +14,7 @@ least and median, of the wall or (where others use the machine too) of the proce
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import statistics
 import time
@@ -25,6 +28,7 @@ import bench_disentangled
 import bench_nystrom
 import bench_patch_embed
 import bench_performer
+import bench_tnt
 from measuring import environment
 from medformer_kernels import orthogonal_features
 
@@ -95,10 +99,41 @@ def patch_embed(number: int) -> None:
         print(shape, dtype, rounds({name: lambda f=f, v=v: f(v) for name, (f, v) in calls.items()}, number))
 
 
+def tnt(shape: bench_tnt.Shape, dtype: torch.dtype, number: int) -> None:
+    """The inner block."""
+    compared = (bench_tnt.medformer, bench_tnt.eager, bench_tnt.sdpa)
+    x, w = bench_tnt.make(shape, dtype)
+    dout, leaves = torch.randn_like(x), [x, *vars(w).values()]
+
+    def step(block: bench_tnt.Inner) -> None:
+        torch.autograd.grad(block(x, w, shape.heads), leaves, dout)
+
+    with torch.no_grad():
+        calls = {f.__name__: lambda f=f: f(x, w, shape.heads) for f in compared}
+        print(shape, dtype, "forward", rounds(calls, number))
+    for leaf in leaves:
+        leaf.requires_grad_()
+    calls = {f.__name__: lambda f=f: step(f) for f in compared}
+    print(shape, dtype, "forward and backward", rounds(calls, number))
+
+
+def tnt_s(number: int) -> None:
+    """The whole of TNT-S against timm's."""
+    models = {which: bench_tnt.tnt_s(which) for which in ("medformer", "timm")}
+    x = bench_tnt.images()
+
+    def step(model: torch.nn.Module) -> None:
+        torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+
+    with torch.no_grad():
+        print("forward", rounds({which: lambda m=m: m(x) for which, m in models.items()}, number))
+    print("forward and backward", rounds({which: lambda m=m: step(m) for which, m in models.items()}, number))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("family", choices=["disentangled", "nystrom", "patch_embed", "performer"])
-    parser.add_argument("--tokens", type=int, default=4096, help="of all but patch_embed")
+    parser.add_argument("family", choices=["disentangled", "nystrom", "patch_embed", "performer", "tnt", "tnt_s"])
+    parser.add_argument("--tokens", type=int, default=4096, help="of all but patch_embed and tnt_s; of tnt: inner ones")
     parser.add_argument("--causal", action="store_true", help="performer in causal order")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--rounds", type=int, default=20)
@@ -111,6 +146,12 @@ def main() -> None:
         nystrom(arguments.tokens, arguments.rounds)
     elif arguments.family == "disentangled":
         disentangled(arguments.tokens, arguments.rounds)
+    elif arguments.family == "tnt":
+        for shape, dtype in itertools.product(bench_tnt.SHAPES, bench_tnt.DTYPES):
+            if shape.tokens == arguments.tokens:
+                tnt(shape, dtype, arguments.rounds)
+    elif arguments.family == "tnt_s":
+        tnt_s(arguments.rounds)
     elif arguments.family == "performer":
         performer(arguments.tokens, arguments.rounds, arguments.causal)
     else:

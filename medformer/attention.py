@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medformer.linear import Linear
 from medformer.position import rotate
 from medformer_kernels import default_num_features, orthogonal_features, performer_attention
 
@@ -51,10 +52,10 @@ class SelfAttention(nn.Module):
         self.heads = heads
         self.head_width = width // heads if head_width is None else head_width
         inner = heads * self.head_width
-        self.qkv = nn.Linear(width, 3 * inner, bias=qkv_bias)
+        self.qkv = Linear(width, 3 * inner, bias=qkv_bias)
         self.q_norm = nn.LayerNorm(self.head_width, eps=1e-6) if qk_norm else None
         self.k_norm = nn.LayerNorm(self.head_width, eps=1e-6) if qk_norm else None
-        self.proj = nn.Linear(inner, width)
+        self.proj = Linear(inner, width)
 
     def forward(
         self,

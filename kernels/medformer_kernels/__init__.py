@@ -1,5 +1,6 @@
 """Fused Triton kernels for long sequences of tokens, each with a plain PyTorch reference beside it."""
 
+from medformer_kernels._linear import linear
 from medformer_kernels.disentangled import (
     axis_expansion,
     disentangled_attention,
@@ -57,6 +58,7 @@ __all__ = [
     "disentangled_attention_reference",
     "disentangled_maps",
     "hu_window",
+    "linear",
     "log_buckets",
     "nystrom_attention",
     "nystrom_attention_reference",

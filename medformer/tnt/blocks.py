@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 
+from medformer.linear import Linear
 from medformer.mlp import MLP
 from medformer_kernels import TNTInnerWeights, tnt_inner_block, tnt_inner_to_outer
 
@@ -42,8 +43,8 @@ class InnerBlock(nn.Module):
         super().__init__()
         self.heads, self.dropout, self.drop_path, self.backend = heads, dropout, drop_path, backend
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width, bias=qkv_bias)
+        self.proj = Linear(width, width)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = MLP(width, hidden)
 
@@ -85,7 +86,7 @@ class Fusion(nn.Module):
         self.backend = backend
         self.by_token = form in ("token", "raw")
         self.norm1 = nn.LayerNorm(inner if self.by_token else tokens * inner, eps=1e-6)
-        self.proj = None if form == "raw" else nn.Linear(tokens * inner, width, bias=form != "window")
+        self.proj = None if form == "raw" else Linear(tokens * inner, width, bias=form != "window")
         self.norm2 = nn.LayerNorm(width, eps=1e-6) if form in ("window", "stem") else None
 
     def forward(self, x: Float[Tensor, "S n c"], above: Float[Tensor, "S C"] | None = None) -> Float[Tensor, "S C"]:

@@ -24,6 +24,7 @@ from medformer.attention import PerformerAttention, SoftmaxAttention
 from medformer.blocks import Block
 from medformer.disentangled_attention import DisentangledAttention
 from medformer.features import Features, layers_of, rows_wanted, split_tokens, whole_mask
+from medformer.linear import Linear
 from medformer.mlp import MLP
 from medformer.nystrom_attention import NystromAttention
 from medformer.position import LearnedPosition
@@ -313,5 +314,5 @@ def _attention(config: TNTConfig, stage: int) -> nn.Module:
     seed = config.seed * 1_000_003 + stage  # far apart: stage 1 of seed 0 is not stage 0 of seed 1
     attention = PerformerAttention(last.width, last.heads, num_features=config.num_features, seed=seed)
     if not config.qkv_bias:
-        attention.qkv = nn.Linear(last.width, 3 * last.width, bias=False)
+        attention.qkv = Linear(last.width, 3 * last.width, bias=False)
     return attention

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from medformer_kernels._dispatch import chip_of, resolve_backend
-from medformer_kernels.tnt import chunked, ops
+from medformer_kernels.tnt import ops
 from medformer_kernels.tnt.outer import tnt_inner_to_outer, tnt_inner_to_outer_reference
 from medformer_kernels.tnt.plans import KERNELS, fits
 from medformer_kernels.tnt.reference import reference
@@ -68,9 +68,6 @@ def tnt_inner_block(
     save = torch.is_grad_enabled() and _wants_gradient(x, weights)
     unsupported = _unsupported(x, weights.qkv_weight, num_heads, save) if wanted else None
     backend = resolve_backend("tnt_inner_block", backend, weights.qkv_weight, unsupported)
-    if backend == "torch" and save:
-        kept = chunked.saved_bytes(x, weights.qkv_weight.dtype, weights.fc1_weight.shape[0], num_heads)
-        save = kept <= chunked.SAVED_BYTES
     with torch.autocast(x.device.type, enabled=False):
         return ops.tnt_inner_block(
             x, *weights.tensors(), seed_tensor, num_heads, eps, dropout, drop_path, save, backend

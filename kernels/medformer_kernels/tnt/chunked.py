@@ -1,6 +1,6 @@
 """The inner block in plain PyTorch, a few hundred sequences at a time, so that everything between its two ends stays in
-the cache. Backward takes what forward saved where that is no more than `SAVED_BYTES`; where it is more, it computes
-each chunk again.
+the cache. Forward keeps two tensors of the size of x for backward (`Kept`), which computes the rest of a chunk again:
+memory fresh from the system costs more than the arithmetic.
 
 Attention over so few and so narrow tokens is a question of layout. Tokens of one head lie either as rows (n, D) or as
 columns (D, n): with columns the products of up to `_COLUMNS` tokens are up to three times as fast in float32, and so
@@ -11,7 +11,6 @@ Measured with `benchmarks/bench_tnt.py`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,13 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from medformer_kernels._linear import linear
+from medformer_kernels._products import product
 from medformer_kernels.tnt.dropping import ATTENTION, MLP, factor
 from medformer_kernels.tnt.weights import NAMES, TNTInnerWeights
 
-__all__ = ["SAVED_BYTES", "Saved", "backward", "forward", "saved_bytes"]
-
-# What one call may keep for its backward pass. Computing 4096 x 16 x 24 again costs a fifth of a step.
-SAVED_BYTES = 128 << 20
+__all__ = ["Kept", "backward", "forward"]
 
 # Up to so many tokens a head is laid out in columns.
 _COLUMNS = 32
@@ -34,46 +32,18 @@ _COLUMNS = 32
 _CHUNK = 1 << 17
 
 
-class Saved(NamedTuple):
-    """What forward may keep: each tensor whole, or of one chunk."""
+class Kept(NamedTuple):
+    """What forward keeps for backward: (S, n, c) each."""
 
     middle: Tensor
-    """(S, n, c), between attention and MLP, in float32 or better."""
-    qkv: Tensor
-    """(S, n, 3c)."""
-    weights: Tensor
-    """Attention's, (S, H, n, n); transposed where heads lie in columns."""
+    """Between attention and MLP, in float32 or better."""
     mixed: Tensor
-    """(S, n, c), in front of the projection."""
-    before: Tensor
-    """(S, n, f), in front of the GELU."""
+    """In front of the projection."""
 
     @classmethod
-    def empty(cls, x: Tensor, product: torch.dtype, hidden: int, heads: int) -> Saved:
-        kept = _kept(x, product, hidden, heads)
-        return cls(*(x.new_empty((x.shape[0], *shape), dtype=dtype) for shape, dtype in kept))
-
-    def part(self, rows: slice) -> Saved:
-        return Saved(*(tensor[rows] for tensor in self))
-
-
-def saved_bytes(x: Tensor, product: torch.dtype, hidden: int, heads: int) -> int:
-    """What `Saved` takes."""
-    kept = _kept(x, product, hidden, heads)
-    return x.shape[0] * sum(math.prod(shape) * dtype.itemsize for shape, dtype in kept)
-
-
-def _kept(x: Tensor, product: torch.dtype, hidden: int, heads: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shape a sequence and dtype of each field of `Saved`."""
-    tokens, width = x.shape[1:]
-    weights = torch.promote_types(product, torch.float32) if tokens <= _COLUMNS else product
-    return [
-        ((tokens, width), torch.promote_types(x.dtype, torch.float32)),
-        ((tokens, 3 * width), product),
-        ((heads, tokens, tokens), weights),
-        ((tokens, width), product),
-        ((tokens, hidden), product),
-    ]
+    def empty(cls, x: Tensor, product: torch.dtype) -> Kept:
+        exact = torch.promote_types(x.dtype, torch.float32)
+        return cls(*(x.new_empty(x.shape, dtype=dtype) for dtype in (exact, product)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,17 +62,9 @@ class _Block:
         result = factor(self.seed, branch, first, (sequences, tokens, width), self.dropout, self.drop_path)
         return None if result is None else result.to(x.dtype)
 
-    def linear(self, x: Tensor, name: str, out: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, name: str) -> Tensor:
         weight, bias = getattr(self.w, f"{name}_weight"), getattr(self.w, f"{name}_bias")
-        x = x.to(weight.dtype)
-        if out is None:
-            return F.linear(x, weight, bias)
-        rows = out.view(-1, out.shape[-1])
-        if bias is None:
-            torch.mm(x.flatten(0, 1), weight.t(), out=rows)
-        else:
-            torch.addmm(bias, x.flatten(0, 1), weight.t(), out=rows)
-        return out
+        return linear(x.to(weight.dtype), weight, bias)
 
     def norm(self, x: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
         weight, bias = getattr(self.w, f"{name}_weight").to(x.dtype), getattr(self.w, f"{name}_bias").to(x.dtype)
@@ -117,14 +79,19 @@ def forward(
     eps: float,
     dropout: float,
     drop_path: float,
-    saved: Saved | None,
+    kept: Kept | None,
 ) -> Tensor:
-    """See `reference.reference`; fills `saved` where there is one."""
+    """See `reference.reference`; fills `kept` where there is one."""
     block = _Block(w=w, seed=seed, heads=num_heads, eps=eps, dropout=dropout, drop_path=drop_path)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     for first, chunk in _chunks(x):
         rows = slice(first, first + chunk.shape[0])
-        out[rows] = _forward(block, chunk, first, None if saved is None else saved.part(rows))
+        mixed = _attention(block, block.linear(block.norm(chunk, "norm1")[0], "qkv"))
+        middle = _add(chunk, block.linear(mixed, "proj"), block.factor(ATTENTION, first, chunk))
+        if kept is not None:
+            kept.middle[rows], kept.mixed[rows] = middle, mixed
+        before = block.linear(block.norm(middle, "norm2")[0], "fc1")
+        out[rows] = _add(middle, block.linear(F.gelu(before), "fc2"), block.factor(MLP, first, chunk))
     return out
 
 
@@ -134,32 +101,6 @@ def _chunks(x: Tensor) -> Iterator[tuple[int, Tensor]]:
     length = max(1, -(-x.shape[0] // count))
     for first in range(0, x.shape[0], length):
         yield first, x[first : first + length].to(exact).contiguous()
-
-
-def _forward(block: _Block, x: Tensor, first: int, saved: Saved | None) -> Tensor:
-    if saved is None:
-        mixed = _attention(block, block.linear(block.norm(x, "norm1")[0], "qkv"))
-        middle = _add(x, block.linear(mixed, "proj"), block.factor(ATTENTION, first, x))
-        before = block.linear(block.norm(middle, "norm2")[0], "fc1")
-    else:
-        middle, before = _fill(block, x, first, saved)
-    return _add(middle, block.linear(F.gelu(before), "fc2"), block.factor(MLP, first, x))
-
-
-def _fill(block: _Block, x: Tensor, first: int, saved: Saved) -> tuple[Tensor, Tensor]:
-    """Compute all of `saved`; its `middle` and `before`."""
-    qkv = block.linear(block.norm(x, "norm1")[0], "qkv", saved.qkv)
-    heads = _Heads(qkv, block.heads)
-    q, k, v = heads.split(qkv)
-    weights = heads.softmax(heads.product(q, k.mT, heads.scale), saved.weights.flatten(0, 1))
-    heads.merge(heads.product(weights, v), out=saved.mixed)
-    branch = block.linear(saved.mixed, "proj")
-    factor = block.factor(ATTENTION, first, x)
-    if factor is None:
-        torch.add(x, branch, out=saved.middle)
-    else:
-        torch.addcmul(x, branch.to(x.dtype), factor, out=saved.middle)
-    return saved.middle, block.linear(block.norm(saved.middle, "norm2")[0], "fc1", saved.before)
 
 
 def _add(x: Tensor, branch: Tensor, multiplier: Tensor | None) -> Tensor:
@@ -174,7 +115,7 @@ def _attention(block: _Block, qkv: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(sequences, tokens, width)
     heads = _Heads(qkv, block.heads)
     q, k, v = heads.split(qkv)
-    return heads.merge(heads.product(heads.softmax(heads.product(q, k.mT, heads.scale)), v))
+    return heads.merge(heads.product(heads.weights(q, k), v))
 
 
 class _Heads:
@@ -194,15 +135,13 @@ class _Heads:
         x = x.permute(order).to(self.dtype, memory_format=torch.contiguous_format).flatten(1, 2)
         return (x.mT if self.columns else x).unbind(0)
 
-    def merge(self, *xs: Tensor, out: Tensor | None = None) -> Tensor:
+    def merge(self, *xs: Tensor) -> Tensor:
         """The opposite of `split`."""
-        if out is None:
-            shape = (self.sequences, self.tokens, len(xs) * self.heads * self.width)
-            out = torch.empty(shape, dtype=xs[0].dtype, device=xs[0].device)
-        merged = out.view(self.sequences, self.tokens, len(xs), self.heads, self.width)
+        shape = (self.sequences, self.tokens, len(xs), self.heads, self.width)
+        merged = torch.empty(shape, dtype=xs[0].dtype, device=xs[0].device)
         for part, x in enumerate(xs):
             merged[:, :, part] = x.unflatten(0, (self.sequences, self.heads)).transpose(1, 2)
-        return out
+        return merged.flatten(2)
 
     def product(self, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
         """scale a @ b, whose memory is laid out as the heads are."""
@@ -211,10 +150,10 @@ class _Heads:
         result = torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)
         return result.mT if self.columns else result
 
-    def softmax(self, scores: Tensor, out: Tensor | None = None) -> Tensor:
-        """Over keys; `out` (s H, n, n) in the layout of the heads."""
-        axis = 1 if self.columns else 2
-        return self.laid_out(torch.softmax(self.laid_out(scores), axis, out=out))
+    def weights(self, q: Tensor, k: Tensor) -> Tensor:
+        """softmax(q k^T / sqrt(D)) over keys."""
+        scores = self.laid_out(self.product(q, k.mT, self.scale))
+        return self.laid_out(torch.softmax(scores, 1 if self.columns else 2))
 
     def softmax_backward(self, dweights: Tensor, weights: Tensor) -> Tensor:
         axis = 1 if self.columns else 2
@@ -235,7 +174,7 @@ def backward(
     eps: float,
     dropout: float,
     drop_path: float,
-    saved: Saved | None,
+    kept: Kept,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(dx, gradients of the weights by name, in float32 or better)."""
     block = _Block(w=w, seed=seed, heads=num_heads, eps=eps, dropout=dropout, drop_path=drop_path)
@@ -246,54 +185,52 @@ def backward(
         for name, tensor in zip(NAMES, w.tensors(), strict=True)
         if tensor is not None
     }
-    spare = None
     for first, chunk in _chunks(x):
         rows = slice(first, first + chunk.shape[0])
-        if saved is not None:
-            part = saved.part(rows)
-        else:
-            # One set of buffers for all chunks: memory fresh from the system costs more than what is written to it.
-            spare = spare or Saved.empty(chunk, w.qkv_weight.dtype, w.fc1_weight.shape[0], num_heads)
-            part = spare.part(slice(chunk.shape[0]))
-            _fill(block, chunk, first, part)
+        part = Kept(kept.middle[rows], kept.mixed[rows])
         dx[rows] = _backward(block, chunk, dout[rows].to(exact), first, part, sums)
     return dx, sums
 
 
-def _backward(block: _Block, x: Tensor, dout: Tensor, first: int, saved: Saved, sums: dict[str, Tensor]) -> Tensor:
-    product = block.w.qkv_weight.dtype
-    middle, qkv, weights, mixed, before = saved
-    normed1, mean1, rstd1 = block.norm(x, "norm1")
-    normed2, mean2, rstd2 = block.norm(middle, "norm2")
-    normed1, normed2 = normed1.to(product), normed2.to(product)
-    heads = _Heads(qkv, block.heads)
-    q, k, v = heads.split(qkv)
-    weights = heads.laid_out(weights.flatten(0, 1))
+def _backward(block: _Block, x: Tensor, dout: Tensor, first: int, kept: Kept, sums: dict[str, Tensor]) -> Tensor:
+    low = block.w.qkv_weight.dtype
+    middle, mixed = kept
     factor1, factor2 = block.factor(ATTENTION, first, x), block.factor(MLP, first, x)
 
-    dbranch = (dout if factor2 is None else dout * factor2).to(product)
+    normed, mean, rstd = block.norm(middle, "norm2")
+    normed = normed.to(low)
+    before = block.linear(normed, "fc1")
+    dbranch = (dout if factor2 is None else dout * factor2).to(low)
     dhidden = _linear_backward(block, "fc2", dbranch, F.gelu(before), sums)
     dbefore = torch.ops.aten.gelu_backward(dhidden, before)
-    dnormed = _linear_backward(block, "fc1", dbefore, normed2, sums)
-    dmiddle = dout + _norm_backward(block, "norm2", dnormed, middle, mean2, rstd2, sums)
+    dnormed = _linear_backward(block, "fc1", dbefore, normed, sums)
+    dmiddle = dout + _norm_backward(block, "norm2", dnormed, middle, mean, rstd, sums)
 
-    dbranch = (dmiddle if factor1 is None else dmiddle * factor1).to(product)
+    normed, mean, rstd = block.norm(x, "norm1")
+    normed = normed.to(low)
+    qkv = block.linear(normed, "qkv")
+    heads = _Heads(qkv, block.heads)
+    q, k, v = heads.split(qkv)
+    weights = heads.weights(q, k)
+    dbranch = (dmiddle if factor1 is None else dmiddle * factor1).to(low)
     (dmixed,) = heads.split(_linear_backward(block, "proj", dbranch, mixed, sums), 1)
     dv = heads.product(weights.mT, dmixed)
     dscores = heads.softmax_backward(heads.product(dmixed, v.mT), weights)
     dq, dk = heads.product(dscores, k, heads.scale), heads.product(dscores.mT, q, heads.scale)
-    dqkv = heads.merge(dq, dk, dv).to(product)
-    dnormed = _linear_backward(block, "qkv", dqkv, normed1, sums)
-    return dmiddle + _norm_backward(block, "norm1", dnormed, x, mean1, rstd1, sums)
+    dqkv = heads.merge(dq, dk, dv).to(low)
+    dnormed = _linear_backward(block, "qkv", dqkv, normed, sums)
+    return dmiddle + _norm_backward(block, "norm1", dnormed, x, mean, rstd, sums)
 
 
 def _linear_backward(block: _Block, name: str, dy: Tensor, x: Tensor, sums: dict[str, Tensor]) -> Tensor:
     weight = getattr(block.w, f"{name}_weight")
-    rows = dy.flatten(0, 1)
-    sums[f"{name}_weight"] += rows.t() @ x.flatten(0, 1)
+    dy_rows, x_rows = dy.flatten(0, 1), x.flatten(0, 1)
+    # The longer axis of the result last: that way round oneDNN is twice as fast.
+    wide = dy.shape[-1] > x.shape[-1]
+    sums[f"{name}_weight"] += product(dy_rows.t(), x_rows) if wide else product(x_rows.t(), dy_rows).t()
     if f"{name}_bias" in sums:
-        sums[f"{name}_bias"] += rows.sum(0, dtype=sums[f"{name}_bias"].dtype)
-    return dy @ weight
+        sums[f"{name}_bias"] += dy_rows.sum(0, dtype=sums[f"{name}_bias"].dtype)
+    return product(dy_rows, weight).view(x.shape)
 
 
 def _norm_backward(

@@ -3,8 +3,8 @@
     y   = x + f1 proj(attention(LN1(x)))
     out = y + f2 fc2(GELU(fc1(LN2(y))))         f1, f2: what each branch drops, `dropping`
 
-Where a gradient will be wanted forward keeps tensors for it (`save`): the kernels y alone, from which, and from x, they
-compute everything again; PyTorch those of `chunked.Saved` or, where they would be too large, none.
+Where a gradient will be wanted (`save`) forward keeps y for it and, in PyTorch, what goes into the projection
+(`chunked.Kept`); from these and from x, backward computes everything again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from medformer_kernels.tnt.weights import NAMES, TNTInnerWeights
 
 __all__ = ["tnt_inner_block", "tnt_inner_block_backward"]
 
-_KEPT = len(chunked.Saved._fields)
+_KEPT = len(chunked.Kept._fields)
 
 
 def _fused():
@@ -52,32 +52,31 @@ def tnt_inner_block(
     drop_path: float,
     save: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """out (S, n, c), then what is kept for backward, in the order of `chunked.Saved`; empty unless `save`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out (S, n, c), then what is kept for backward, in the order of `chunked.Kept`; empty unless `save`."""
     w = _weights(
         norm1_weight, norm1_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, norm2_weight, norm2_bias,
         fc1_weight, fc1_bias, fc2_weight, fc2_bias,
     )  # fmt: skip
     settings = (seed, num_heads, eps, dropout, drop_path)
-    kept = _kept(x, qkv_weight, fc1_weight, num_heads, save, backend)
+    kept = _kept(x, qkv_weight, save, backend)
     if backend == "torch":
-        out = chunked.forward(x, w, *settings, chunked.Saved(*kept) if save else None)
+        out = chunked.forward(x, w, *settings, chunked.Kept(*kept) if save else None)
     else:
         out = _fused().forward(x, w, *settings, kept[0] if save else None)
-    return out, *kept  # type: ignore[return-value]
+    return out, *kept
 
 
-def _kept(x: Tensor, qkv_weight: Tensor, fc1_weight: Tensor, num_heads: int, save: bool, backend: str) -> list[Tensor]:
+def _kept(x: Tensor, qkv_weight: Tensor, save: bool, backend: str) -> tuple[Tensor, Tensor]:
     if save and backend == "torch":
-        return list(chunked.Saved.empty(x, qkv_weight.dtype, fc1_weight.shape[0], num_heads))
-    middle = x.new_empty(x.shape if save else (0,))
-    return [middle, *(x.new_empty(0) for _ in range(4))]
+        return chunked.Kept.empty(x, qkv_weight.dtype)
+    return x.new_empty(x.shape if save else (0,)), x.new_empty(0)
 
 
 @tnt_inner_block.register_fake
 def _(x, *arguments):
-    w, num_heads, (save, backend) = _weights(*arguments[: len(NAMES)]), arguments[-6], arguments[-2:]
-    return x.new_empty(x.shape), *_kept(x, w.qkv_weight, w.fc1_weight, num_heads, save, backend)
+    w, (save, backend) = _weights(*arguments[: len(NAMES)]), arguments[-2:]
+    return x.new_empty(x.shape), *_kept(x, w.qkv_weight, save, backend)
 
 
 @torch.library.custom_op("medformer::tnt_inner_block_backward", mutates_args=())
@@ -85,10 +84,7 @@ def tnt_inner_block_backward(
     dout: Tensor,
     x: Tensor,
     middle: Tensor,
-    qkv: Tensor,
-    weights: Tensor,
     mixed: Tensor,
-    before: Tensor,
     norm1_weight: Tensor,
     norm1_bias: Tensor,
     qkv_weight: Tensor,
@@ -118,8 +114,7 @@ def tnt_inner_block_backward(
     )  # fmt: skip
     settings = (seed, num_heads, eps, dropout, drop_path)
     if backend == "torch":
-        saved = chunked.Saved(middle, qkv, weights, mixed, before) if middle.numel() else None
-        dx, sums = chunked.backward(dout, x, w, *settings, saved)
+        dx, sums = chunked.backward(dout, x, w, *settings, chunked.Kept(middle, mixed))
     else:
         dx, sums = _fused().backward(dout, x, middle, w, *settings, with_weights)
     gradients = [

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medformer_kernels._dispatch import block, chip_of, resolve_backend
+from medformer_kernels._linear import linear
 from medformer_kernels.tnt.plans import OUTER_KERNELS, Plan, fits, launch_plan
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def _reference(
     eps: float,
 ) -> Tensor:  # fmt: skip
     normed = F.layer_norm(x, x.shape[-1:], norm_weight.to(x.dtype), norm_bias.to(x.dtype), eps)
-    taken = F.linear(normed.flatten(1).to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
+    taken = linear(normed.flatten(1).to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
     return taken if outer is None else outer + taken
 
 

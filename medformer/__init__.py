@@ -7,6 +7,7 @@ from medformer.describe import Description, describe
 from medformer.disentangled_attention import DisentangledAttention
 from medformer.embed import embed
 from medformer.expire_span import ExpireSpanAttention
+from medformer.footprint import Footprint, footprint
 from medformer.foreign import load_resnet, load_vit
 from medformer.hopfield import HopfieldAttention, HopfieldLayer, HopfieldLookup, HopfieldPooling
 from medformer.image_gpt import ImageGPT, ImageGPTConfig
@@ -27,6 +28,7 @@ __all__ = [
     "DisentangledAttention",
     "ExpireSpanAttention",
     "Features",
+    "Footprint",
     "HopfieldAttention",
     "HopfieldLayer",
     "HopfieldLookup",
@@ -47,6 +49,7 @@ __all__ = [
     "build",
     "describe",
     "embed",
+    "footprint",
     "freeze_for_transfer",
     "large_2d",
     "large_3d",

@@ -6,6 +6,7 @@ tokens, Z Y X voxels, gz gy gx token grid.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,7 +25,7 @@ from medformer.moe import SwitchMLP
 from medformer.nystrom_attention import NystromAttention
 from medformer.patch_embed import PatchEmbed
 from medformer.position import LearnedPosition, RotaryPosition, SinCosPosition
-from medformer.resnet import ResNet, ResNetConfig
+from medformer.resnet import ResNet, ResNetConfig, spread
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -235,7 +236,7 @@ class Backbone(nn.Module):
     ) -> tuple[Tensor, tuple[int, ...], dict[str, Any]]:
         """All tokens with their positions, in the order class, registers, patches; the patch grid; what blocks take."""
         grid = self.grid_of(x.shape[2:]) if x.ndim == self.config.dims + 2 else ()
-        tokens = self.patch_embed(x if self.stem is None else self.stem.stage_maps(x)[-1])
+        tokens = self.patch_embed(x if self.stem is None else self._stem_map(self.stem, x, key_padding_mask, grid))
         batch = tokens.shape[0]
         if mask is not None:
             if self.mask_token is None:
@@ -264,6 +265,21 @@ class Backbone(nn.Module):
         rotary = None if self.rotary is None else self.rotary(grid, prefix=self.config.prefix)
         context = {"key_padding_mask": key_padding_mask, "rotary": rotary, "grid": grid}
         return torch.cat(parts, dim=1), grid, context
+
+    def _stem_map(self, stem: ResNet, x: Tensor, key_padding_mask: Tensor | None, grid: tuple[int, ...]) -> Tensor:
+        """The stem's last map, where what lies under no real patch is 0 and read by nobody."""
+        if key_padding_mask is None:
+            return stem.stage_maps(x)[-1]
+        real = whole_mask("Backbone", key_padding_mask, (x.shape[0], math.prod(grid)), grid, 0)
+        assert real is not None
+        # The last real patch of a scan reaches over its end by the padding.
+        config = self.config
+        reach = [
+            max(d * (k - 1) + 1 - 2 * p, s)
+            for k, s, p, d in zip(config.kernel, config.stride, config.padding, config.dilation, strict=True)
+        ]
+        places = spread(real.unflatten(1, grid)[:, None], reach, config.stride, stem.grid_of(x.shape[2:]))
+        return stem.stage_maps(x, key_padding_mask=places.flatten(1))[-1]
 
     def _init_weights(self) -> None:
         """Truncated normal of deviation 0.02 for matrices and tokens, 0 for biases and the mask token."""

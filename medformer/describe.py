@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from medformer.backbone import Backbone
+from medformer.expire_span import ExpireSpanAttention
 from medformer.hopfield import HopfieldAttention
-from medformer.resnet import ResNet
-from medformer.tnt import TNT
+from medformer.image_gpt import ImageGPT
+from medformer.models import Model
 
 __all__ = ["Description", "describe"]
 
@@ -55,7 +55,7 @@ class Description:
         )
 
 
-def describe(model: Backbone | ResNet | TNT, size: int | Sequence[int], *, batch: int = 1) -> Description:
+def describe(model: Model, size: int | Sequence[int], *, batch: int = 1) -> Description:
     """Count what one pass costs, on shapes alone: `print(medformer.describe(model, 128))`.
 
     Args:
@@ -64,7 +64,8 @@ def describe(model: Backbone | ResNet | TNT, size: int | Sequence[int], *, batch
         batch: scans at once.
 
     Raises:
-        ValueError: `size` has another number of axes than the model, or is smaller than a patch.
+        ValueError: `size` has another number of axes than the model, is smaller than a patch, or is not that of an
+            Image-GPT.
     """
     config = model.config
     axes = (size,) * config.dims if isinstance(size, int) else tuple(size)
@@ -86,7 +87,11 @@ def describe(model: Backbone | ResNet | TNT, size: int | Sequence[int], *, batch
         for module in shapes.modules():
             if isinstance(module, HopfieldAttention):
                 module.tolerance = None  # shapes never come to rest
+            elif isinstance(module, ExpireSpanAttention):
+                module._trim = module._within_reach  # what has expired is not seen in shapes: the most that may live
         x = torch.empty(batch, config.in_channels, *axes, dtype=next(shapes.parameters()).dtype)
+        if isinstance(model, ImageGPT):  # which reads the tokens of its codebook
+            x = torch.empty(batch, math.prod(grid), dtype=torch.int64)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             shapes(x)
     return Description(
@@ -114,6 +119,16 @@ def _performer_read(q: Any, omega: Any, values: Any, *_: Any, **__: Any) -> int:
     return 2 * math.prod(q[:3]) * omega[-2] * (q[3] + values[3])
 
 
+def _performer_causal(q: Any, k: Any, v: Any, omega: Any, *_: Any, **__: Any) -> int:
+    return _performer_state(k, v, omega) + 2 * math.prod(q[:3]) * omega[-2] * (q[3] + v[3])
+
+
+def _tnt_inner_block(x: Any, *weights: Any, **__: Any) -> int:
+    sequences, tokens, width = x
+    matrices = sum(math.prod(weight) for weight in weights if isinstance(weight, torch.Size) and len(weight) == 2)
+    return 2 * sequences * tokens * (matrices + 2 * tokens * width)
+
+
 def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
     return 2 * math.prod(q[:3]) * k[2] * (q[3] + v[3])
 
@@ -122,7 +137,9 @@ def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
 _FORMULAS: dict[Any, Any] = {
     torch.ops.medformer.performer_state: _performer_state,
     torch.ops.medformer.performer_read: _performer_read,
+    torch.ops.medformer.performer_causal: _performer_causal,
     torch.ops.medformer.disentangled_forward: _attention,
+    torch.ops.medformer.tnt_inner_block: _tnt_inner_block,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
 }
 

@@ -28,8 +28,12 @@ from torch import Tensor
 from medformer.attention import PerformerAttention, SoftmaxAttention
 from medformer.backbone import Backbone
 from medformer.blocks import Block
+from medformer.describe import describe
+from medformer.footprint import footprint
 from medformer.mlp import MLP, GatedMLP
+from medformer.models import Encoder
 from medformer.position import LearnedPosition, _linear_resampling
+from medformer.resnet import ResNet
 from medformer_kernels.performer.arguments import without_kernel
 from medformer_kernels.performer.ops import performer_read, performer_state
 
@@ -70,7 +74,7 @@ class Embedding:
 
 
 def embed(
-    model: Backbone,
+    model: Encoder,
     volume: Volume | np.ndarray,
     *,
     max_memory: int | str = "4 GiB",
@@ -91,16 +95,18 @@ def embed(
         max_memory: bytes, or text such as "800 MB" and "2 GiB": all that is allocated beyond model and volume, and with
             the tokens unless `out` is given. With a model on a GPU it holds for the sum of both memories.
         method: "windows" slides a crop of the size that the model was trained on over the scan; "one_pass" lets all
-            tokens attend to each other, in chunks (performer: exact and linear; softmax: exact and quadratic).
+            tokens attend to each other, in chunks (performer: exact and linear; softmax: exact and quadratic), for a
+            `Backbone` without a stem.
         window: voxels of a window, zyx: views.global_size of the training. None: what the position grid covers,
-            patch_stride * position_grid. Cut down to the scan where that is smaller.
+            position_grid times the step of a token; a `ResNet` has none and needs it. Cut down to the scan where that
+            is smaller.
         overlap: share of a window that the next one covers again, 0 to below 1. A token is the mean over its windows,
             weighted by how far it lies from their edges.
         units: of an array: "HU", "arbitrary", or "normalised" to use it as it is.
         out: .npy file that the tokens are written to as they are ready, plane by plane.
 
     Raises:
-        TypeError: `model` is not a `Backbone`.
+        TypeError: `model` is another kind.
         ValueError: `max_memory` below the least that would do (which is named), or another argument out of its range.
     """
     planes = TokenStream(
@@ -135,7 +141,7 @@ class TokenStream:
 
     def __init__(
         self,
-        model: Backbone,
+        model: Encoder,
         volume: Volume | np.ndarray,
         *,
         max_memory: int | str = "4 GiB",
@@ -145,14 +151,14 @@ class TokenStream:
         units: Literal["HU", "arbitrary", "normalised"] | None = None,
         result_held: bool = False,
     ) -> None:
-        if not isinstance(model, Backbone):
-            raise TypeError(f"embed: {type(model).__name__} is not a Backbone; give its backbone")
+        if not isinstance(model, Encoder):
+            raise TypeError(f"embed: {type(model).__name__} is not a Backbone, ResNet or TNT; give its backbone")
         config = model.config
-        if config.dims != 3 or config.in_channels != 1 or config.patch_transposed:
+        transposed = getattr(config, "patch_transposed", False)
+        if config.dims != 3 or config.in_channels != 1 or transposed:
             raise ValueError(
-                f"embed: a model of dims={config.dims}, in_channels={config.in_channels}, "
-                f"patch_transposed={config.patch_transposed} must be one of volumes with one channel and a plain "
-                "patch embedding; call forward_features instead"
+                f"embed: a model with dims={config.dims}, in_channels={config.in_channels} and patch_transposed="
+                f"{transposed} must have 3, 1 and False; call forward_features instead"
             )
         if method not in ("windows", "one_pass"):
             raise ValueError(f"embed: method={method!r} must be 'windows' or 'one_pass'")
@@ -164,12 +170,9 @@ class TokenStream:
         self.budget = _bytes(max_memory)
         size = self.source.size
         self.grid = cast(tuple[int, int, int], model.grid_of(size))
-        step = 1 if config.stem is None else 2 ** ((config.stem_stages or 2) + 1)  # voxels to a place of the stem
-        self.stride = tuple(step * s for s in config.stride)
-        middle = [
-            step * ((d * (k - 1)) / 2 - p)
-            for k, d, p in zip(config.kernel, config.dilation, config.padding, strict=True)
-        ]
+        seen = footprint(model)
+        self.stride = seen.stride
+        middle = [(reach - 1) / 2 - padding for reach, padding in zip(seen.reach, seen.padding, strict=True)]
         steps = np.eye(4)
         steps[:3, :3], steps[:3, 3] = np.diag(self.stride[::-1]), middle[::-1]
         self.affine = self.source.affine @ steps
@@ -178,13 +181,16 @@ class TokenStream:
         tokens = math.prod(self.grid) * config.width * 4
         fixed = _SLACK + self.source.bytes_of_mask + tokens * result_held
         if method == "one_pass":
-            _refuse_one_pass(model)
-            fixed += _one_pass_bytes(model, self.grid, size)
-            self.least, unit = fixed, _chunk_bytes(model)
+            backbone = _one_pass_model(model)
+            fixed += _one_pass_bytes(backbone, self.grid, size)
+            self.least, unit = fixed, _chunk_bytes(backbone)
             self.least += unit * 256
             self.chunk = min(_CHUNK, (self.budget - fixed) // unit)
         else:
-            wanted = [s * n for s, n in zip(self.stride, config.base_grid, strict=True)] if window is None else window
+            if window is None and isinstance(model, ResNet):
+                raise ValueError("embed: window of a ResNet must be given; take views.global_size of its training")
+            grid = getattr(config, "base_grid", self.grid)
+            wanted = [s * n for s, n in zip(self.stride, grid, strict=True)] if window is None else window
             self.window = tuple(min(int(w), n) for w, n in zip(wanted, size, strict=True))
             self.tile = model.grid_of(self.window)
             self.starts = [_starts(g, t, overlap) for g, t in zip(self.grid, self.tile, strict=True)]
@@ -217,7 +223,7 @@ class TokenStream:
             self.model.train(was)
 
     def _windows(self) -> Iterator[np.ndarray]:
-        width, like = self.model.config.width, self.model.norm.weight
+        width, like = self.model.config.width, next(self.model.parameters())
         depth, tile = self.tile[0], self.tile
         ready = np.zeros((depth, *self.grid[1:], width), np.float32)  # a ring: plane z lies at z % depth
         shares = [_shares(s, t, g) for s, t, g in zip(self.starts, self.tile, self.grid, strict=True)]
@@ -249,7 +255,8 @@ class TokenStream:
         self.cls = (cls / self.windows).astype(np.float32)
 
     def _one_pass(self) -> Iterator[np.ndarray]:
-        model, prefix = self.model, self.model.config.prefix
+        model = cast(Backbone, self.model)  # no other came so far
+        prefix = model.config.prefix
         x = self._all_tokens()
         rotary = None if model.rotary is None else model.rotary(self.grid, prefix=prefix)
         spans = [slice(a, min(a + self.chunk, len(x))) for a in range(0, len(x), self.chunk)]
@@ -267,7 +274,8 @@ class TokenStream:
 
     def _all_tokens(self) -> Float[Tensor, "N C"]:
         """What the first block gets: patches embedded a plane at a time, positions, class and register tokens."""
-        model, config, conv = self.model, self.model.config, self.model.patch_embed.conv
+        model = cast(Backbone, self.model)
+        config, conv = model.config, model.patch_embed.conv
         like, prefix, plane = model.norm.weight, config.prefix, math.prod(self.grid[1:])
         x = torch.empty(prefix + math.prod(self.grid), config.width, dtype=like.dtype, device=like.device)
         if model.register_tokens is not None:
@@ -395,7 +403,12 @@ def _positions(model: Backbone, grid: tuple[int, int, int]) -> Any:
     return lambda z: (rows[z] @ flat).view(plane, -1)
 
 
-def _refuse_one_pass(model: Backbone) -> None:
+def _one_pass_model(model: Encoder) -> Backbone:
+    """The model, which one pass can take; ValueError otherwise."""
+    if not isinstance(model, Backbone):
+        raise ValueError(
+            f"embed: method='one_pass' takes a Backbone, not a {type(model).__name__}; use method='windows'"
+        )
     config = model.config
     kinds = {type(cast(Block, block).attention) for block in model.blocks}
     mlps = {type(cast(Block, block).mlp) for block in model.blocks}
@@ -405,12 +418,19 @@ def _refuse_one_pass(model: Backbone) -> None:
             f"embed: method='one_pass' takes performer or softmax attention and dense MLPs without a stem, not {names}"
             f"{'' if config.stem is None else f' behind {config.stem}'}; use method='windows'"
         )
+    return model
 
 
-def _window_bytes(model: Backbone, window: tuple[int, ...], tile: Sequence[int]) -> int:
+def _window_bytes(model: Encoder, window: tuple[int, ...], tile: Sequence[int]) -> int:
     """Upper bound of what one window needs in `forward_features` and around it."""
-    config, item = model.config, model.norm.weight.element_size()
-    voxels, tokens = math.prod(window), math.prod(tile) + config.prefix
+    item, voxels = next(model.parameters()).element_size(), math.prod(window)
+    if not isinstance(model, Backbone):
+        # All that training would keep, and the largest convolution unfolded.
+        conv = model.conv1 if isinstance(model, ResNet) else model.conv
+        inside = math.prod(conv.kernel_size) * voxels // math.prod(conv.stride)  # type: ignore[union-attr,arg-type,operator]
+        return 12 * voxels + describe(model, window).saved_bytes + item * inside
+    config = model.config
+    tokens = math.prod(tile) + config.prefix
     per_token = 12 * config.width + 3 * config.mlp_hidden  # the wider of attention and MLP, beside the residual stream
     per_token += 2 * config.width  # the result, and its share of the planes
     work = item * tokens * per_token

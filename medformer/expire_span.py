@@ -161,14 +161,18 @@ class ExpireSpanAttention(nn.Module):
         age = now[:, None] - memory.born[:, None]
         return (1 + (memory.span[:, None] - age) / self.ramp).clamp(0, 1).masked_fill(age < 0, 0.0)
 
+    def _within_reach(self, memory: Memory) -> Memory:
+        """Without the tokens that are older than any token gets, whatever the spans: shapes follow from shapes."""
+        reach = self.max_span + self.ramp
+        return Memory(
+            memory.k[:, :, -reach:], memory.v[:, :, -reach:], memory.span[:, -reach:], memory.born[:, -reach:],
+            memory.step,
+        )  # fmt: skip
+
     def _trim(self, memory: Memory) -> Memory:
         """Without the tokens that no later query can read."""
-        reach = self.max_span + self.ramp
         if torch.compiler.is_compiling():
-            return Memory(
-                memory.k[:, :, -reach:], memory.v[:, :, -reach:], memory.span[:, -reach:], memory.born[:, -reach:],
-                memory.step,
-            )  # fmt: skip
+            return self._within_reach(memory)
         alive = memory.span + self.ramp > memory.step - memory.born
         kept = int(alive.sum(dim=1).max()) if alive.numel() else 0
         if kept == memory.k.shape[2]:

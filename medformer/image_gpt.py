@@ -11,6 +11,7 @@ Shape legend: B batch, N tokens, V vocabulary, C width, H heads, D head width, L
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -270,6 +271,13 @@ class ImageGPT(nn.Module):
             else:
                 x = block(x)
         return x
+
+    def grid_of(self, size: Sequence[int]) -> tuple[int, ...]:
+        """The grid, for scans of `size` voxels (zyx); ValueError for all but those that it covers."""
+        wanted = tuple(n * p for n, p in zip(self.config.grid, self.config.patch, strict=True))
+        if tuple(size) != wanted:
+            raise ValueError(f"ImageGPT: size={tuple(size)} must be {wanted}, the voxels of grid={self.config.grid}")
+        return self.config.grid
 
     @torch.no_grad()
     def features(self, tokens: Int[Tensor, "B N"], layer: int | None = None) -> Float[Tensor, "B C"]:

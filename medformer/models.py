@@ -9,9 +9,11 @@ from medformer.image_gpt import ImageGPT, ImageGPTConfig
 from medformer.resnet import ResNet, ResNetConfig
 from medformer.tnt import TNT, TNTConfig
 
-__all__ = ["CONFIGS", "Model", "ModelConfig", "build"]
+__all__ = ["CONFIGS", "Encoder", "Model", "ModelConfig", "build"]
 
-Model: TypeAlias = Backbone | ResNet | TNT | ImageGPT
+Encoder: TypeAlias = Backbone | ResNet | TNT
+"""What turns scans into patch features."""
+Model: TypeAlias = Encoder | ImageGPT
 ModelConfig: TypeAlias = BackboneConfig | ResNetConfig | TNTConfig | ImageGPTConfig
 
 MODELS: dict[type, Any] = {BackboneConfig: Backbone, ResNetConfig: ResNet, TNTConfig: TNT, ImageGPTConfig: ImageGPT}

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from medformer.features import Features
+from medformer.features import Features, layers_of, split_tokens, whole_mask
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
 
 __all__ = ["BLOCKS", "ResNet", "ResNetConfig"]
 
@@ -86,6 +86,11 @@ class ResNetConfig:
         most = {8: 1, 16: 2, 32: 3}[self.output_stride]
         return tuple(2 if 1 <= stage <= most else 1 for stage in range(self.stages))
 
+    @property
+    def step(self) -> int:
+        """Voxels from one place of the last map to the next."""
+        return 4 * math.prod(self.strides)
+
 
 class ResNet(nn.Module):
     """A residual network over a volume (or image) of any size.
@@ -127,43 +132,104 @@ class ResNet(nn.Module):
         cls = self.stage_maps(x)[-1].flatten(2).mean(dim=2)
         return cls if self.fc is None else self.fc(cls)
 
-    def forward_features(self, x: Float[Tensor, "B Cin *size"], *, mask: None = None) -> Features:
-        """The last map as patches, and its mean as the class vector; there is no mask token to `mask` with."""
-        if mask is not None:
-            raise ValueError("ResNet.forward_features: a ResNet has no mask token; leave mask out")
-        last = self.stage_maps(x)[-1]
-        patches = last.flatten(2).transpose(1, 2)
-        return Features(cls=patches.mean(dim=1), registers=patches[:, :0], patches=patches, grid=tuple(last.shape[2:]))
+    def forward_features(
+        self, x: Float[Tensor, "B Cin *size"], *, mask: None = None, key_padding_mask: Bool[Tensor, "B N"] | None = None
+    ) -> Features:
+        """The last map as patches, and their mean as the class vector.
 
-    def stage_maps(self, x: Float[Tensor, "B Cin *size"]) -> list[Float[Tensor, "B Cs *grid"]]:
-        """The map behind every stage, finest first.
+        Args:
+            x: volumes (B, Cin, Z, Y, X) or images (B, Cin, Y, X), floating point.
+            mask: None; there is no mask token to put in.
+            key_padding_mask: True where a place of the last map is real. What lies under the others is read by nobody,
+                neither by convolutions nor by group norms: a scan in a larger batch gives what it gives alone, padded
+                with zeros to whole places.
 
         Raises:
-            ValueError: `x` has the wrong shape.
+            ValueError: `x` or a mask has the wrong shape, or BatchNorm would have to learn from a padded batch.
             TypeError: `x` holds whole numbers.
         """
+        if mask is not None:
+            raise ValueError("ResNet.forward_features: a ResNet has no mask token; leave mask out")
+        return self.get_intermediate_layers(x, key_padding_mask=key_padding_mask)[0]
+
+    def get_intermediate_layers(
+        self,
+        x: Float[Tensor, "B Cin *size"],
+        layers: int | Sequence[int] = 1,
+        *,
+        key_padding_mask: Bool[Tensor, "B N"] | None = None,
+    ) -> list[Features]:
+        """What several stages give, finest first, each with a width and a grid of its own.
+
+        Args:
+            x: as for `forward_features`.
+            layers: how many stages, counted from the end, or which ones (negative numbers count from the end).
+            key_padding_mask: as for `forward_features`, of the last stage's places.
+
+        Raises:
+            IndexError: no such stage.
+        """
+        wanted = layers_of("ResNet", layers, self.config.stages)
+        found = []
+        for stage, (places, real) in enumerate(zip(*self._maps(x, key_padding_mask), strict=True)):
+            if stage in wanted:
+                real = None if real is None else real.flatten(1)
+                found.append(split_tokens(places.flatten(2).mT, tuple(places.shape[2:]), False, 0, real))
+        return found
+
+    def stage_maps(
+        self, x: Float[Tensor, "B Cin *size"], *, key_padding_mask: Bool[Tensor, "B N"] | None = None
+    ) -> list[Float[Tensor, "B Cs *grid"]]:
+        """The map behind every stage, finest first; arguments and errors as for `forward_features`."""
+        return self._maps(x, key_padding_mask)[0]
+
+    def _maps(self, x: Tensor, key_padding_mask: Tensor | None) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Map and real places (B, 1, *grid) of every stage."""
         dims, channels = self.config.dims, self.config.in_channels
         if x.ndim != dims + 2 or x.shape[1] != channels:
             axes = "Z, Y, X" if dims == 3 else "Y, X"
             raise ValueError(f"ResNet: input of shape {tuple(x.shape)} must be (batch, {channels}, {axes})")
         if not x.is_floating_point():
             raise TypeError(f"ResNet: input of dtype {x.dtype} must be floating point; scale it first")
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        size = x.shape[2:]
+        grid = self.grid_of(size)
+        last = whole_mask("ResNet", key_padding_mask, (x.shape[0], math.prod(grid)), grid, 0)
+
+        def real_at(step: int) -> Tensor | None:
+            """Where places `step` voxels apart are real."""
+            if last is None:
+                return None
+            apart = (self.config.step // step,) * dims
+            return spread(last.unflatten(1, grid)[:, None], apart, apart, [-(-n // step) for n in size])
+
+        voxels = real_at(1)
+        x = x if voxels is None else torch.where(voxels, x, 0.0)
+        x = F.relu(_normed(self.bn1, self.conv1(x), real_at(2)), inplace=True)
         x = (F.max_pool3d if dims == 3 else F.max_pool2d)(x, 3, 2, 1)
-        maps = []
-        for stage in range(self.config.stages):
-            for block in self.get_submodule(f"layer{stage + 1}"):  # type: ignore[attr-defined]
+        step, before = 4, real_at(4)
+        x = x if before is None else torch.where(before, x, 0.0)
+        maps, reals = [], []
+        for stage, stride in zip(self.stages, self.config.strides, strict=True):
+            step *= stride
+            after = real_at(step)
+            for block in stage:  # type: ignore[attr-defined]
                 if self.checkpoint_activations and self.training and torch.is_grad_enabled():
-                    x = checkpoint(block, x, use_reentrant=False)
+                    x = checkpoint(block, x, before, after, use_reentrant=False)
                 else:
-                    x = block(x)
+                    x = block(x, before, after)
+                before = after
             maps.append(x)
-        return maps
+            reals.append(after)
+        return maps, reals
+
+    @property
+    def stages(self) -> list[nn.Module]:
+        """The stages, finest first."""
+        return [self.get_submodule(f"layer{stage + 1}") for stage in range(self.config.stages)]
 
     def grid_of(self, size: Sequence[int]) -> tuple[int, ...]:
         """Places of the last map for an input of `size` voxels (zyx)."""
-        step = 4 * math.prod(self.config.strides)
-        return tuple(-(-n // step) for n in size)
+        return tuple(-(-n // self.config.step) for n in size)
 
 
 class _Block(nn.Module):
@@ -188,13 +254,15 @@ class _Block(nn.Module):
         if config.shortcut == "conv" and (stride != 1 or self.extra):
             self.downsample = nn.Sequential(_conv(config, width_in, out, 1, stride=stride), _norm(config, out))
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        y = self.bn2(self.conv2(y))
+    def forward(self, x: Tensor, before: Tensor | None = None, after: Tensor | None = None) -> Tensor:
+        """`before` and `after` (B, 1, *grid): where the places that come in and go out are real; None: everywhere."""
+        first = after if self.conv3 is None else before  # a bottleneck steps in its second convolution
+        y = F.relu(_normed(self.bn1, self.conv1(x), first), inplace=True)
+        y = _normed(self.bn2, self.conv2(y), after)
         if self.conv3 is not None and self.bn3 is not None:
-            y = self.bn3(self.conv3(F.relu(y, inplace=True)))
+            y = _normed(self.bn3, self.conv3(F.relu(y, inplace=True)), after)
         if self.downsample is not None:
-            x = self.downsample(x)
+            x = _normed(self.downsample[1], self.downsample[0](x), after)
         elif self.stride != 1 or self.extra:
             steps = (slice(None, None, self.stride),) * (x.ndim - 2)
             x = F.pad(x[:, :, *steps], (0, 0) * (x.ndim - 2) + (0, self.extra))
@@ -234,3 +302,36 @@ def _norm(config: ResNetConfig, width: int) -> nn.Module:
     if config.norm == "group":
         return nn.GroupNorm(_GROUPS, width)
     return nn.BatchNorm2d(width) if config.dims == 2 else nn.BatchNorm3d(width)
+
+
+def _normed(norm: nn.Module, x: Float[Tensor, "B C *grid"], real: Bool[Tensor, "B 1 *grid"] | None) -> Tensor:
+    """`norm` over the real places; 0 at the others."""
+    if real is None:
+        return norm(x)
+    if not isinstance(norm, nn.GroupNorm):
+        if norm.training:
+            raise ValueError(
+                "ResNet: key_padding_mask in training needs norm='group'; BatchNorm would count the padding, and takes "
+                "it in eval() only"
+            )
+        return torch.where(real, norm(x), 0.0)
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    exact = exact.unflatten(1, (norm.num_groups, -1))  # (B, G, C / G, *grid)
+    real, axes = real[:, None], tuple(range(2, exact.ndim))
+    count = (real.sum(axes, keepdim=True) * exact.shape[2]).clamp(min=1)
+    centred = torch.where(real, exact - torch.where(real, exact, 0.0).sum(axes, keepdim=True) / count, 0.0)
+    variance = centred.square().sum(axes, keepdim=True) / count
+    y = (centred * torch.rsqrt(variance + norm.eps)).flatten(1, 2)
+    gain, offset = (p.view(-1, *[1] * (x.ndim - 2)) for p in (norm.weight, norm.bias))
+    return torch.where(real[:, 0], y * gain + offset, 0.0)
+
+
+def spread(
+    real: Bool[Tensor, "B 1 *grid"], reach: Sequence[int], stride: Sequence[int], size: Sequence[int]
+) -> Bool[Tensor, "B 1 *size"]:
+    """What lies under real places, each of which covers `reach` finer ones, `stride` apart."""
+    weight = torch.ones(1, 1, *reach, device=real.device)
+    transposed = F.conv_transpose3d if len(reach) == 3 else F.conv_transpose2d
+    covered = transposed(real.float(), weight, stride=tuple(stride)) > 0
+    short = [(0, wanted - found) for wanted, found in zip(size, covered.shape[2:], strict=True)]
+    return F.pad(covered, [n for pair in reversed(short) for n in pair])

@@ -27,7 +27,6 @@ from typing import Any, Literal, NamedTuple
 import jsonargparse
 import numpy as np
 import torch
-import yaml
 from safetensors.torch import save as pack
 from tqdm import tqdm
 
@@ -38,7 +37,7 @@ import runs
 import scores
 import tasks
 import tuning
-from medformer.image_gpt import ImageGPT
+from medformer.models import ImageGPT, Model
 from runs import UserError
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -46,7 +45,6 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 PROBES = ("knn", "linear")  # of frozen features
 CLASSIFY = ("knn", "linear", "attentive", "fpt", "finetune", "scratch")
 SEGMENT = ("linear", "decoder", "finetune", "scratch")
-GPT_FILE = "image_gpt.safetensors"
 # Far from the seeds of pretraining: scratch must not begin where the checkpoint began.
 _FRESH = 7_000_003
 
@@ -190,37 +188,21 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def load_checkpoint(path: Path) -> tuple[medformer.Backbone | ImageGPT, Path, dict[str, Any]]:
-    """The backbone or Image-GPT, its file, and the settings of its run ({} where it lies alone).
-
-    Raises:
-        UserError: it is no model of ours.
-    """
-    sequence = path / GPT_FILE
-    file = sequence if sequence.is_file() else path / "backbone.safetensors" if path.is_dir() else path
-    try:
-        model = medformer.load(file)
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(str(error), 2) from error
-    if not isinstance(model, medformer.Backbone | ImageGPT):
-        raise UserError(f"{file} is a {type(model).__name__}; this evaluation takes transformers", 2)
-    beside = file.parent / "config.yaml"
-    return model, file, (yaml.safe_load(beside.read_text()) or {}) if beside.is_file() else {}
-
-
 def evaluate(checkpoint: Path, config: DownstreamConfig) -> dict[str, Any]:
     """All of it; returns what results.json holds."""
     began = time.monotonic()
     device = _device(config.device)
     scale = config.scale if config.scale != "auto" else "full" if device.type == "cuda" else "quick"
     config = replace(config, scale=scale, **{n: v for n, v in _SCALES[scale].items() if getattr(config, n) is None})
-    model, file, run = load_checkpoint(checkpoint)
+    model, file, run = probes.load_model(checkpoint)
     task, size, leaks = _task(config, model, file, run)
     choices = SEGMENT if task.kind == "segmentation" else CLASSIFY
     if isinstance(model, ImageGPT):
         if task.kind == "segmentation":
             raise UserError(f"{file} is an Image-GPT, whose features are of whole images; give a task of classes", 2)
         choices = PROBES
+    if task.kind == "segmentation" and getattr(model.config, "patch_transposed", False):
+        raise UserError(f"{file} has several tokens a voxel (patch_transposed); give a task of classes", 2)
     wrong = sorted(set(config.methods) - set(choices))
     if wrong:
         whose = "an Image-GPT" if isinstance(model, ImageGPT) else f"a {task.kind} task"
@@ -267,7 +249,7 @@ def evaluate(checkpoint: Path, config: DownstreamConfig) -> dict[str, Any]:
 
 
 def _task(
-    config: DownstreamConfig, model: medformer.Backbone | ImageGPT, file: Path, run: dict[str, Any]
+    config: DownstreamConfig, model: Model, file: Path, run: dict[str, Any]
 ) -> tuple[tasks.Task, tuple[int, ...], list[str]]:
     """The task without its leaks, the size of its images or crops, and what was said about leaks."""
     if isinstance(model, ImageGPT):
@@ -354,7 +336,7 @@ class Bench:
     def __init__(
         self,
         task: tasks.Task,
-        model: medformer.Backbone | ImageGPT,
+        model: Model,
         config: DownstreamConfig,
         size: tuple[int, ...],
         device: torch.device,
@@ -410,9 +392,8 @@ class Bench:
         return best
 
     def _trained(self, method: str, index: np.ndarray, lr: float, seed: int, what: str) -> tuning.Network:
-        assert isinstance(self.model, medformer.Backbone)
         torch.manual_seed(_FRESH + seed)
-        backbone = medformer.Backbone(self.model.config)
+        backbone = medformer.build(self.model.config)
         if method != "scratch":
             backbone.load_state_dict(self.model.state_dict())
         network = tuning.Network(backbone, method, self.classes, self.dense).to(self.device)
@@ -442,15 +423,14 @@ class Bench:
         truth = self.task.labels(val)
 
         def part(where: Iterable[int]) -> probes.Frozen:
-            chosen = torch.as_tensor(np.asarray(where))
-            return probes.Frozen(layers=frozen.layers[chosen], pooled=frozen.pooled[chosen])
+            return frozen.of(torch.as_tensor(np.asarray(where)))
 
         if method == "knn":
-            ask = partial(probes.knn, part(index).layers[:, -1], target, classes=self.classes)
-            asked = part(val).layers[:, -1]
+            ask = partial(probes.knn, part(index).layers[-1], target, classes=self.classes)
+            asked = part(val).layers[-1]
             ks = sorted({min(k, len(index)) for k in probes.NEIGHBOURS})
             best = max(ks, key=lambda k: scores.point(self.metric, ask(asked, k=k), truth))
-            return ask(part(test).layers[:, -1], k=best), f"k {best}"
+            return ask(part(test).layers[-1], k=best), f"k {best}"
 
         def better(probe: probes.LinearProbe) -> float:
             return scores.point(self.metric, probes.probabilities(probe(part(val)), self.task.kind), truth)

@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
@@ -36,6 +35,7 @@ import probes
 import runs
 from medformer.data import ScanError, Volume, find_scans, normalise, read_volume
 from medformer.data.intensity import count_labels
+from medformer.models import Encoder
 from runs import UserError
 from tasks import resize
 
@@ -76,7 +76,7 @@ class Viewer:
     """A backbone and everything beside it that a page shows."""
 
     def __init__(
-        self, model: medformer.Backbone, file: Path, *, probe: Probe | None = None, cases: Sequence[Case] = (),
+        self, model: Encoder, file: Path, *, probe: Probe | None = None, cases: Sequence[Case] = (),
         curves: dict[str, list[list[float]]] | None = None, facts: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self.model, self.file, self.probe, self.cases = model.eval(), file, probe, list(cases)
@@ -94,13 +94,10 @@ class Viewer:
         grid = features.grid if len(features.grid) == 3 else (1, *features.grid)
         patches = F.normalize(features.patches[0].double(), dim=1)
         codes, scale, error, share = compress(patches, TOKEN_BYTES)
-        flat = self.model.config.dims == 2
-        kernel, stride, padding = (
-            ((1, *axes) if flat else axes)
-            for axes in (self.model.config.kernel, self.model.config.stride, self.model.config.padding)
-        )
+        flat, seen = self.model.config.dims == 2, medformer.footprint(self.model)
+        reach, stride, padding = seen.reach, seen.stride, seen.padding
         if flat:
-            padding = (0, *padding[1:])
+            reach, stride, padding = (1, *reach), (1, *stride), (0, *padding)
         stored, slope, middle = to_int16(voxels)
         return {
             "name": name, "notes": list(volume.notes), "modality": volume.modality,
@@ -108,7 +105,7 @@ class Viewer:
             "shape": list(voxels.shape), "full": list(volume.voxels.shape),
             "spacing": [mm * f for mm, f in zip(volume.spacing_mm, factors, strict=True)],
             "voxels": packed(stored), "slope": slope, "middle": middle, "window": window(volume, voxels),
-            "grid": list(grid), "kernel": list(kernel), "stride": list(stride), "padding": list(padding),
+            "grid": list(grid), "kernel": list(reach), "stride": list(stride), "padding": list(padding),
             "heads": self._attention(x), "colours": packed(colours(patches)),
             "tokens": packed(codes), "rank": codes.shape[1], "scale": scale, "error": error, "share": share,
             "nearest": self._nearest(volume), "answer": self._answer(volume),
@@ -116,16 +113,17 @@ class Viewer:
 
     def _input(self, normal: np.ndarray) -> Tensor:
         """[1, 1, *size], padded at the far ends to one patch."""
-        config = self.model.config
-        x = torch.from_numpy(np.ascontiguousarray(normal[0] if config.dims == 2 else normal)).float()[None, None]
-        reach = [d * (k - 1) + 1 for k, d in zip(config.kernel, config.dilation, strict=True)]
-        short = [max(0, r - n) for r, n in zip(reach, x.shape[2:], strict=True)]
-        x = F.pad(x, [p for s in reversed(short) for p in (0, s)], mode="replicate") if any(short) else x
-        return x.to(self.model.norm.weight.device)
+        flat = self.model.config.dims == 2
+        x = torch.from_numpy(np.ascontiguousarray(normal[0] if flat else normal)).float()[None, None]
+        if not isinstance(self.model, medformer.ResNet):  # which takes any size
+            reach = medformer.footprint(self.model).reach
+            short = [max(0, r - n) for r, n in zip(reach, x.shape[2:], strict=True)]
+            x = F.pad(x, [p for s in reversed(short) for p in (0, s)], mode="replicate") if any(short) else x
+        return x.to(next(self.model.parameters()).device)
 
     def _attention(self, x: Tensor) -> list[dict[str, Any]]:
         """The class token's row of each head of the last block, as bytes of its own range; none without that token."""
-        if self.model.class_token is None:
+        if isinstance(self.model, medformer.ResNet) or self.model.class_token is None:
             return []
         rows = self.model.attention_map(x)[0].flatten(1).float().cpu()
         rows = torch.cat([rows, rows.mean(0, keepdim=True)])
@@ -262,7 +260,7 @@ def training_curves(run: Path) -> dict[str, list[list[float]]]:
     return {name: found[name][:: max(1, len(found[name]) // _POINTS)] for name in order}
 
 
-def read_probe(path: Path, model: medformer.Backbone) -> Probe:
+def read_probe(path: Path, model: Encoder) -> Probe:
     """Read probe.safetensors; UserError where it is none or of another model."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -319,10 +317,9 @@ def _picture(image: np.ndarray) -> Volume:
 def render(viewer: Viewer, scans: Sequence[dict[str, Any]], serve: str = "", limit: int = 0) -> str:
     """The page as text; `serve` is the key that lets it upload up to `limit` bytes."""
     here = Path(__file__).parent
-    config = viewer.model.config
     content = {
         "checkpoint": viewer.file.parent.name + "/" + viewer.file.name, "facts": viewer.facts, "scans": list(scans),
-        "model": f"{config.dims}D, width {config.width}, {config.depth} blocks of {config.heads} heads",
+        "model": _named(viewer.model),
         "curves": viewer.curves, "serve": serve, "limit": limit,
     }  # fmt: skip
     # "<" could end the script element early.
@@ -333,6 +330,18 @@ def render(viewer: Viewer, scans: Sequence[dict[str, Any]], serve: str = "", lim
     parts = {"title": title, "script": script, "connect": "'self'" if serve else "'none'", "data": text}
     # One pass: a part that holds a mark, such as a file's name, stays as it is.
     return re.sub(r"\{\{(title|script|connect|data)\}\}", lambda mark: parts[mark[1]], page)
+
+
+def _named(model: Encoder) -> str:
+    config = model.config
+    if isinstance(model, medformer.ResNet):
+        return f"{config.dims}D ResNet-{model.config.depth}, width {config.width}"
+    if isinstance(model, medformer.TNT):
+        levels = " in ".join(f"{level.width}" for level in model.config.levels)
+        return (
+            f"{config.dims}D TNT of width {levels}, {len(model.stages)} stages of {model.config.levels[-1].heads} heads"
+        )
+    return f"{config.dims}D, width {config.width}, {model.config.depth} blocks of {model.config.heads} heads"
 
 
 def write_page(viewer: Viewer, sources: Sequence[Path], out: Path, progress: Callable[[Any], Any] = iter) -> int:
@@ -388,13 +397,11 @@ def _run(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if not options.scans and not options.serve:
         raise UserError("give at least one scan, or --serve", 2)
-    file = options.checkpoint / "backbone.safetensors" if options.checkpoint.is_dir() else options.checkpoint
-    try:
-        model = medformer.load(file)
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(str(error), 2) from error
-    if not isinstance(model, medformer.Backbone):
-        raise UserError(f"{file} is a {type(model).__name__}; the page shows transformers", 2)
+    model, file, run = probes.load_model(options.checkpoint)
+    if not isinstance(model, Encoder):
+        raise UserError(
+            f"{file} is an {type(model).__name__}, whose features are of whole images; the page shows patches", 2
+        )
     if model.config.in_channels != 1:
         raise UserError(f"{file} takes {model.config.in_channels} channels; the page shows models of one", 2)
     missing = [s for s in options.scans if not s.exists()]
@@ -404,7 +411,7 @@ def _run(argv: list[str]) -> int:
         model, file, probe=read_probe(options.probe, model) if options.probe else None,
         curves=training_curves(file.parent),
     )  # fmt: skip
-    root = options.cases or _trained_on(file)
+    root = options.cases or _trained_on(run)
     if root is not None and options.cases_limit > 0:
         try:
             viewer.cases = read_cases(viewer, root, options.cases_limit, _bar("training cases"))
@@ -424,11 +431,8 @@ def _bar(what: str) -> Callable[[Any], Any]:
     return lambda things: tqdm(things, desc=what, leave=False, disable=not sys.stderr.isatty(), file=sys.stderr)
 
 
-def _trained_on(file: Path) -> Path | None:
+def _trained_on(run: dict[str, Any]) -> Path | None:
     """Where the scans of the run lie, if it says and they are here; the first of several, no prepared store."""
-    beside = file.parent / "config.yaml"
-    if not beside.is_file():
-        return None
-    root = ((yaml.safe_load(beside.read_text()) or {}).get("data") or {}).get("root") or ""
+    root = (run.get("data") or {}).get("root") or ""
     here = [Path(part) for part in root.split(os.pathsep) if part and Path(part).exists()]
     return next((part for part in here if not (part / "index.sqlite").is_file()), None)

@@ -11,18 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor, nn
 
-from medformer import Backbone
-from medformer.image_gpt import ImageGPT
+import medformer
+from medformer.models import TNT, ImageGPT, Model, ResNet
+from runs import UserError
 from schedules import cosine
 
-__all__ = ["AttentiveHead", "Frozen", "LinearProbe", "knn", "linear_sweep", "loss_of", "probabilities"]
+__all__ = ["AttentiveHead", "Frozen", "LinearProbe", "knn", "linear_sweep", "load_model", "loss_of", "probabilities"]
 
 NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
@@ -34,20 +37,40 @@ LEARNING_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2
 class Frozen:
     """What a frozen backbone says about every case."""
 
-    layers: Tensor
-    """[n, L, C] summary of each of the last L layers, final norm applied, the last layer last."""
+    layers: list[Tensor]
+    """[n, C] summary of each of the last layers, final norm applied, the last layer last; of a residual network each of
+    the stages, whose widths differ."""
     pooled: Tensor
     """[n, C] mean patch token of the last layer."""
 
     def features(self, last: int, pool: bool) -> Tensor:
         """[n, D] of the last `last` layers, with the mean patch token or not."""
-        parts = [self.layers[:, -last:].flatten(1)] + ([self.pooled] if pool else [])
-        return torch.cat(parts, dim=1)
+        return torch.cat(self.layers[-last:] + ([self.pooled] if pool else []), dim=1)
+
+    def of(self, cases: Tensor) -> Frozen:
+        """Those of some cases only."""
+        return Frozen(layers=[layer[cases] for layer in self.layers], pooled=self.pooled[cases])
+
+
+def load_model(path: Path) -> tuple[Model, Path, dict[str, Any]]:
+    """A model from its file or the folder of its run, that file, and the settings of the run ({} where it lies alone).
+
+    Raises:
+        UserError: it is no model of ours.
+    """
+    sequence = path / "image_gpt.safetensors"
+    file = sequence if sequence.is_file() else path / "backbone.safetensors" if path.is_dir() else path
+    try:
+        model = medformer.load(file)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(str(error), 2) from error
+    beside = file.parent / "config.yaml"
+    return model, file, (yaml.safe_load(beside.read_text()) or {}) if beside.is_file() else {}
 
 
 @torch.no_grad()
 def extract(
-    model: Backbone | ImageGPT, images: Sequence[Tensor], batch: int, run: Callable[..., Any],
+    model: Model, images: Sequence[Tensor], batch: int, run: Callable[..., Any],
     progress: Callable[[Any], Any],
 ) -> Frozen:  # fmt: skip
     """Summaries of all images, [1, *size] each; `run` is the precision's context, entered for every batch.
@@ -56,22 +79,24 @@ def extract(
     """
     device = next(model.parameters()).device
     model.eval()
-    last = min(max(LAST_LAYERS), len(model.blocks))
-    layers, pooled = [], []
+    depth = len(model.stages if isinstance(model, ResNet | TNT) else model.blocks)
+    last = min(max(LAST_LAYERS), depth)
+    layers: list[list[Tensor]] = []
+    pooled: list[Tensor] = []
     for start in progress(range(0, len(images), batch)):
         x = torch.stack(list(images[start : start + batch])).to(device).float()
         if isinstance(model, ImageGPT):
             with run():
-                tokens, middle = model.codebook.encode(x), len(model.blocks) // 2
-                found = [model.features(tokens, i).float() for i in range(max(0, middle + 1 - last), middle + 1)]
-            layers.append(torch.stack(found, dim=1).cpu())
-            pooled.append(layers[-1][:, -1])
+                tokens, middle = model.codebook.encode(x), depth // 2
+                read = range(max(0, middle + 1 - last), middle + 1)
+                layers.append([model.features(tokens, i).float().cpu() for i in read])
+            pooled.append(layers[-1][-1])
             continue
         with run():
             found = model.get_intermediate_layers(x, last)
-        layers.append(torch.stack([features.cls.float() for features in found], dim=1).cpu())
+        layers.append([features.cls.float().cpu() for features in found])
         pooled.append(found[-1].patches.float().mean(1).cpu())
-    return Frozen(layers=torch.cat(layers), pooled=torch.cat(pooled))
+    return Frozen(layers=[torch.cat(batches) for batches in zip(*layers, strict=True)], pooled=torch.cat(pooled))
 
 
 def loss_of(logits: Tensor, target: Tensor, balance: Tensor | None = None) -> Tensor:
@@ -142,9 +167,9 @@ def linear_sweep(
 
     SGD with momentum 0.9 and a cosine to 0, from zero weights; the rates of one feature train side by side.
     """
-    options = [(last, pool) for last in LAST_LAYERS if last <= train.layers.shape[1] for pool in (False, True)]
+    options = [(last, pool) for last in LAST_LAYERS if last <= len(train.layers) for pool in (False, True)]
     if not options:
-        options = [(train.layers.shape[1], False)]
+        options = [(len(train.layers), False)]
     rates = torch.tensor(LEARNING_RATES)
     balance = balance_of(target, classes)
     best, best_score = None, -np.inf

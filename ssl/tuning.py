@@ -1,8 +1,8 @@
 """Networks trained on labels: frozen transformer (FPT), full fine-tuning, from scratch, attentive and dense heads.
 
 All share one loop, one budget and one augmentation, so that what differs between two methods is what they start from
-and what may move. FPT: only norms, positions, the patch embedding and the head move (Lu et al. 2021, "Pretrained
-Transformers as Universal Computation Engines").
+and what may move. FPT: what `medformer.freeze_for_transfer` leaves free (Lu et al. 2021, "Pretrained Transformers as
+Universal Computation Engines"), and the head.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medformer import Backbone
+from medformer import footprint, freeze_for_transfer
+from medformer.models import Encoder
 from medformer_kernels import patch_unembed
 from probes import AttentiveHead, balance_of, loss_of, probabilities
 from schedules import cosine
@@ -42,24 +43,25 @@ class Budget:
 class Network(nn.Module):
     """Backbone and head. The head of a classifier reads the summary and the mean patch token."""
 
-    def __init__(self, backbone: Backbone, method: str, classes: int, dense: bool) -> None:
+    def __init__(self, backbone: Encoder, method: str, classes: int, dense: bool) -> None:
         super().__init__()
         self.backbone, self.method, self.dense = backbone, method, dense
         width = backbone.config.width
         if dense:
             self.head: nn.Module = DenseHead(backbone, classes + 1, light=method != "linear")
         elif method == "attentive":
-            self.head = AttentiveHead(width, classes, backbone.config.heads)
+            self.head = AttentiveHead(width, classes, getattr(backbone.config, "heads", _heads(width)))
         else:
             self.head = nn.Linear(2 * width, classes)
             nn.init.trunc_normal_(self.head.weight, std=0.01)
             nn.init.zeros_(self.head.bias)
-        backbone.requires_grad_(method not in (*FROZEN, "fpt"))
+        backbone.requires_grad_(method not in FROZEN)
         if method == "fpt":
-            moving = {"patch_embed", "position"}
-            for name, module in backbone.named_modules():
-                if name in moving or isinstance(module, nn.LayerNorm):
-                    module.requires_grad_(True)
+            freeze_for_transfer(backbone, new_input=False)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
 
     def train(self, mode: bool = True) -> Network:
         super().train(mode)
@@ -80,12 +82,10 @@ class Network(nn.Module):
 class DenseHead(nn.Module):
     """Tokens to voxels [B, K, *size]: `patch_unembed` with a learned kernel, after two convolutions when light."""
 
-    def __init__(self, backbone: Backbone, channels: int, light: bool) -> None:
+    def __init__(self, backbone: Encoder, channels: int, light: bool) -> None:
         super().__init__()
-        config = backbone.config
-        self.geometry: dict[str, Any] = {
-            "stride": config.stride, "padding": config.padding, "dilation": config.dilation
-        }  # fmt: skip
+        config, seen = backbone.config, footprint(backbone)
+        self.geometry: dict[str, Any] = {"stride": seen.stride, "padding": seen.padding}
         width, hidden = config.width, min(config.width, 64)
         conv: Any = nn.Conv3d if config.dims == 3 else nn.Conv2d
         self.mix = None
@@ -94,7 +94,7 @@ class DenseHead(nn.Module):
                 conv(width, hidden, 3, padding=1), nn.GELU(), conv(hidden, hidden, 3, padding=1), nn.GELU()
             )
         self.norm = nn.LayerNorm(width)
-        self.weight = nn.Parameter(torch.empty(hidden if light else width, channels, *config.kernel))
+        self.weight = nn.Parameter(torch.empty(hidden if light else width, channels, *seen.reach))
         self.bias = nn.Parameter(torch.zeros(channels))
         nn.init.trunc_normal_(self.weight, std=0.02)
 
@@ -106,6 +106,11 @@ class DenseHead(nn.Module):
             return patch_unembed(
                 tokens.float().contiguous(), self.weight, self.bias, grid=grid, size=size, **self.geometry
             )
+
+
+def _heads(width: int) -> int:
+    """Heads of about 64 channels, of which `width` is a multiple."""
+    return next(heads for heads in range(max(1, width // 64), 0, -1) if width % heads == 0)
 
 
 def _optimiser(network: Network, lr: float, weight_decay: float) -> torch.optim.AdamW:
@@ -157,7 +162,7 @@ def train_classifier(
     progress: Callable[[Any], Any],
 ) -> None:
     """Fit `network` to `images` ([1, *size] each) in place; each class counts alike."""
-    device = network.backbone.norm.weight.device
+    device = network.device
     balance = balance_of(target, classes)
     balance = None if balance is None else balance.to(device)
 
@@ -185,7 +190,7 @@ def _augment(x: Tensor, rng: np.random.Generator) -> Tensor:
 @torch.no_grad()
 def predict(network: Network, images: Sequence[Tensor], kind: str, batch: int, run: Callable[..., Any]) -> np.ndarray:
     """[n, C] probabilities."""
-    device = network.backbone.norm.weight.device
+    device = network.device
     rows = []
     for start in range(0, len(images), batch):
         x = torch.stack(list(images[start : start + batch])).to(device).float()
@@ -206,7 +211,7 @@ def train_dense(
     progress: Callable[[Any], Any],
 ) -> None:
     """Fit to random crops of `size`, half of them around a labelled voxel; cross entropy plus soft Dice."""
-    device = network.backbone.norm.weight.device
+    device = network.device
     places = [torch.nonzero(mask).numpy() for mask in masks]
 
     def loss_at(rng: np.random.Generator) -> Tensor:
@@ -261,7 +266,7 @@ def predict_dense(
     network: Network, image: Tensor, size: tuple[int, ...], classes: int, run: Callable[..., Any]
 ) -> np.ndarray:
     """Label map of one image [1, *any]: tiles of `size` with half overlap, logits averaged."""
-    device = network.backbone.norm.weight.device
+    device = network.device
     whole = tuple(image.shape[1:])
     x = _padded(image, size, -2.0)
     shape = tuple(x.shape[1:])

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import medformer
-from medformer import TNT, Backbone, BackboneConfig, TNTConfig, TNTLevel
+from medformer import TNT, Backbone, BackboneConfig, ImageGPT, ImageGPTConfig, ResNetConfig, TNTConfig, TNTLevel
 
 VIT: dict[str, Any] = {
     "patch_size": 16, "patch_stride": 16, "patch_padding": 0, "registers": 0, "attention": "softmax",
@@ -71,14 +71,30 @@ def test_counts_are_those_of_a_real_pass(options: dict[str, Any]) -> None:
 
 def test_a_tnt_is_counted_as_it_runs() -> None:
     fine, coarse = TNTLevel(width=12, depth=1, heads=2), TNTLevel(width=24, depth=1, heads=2, kernel=2, stride=2)
-    model = TNT(TNTConfig(levels=(fine, coarse), dims=2, attention="softmax"))
+    model = TNT(TNTConfig(levels=(fine, coarse), dims=2, attention="softmax", position_grid=2))
     found = medformer.describe(model, 16)
     assert found.grid == (2, 2)
     assert found.parameters == sum(p.numel() for p in model.parameters())
-    with FlopCounterMode(display=False) as counter:
-        model.train()(torch.randn(1, 1, 16, 16))
-    assert found.flops >= counter.get_total_flops() > 0
+    inner, outer = 16 * (12 * 12**2 + 2 * 4 * 12), 5 * (12 * 24**2 + 2 * 5 * 24)
+    assert found.flops == 2 * (inner + outer + 16 * 16 * 12 + 2 * 4 * 48 * 24)  # blocks, pixels, embedding and fusion
     assert found.saved_bytes > 0
+
+
+@pytest.mark.parametrize("attention", ["softmax", "performer", "expire_span"])
+def test_an_image_gpt_is_counted_at_its_own_size(attention: Any) -> None:
+    model = ImageGPT(
+        ImageGPTConfig(vocabulary=16, grid=(8, 8), patch=(2, 2), width=24, depth=2, heads=2, attention=attention)
+    )
+    found = medformer.describe(model, 16)
+    assert found.grid == (8, 8)
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+    with FlopCounterMode(display=False) as counter:
+        model.train()(torch.zeros(1, 64, dtype=torch.int64))
+    linear = 2 * 64 * (2 * 12 * 24**2 + 24 * 16)
+    assert counter.get_total_flops() >= linear
+    assert found.flops - linear >= 2 * 64 * 24 * 2  # and attention, which on a CPU is not in torch's list
+    with pytest.raises(ValueError, match=r"ImageGPT: size=\(8, 8\) must be \(16, 16\)"):
+        medformer.describe(model, 8)
 
 
 def test_operations_of_known_networks() -> None:
@@ -142,6 +158,41 @@ def test_only_norms_positions_input_and_output_learn(position: str) -> None:
     assert moved == set(learns)
     parts = ("norm", "patch_embed", "position", "head")
     assert moved == {name for name in before if any(part in name for part in parts)}
+
+
+NETWORKS: dict[str, Any] = {
+    "tnt": TNTConfig(
+        levels=(TNTLevel(width=12, depth=2, heads=2), TNTLevel(width=24, depth=2, heads=2, kernel=2, stride=2)),
+        attention="disentangled", classes=3,
+    ),
+    "resnet": ResNetConfig(depth=10, base_width=32, classes=3),
+    "batch_norm": ResNetConfig(depth=10, base_width=32, norm="batch", classes=3),
+    "stem": BackboneConfig(**TINY, stem="resnet18", stem_stages=1, classes=3),
+}  # fmt: skip
+PARTS = ("norm", "bn", "downsample.1", "tables", "attention.prefix", "position", "head", "fc.")
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_the_same_rule_freezes_every_network(kind: str) -> None:
+    torch.manual_seed(0)
+    model = medformer.build(NETWORKS[kind])
+    learns = set(medformer.freeze_for_transfer(model))
+    kernel = (model.patch_embed.conv if kind == "stem" else model.conv if kind == "tnt" else model.conv1).weight
+    rows = kernel.detach().flatten(1)
+    torch.testing.assert_close(rows @ rows.T, 1.41**2 * torch.eye(len(rows)), atol=1e-4, rtol=1e-4)
+    x = torch.randn(2, 1, 32, 32, 32)
+    (model(x).square().sum() + model.forward_features(x).patches.square().sum()).backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()} == learns
+    inputs = ("conv.", "conv1.", "stem.", "patch_embed.")
+    names = [name for name, _ in model.named_parameters()]
+    assert learns == {n for n in names if n.startswith(inputs) or any(part in n for part in PARTS)}
+
+
+def test_an_image_gpt_keeps_attention_and_mlps() -> None:
+    model = ImageGPT(ImageGPTConfig(vocabulary=16, grid=(4, 4), width=24, depth=1, heads=2))
+    assert set(medformer.freeze_for_transfer(model)) == {
+        "token_embed", "position", "output", "norm.gain", "blocks.0.norm1.gain", "blocks.0.norm2.gain",
+    }  # fmt: skip
 
 
 def test_the_input_may_stay_pretrained() -> None:

@@ -169,8 +169,28 @@ def test_what_cannot_be_streamed_is_refused() -> None:
         embed(model_of(), np.zeros((9, 9, 9), np.int16))
     with pytest.raises(ValueError, match="int16 cannot be normalised"):
         embed(model_of(), np.zeros((9, 9, 9), np.int16), units="normalised")
-    with pytest.raises(TypeError, match="Linear is not a Backbone"):
+    with pytest.raises(TypeError, match="Linear is not a Backbone, ResNet or TNT"):
         embed(torch.nn.Linear(2, 2), ct())  # type: ignore[arg-type]
+
+
+def test_other_networks_go_through_windows() -> None:
+    torch.manual_seed(0)
+    fine, coarse = ({"width": 12, "depth": 1, "heads": 2, "kernel": k, "stride": 2} for k in (4, 2))
+    tnt = medformer.TNT(medformer.TNTConfig(levels=(fine, coarse), position_grid=4)).eval()  # type: ignore[arg-type]
+    resnet = medformer.ResNet(medformer.ResNetConfig(depth=10, base_width=32, output_stride=8)).eval()
+    stem = model_of(stem="resnet18", stem_stages=1, patch_size=1, patch_stride=1, patch_padding=0)
+    for model, first in ((tnt, 2.5), (resnet, 0.0), (stem, 0.0)):
+        found, volume = embed(model, ct(), window=SIZE), ct()
+        expected = model.forward_features(torch.from_numpy(normalise(volume))[None, None]).patches[0]
+        np.testing.assert_allclose(found.tokens.reshape(expected.shape), expected.detach(), atol=1e-5)
+        step = medformer.footprint(model).stride[0]
+        np.testing.assert_allclose(found.affine @ [1, 0, 0, 1], volume.affine @ [step + first, first, first, 1])
+        assert embed(model, ct(), window=(16, 16, 16)).grid == found.grid
+        with pytest.raises(ValueError, match="use method='windows'"):
+            embed(model, ct(), method="one_pass")
+    assert embed(tnt, ct()).grid == tnt.grid_of(SIZE)
+    with pytest.raises(ValueError, match="window of a ResNet must be given"):
+        embed(resnet, ct())
 
 
 _PEAK = """

@@ -275,13 +275,13 @@ def test_knn_is_the_formula() -> None:
 
 
 def test_features_of_the_last_layer_are_the_backbones(checkpoint: Path) -> None:
-    model, _, _ = evaluate.load_checkpoint(checkpoint)
+    model, _, _ = probes.load_model(checkpoint)
     images = [torch.randn(1, 16, 16) for _ in range(5)]
     frozen = probes.extract(model, images, 2, torch.no_grad, list)
     features = model.forward_features(torch.stack(images))
-    torch.testing.assert_close(frozen.layers[:, -1], features.cls)
+    torch.testing.assert_close(frozen.layers[-1], features.cls)
     torch.testing.assert_close(frozen.pooled, features.patches.mean(1))
-    assert frozen.layers.shape[1] == 2  # a model of two blocks has no four last layers
+    assert len(frozen.layers) == 2  # a model of two blocks has no four last layers
 
 
 def test_image_gpt_is_probed_in_its_middle_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -294,7 +294,7 @@ def test_image_gpt_is_probed_in_its_middle_and_nothing_else(tmp_path: Path, caps
     medformer.save(model, tmp_path / "run" / "image_gpt.safetensors")
     frozen = probes.extract(model, images[:5], 2, torch.no_grad, list)
     expected = model.features(model.codebook.encode(torch.stack(images[:5])), 2)
-    torch.testing.assert_close(frozen.layers[:, -1], expected)
+    torch.testing.assert_close(frozen.layers[-1], expected)
 
     task = an_npz(tmp_path / "set.npz")
     assert run(tmp_path / "run", task, tmp_path / "out", "--fractions=1.0") == 0
@@ -306,6 +306,37 @@ def test_image_gpt_is_probed_in_its_middle_and_nothing_else(tmp_path: Path, caps
     assert "an Image-GPT takes knn, linear" in error_of(capsys)
     assert run(tmp_path / "run", task, tmp_path / "out3", "--size=8x8") == 2
     assert "this Image-GPT takes 16x16" in error_of(capsys)
+
+
+@pytest.mark.parametrize("kind", ["resnet", "tnt", "stem"])
+def test_other_networks_are_compared_too(kind: str, volumes: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    level = {"width": 12, "depth": 1, "heads": 2, "kernel": 2, "stride": 2}
+    config = {
+        "resnet": medformer.ResNetConfig(depth=10, base_width=32, output_stride=8, stages=2),
+        "tnt": medformer.TNTConfig(levels=(level, level), attention="softmax"),  # type: ignore[arg-type]
+        "stem": medformer.BackboneConfig(
+            width=24, depth=1, heads=2, stem="resnet18", stem_stages=1, patch_size=1, patch_stride=1, patch_padding=0
+        ),
+    }[kind]
+    model = tmp_path / "model.safetensors"
+    medformer.save(medformer.build(config), model)
+    flags = ("--fractions=1.0", "--seeds=1", "--batch_size=2", "--probe_steps=5")
+    with open(volumes / "labels.csv", "w") as file:
+        file.write("path,label\n" + "".join(f"scan{i}.nii,{i % 2}\n" for i in range(6)))
+    for task, methods, more in (("labels", evaluate.CLASSIFY, ()), ("masks", evaluate.SEGMENT, ("--size=12x12x12",))):
+        out = tmp_path / task
+        assert run(model, volumes / f"{task}.csv", out, *flags, *more) == 0
+        rows = json.loads((out / "results.json").read_text())["rows"]
+        assert [row["method"] for row in rows] == list(methods)
+
+
+def test_several_tokens_a_voxel_make_no_mask(volumes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = medformer.tiny_3d(width=24, depth=1, heads=2, patch_size=2, patch_stride=1, patch_padding=0,
+                              patch_transposed=True)  # fmt: skip
+    medformer.save(model, tmp_path / "model.safetensors")
+    assert run(tmp_path / "model.safetensors", volumes / "masks.csv", tmp_path / "out", "--size=4x4x4") == 2
+    assert "several tokens a voxel (patch_transposed); give a task of classes" in error_of(capsys)
 
 
 def test_what_each_method_may_move(checkpoint: Path) -> None:

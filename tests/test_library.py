@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import medformer
-from medformer import Backbone, BackboneConfig
+from medformer import Backbone, BackboneConfig, ResNetConfig, TNTConfig, TNTLevel
 from medformer.attention import SelfAttention
 
 ATTENTIONS: dict[str, dict[str, Any]] = {
@@ -101,6 +101,58 @@ def test_padding_never_changes_the_rest(attention: str, mlp: str, dims: int, pos
         torch.testing.assert_close(padded.cls[i], alone.cls[0])
         torch.testing.assert_close(padded.registers[i], alone.registers[0])
         torch.testing.assert_close(padded.patches[i][mask[i].flatten()], alone.patches[0])
+
+
+@every_dimension
+@pytest.mark.parametrize("patches", [(1, 1, 0, 1), (4, 2, 1, 1), (4, 2, 0, 1), (2, 1, 1, 2)])
+def test_padding_is_not_read_by_a_stem(dims: int, patches: tuple[int, ...]) -> None:
+    size, stride, padding, dilation = patches
+    more = {"patch_size": size, "patch_stride": stride, "patch_padding": padding, "patch_dilation": dilation}
+    model = build("softmax", embedding="stem", dims=dims, position="none", **more)
+    x, part = volume(2, 1, *(32, 24, 16)[:dims]), (slice(24), slice(16), slice(16))[:dims]
+    mask = torch.zeros(2, *model.grid_of(x.shape[2:]), dtype=torch.bool)
+    mask[0][tuple(slice(n) for n in model.grid_of([axis.stop for axis in part]))] = mask[1] = True
+    padded = model.forward_features(x, key_padding_mask=mask.flatten(1))
+    torch.testing.assert_close(padded.cls[0], model(x[:1, :, *part])[0])
+    torch.testing.assert_close(padded.cls[1], model(x[1:])[0])
+
+
+FOOTPRINTS: dict[str, Any] = {
+    "overlapping": BackboneConfig(depth=1, heads=1, width=8, **EMBEDDINGS["overlapping"]),
+    "dilated": BackboneConfig(depth=1, heads=1, width=8, **EMBEDDINGS["dilated"]),
+    "tnt": TNTConfig(
+        levels=(
+            TNTLevel(width=8, depth=1, heads=1, kernel=3, stride=2, padding=1),
+            TNTLevel(width=8, depth=1, heads=1, kernel=2, stride=2),
+            TNTLevel(width=8, depth=1, heads=1, kernel=3, stride=1, padding=1, dilation=2),
+        )
+    ),
+    "resnet": ResNetConfig(depth=10, base_width=32, output_stride=8),
+    "stem": BackboneConfig(depth=1, heads=1, width=8, stem="resnet18", patch_size=3, patch_stride=2, patch_padding=1),
+}
+
+
+@pytest.mark.parametrize("kind", FOOTPRINTS)
+def test_a_token_stands_for_its_footprint(kind: str) -> None:
+    """Grids follow from it, and where a network has no more to see, so do the voxels that move a token."""
+    model = medformer.build(FOOTPRINTS[kind]).double()
+    seen = medformer.footprint(model)
+    for size in ((40, 33, 29), (48, 21, 35)):
+        axes = zip(size, seen.reach, seen.stride, seen.padding, strict=True)
+        assert model.grid_of(size) == tuple((n + 2 * p - r) // s + 1 for n, r, s, p in axes)
+    if kind in ("overlapping", "dilated"):
+        x = volume(1, 1, 24, 24, 24).requires_grad_()
+        model.patch_embed(x).unflatten(1, model.grid_of((24, 24, 24)))[0, 2, 1, 3].sum().backward()
+        assert x.grad is not None
+        for axis, token in enumerate((2, 1, 3)):
+            start = token * seen.stride[axis] - seen.padding[axis]
+            moved = x.grad[0, 0].abs().amax([a for a in range(3) if a != axis]).nonzero().flatten()
+            assert (int(moved.min()), int(moved.max())) == (start, start + seen.reach[axis] - 1)
+
+
+def test_a_transposed_embedding_has_no_footprint() -> None:
+    with pytest.raises(ValueError, match="patch_transposed=True has several tokens a voxel"):
+        medformer.footprint(build("softmax", embedding="transposed"))
 
 
 @every_mlp

@@ -83,6 +83,39 @@ def test_the_page_holds_what_the_model_says(folder: Path) -> None:
     assert scan["error"] < 0.05
 
 
+LEVELS = [{"width": 12, "heads": 2, "depth": 1, "kernel": k, "stride": 2} for k in (4, 2)]
+NETWORKS: dict[str, tuple[Any, str, list[int], int]] = {
+    "resnet": (medformer.ResNetConfig(depth=10, base_width=32, output_stride=8), "3D ResNet-10, width 256", [8] * 3, 0),
+    "tnt": (medformer.TNTConfig(levels=LEVELS), "3D TNT of width 12 in 12, 1 stages of 2 heads", [4] * 3, 3),
+    "stem": (
+        medformer.BackboneConfig(
+            width=24, depth=1, heads=2, stem="resnet18", stem_stages=1, patch_size=1, patch_stride=1, patch_padding=0
+        ), "3D, width 24, 1 blocks of 2 heads", [4] * 3, 3,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_every_network_has_a_page(folder: Path, tmp_path: Path, kind: str) -> None:
+    config, name, stride, maps = NETWORKS[kind]
+    torch.manual_seed(0)
+    model = medformer.build(config).eval()
+    scan = page.Viewer(model, folder / "backbone.safetensors").scan(read_volume(folder / "scan.nii.gz"), "scan")
+    assert scan["stride"] == stride
+    assert tuple(scan["grid"]) == model.grid_of(SHAPE)
+    assert len(scan["heads"]) == maps
+    # As the page finds the token under the ball.
+    first = [(reach - 1) / 2 - padding for reach, padding in zip(scan["kernel"], scan["padding"], strict=True)]
+    token = [round((v - f) / s) for v, f, s in zip(BALL, first, stride, strict=True)]
+    middle = [t * s + f for t, s, f in zip(token, stride, first, strict=True)]
+    assert all(abs(m - b) <= s / 2 for m, b, s in zip(middle, BALL, stride, strict=True))
+    medformer.save(model, tmp_path / "backbone.safetensors")
+    out = tmp_path / "page.html"
+    arguments = [str(tmp_path), str(folder / "scan.nii.gz"), "--cases", str(folder / "cases"), "--out", str(out)]
+    assert page.main(arguments) == 0
+    assert name in out.read_text()
+
+
 @pytest.mark.parametrize("rank_for", [1000, 24])
 def test_compressed_tokens_keep_their_cosines(rank_for: int) -> None:
     torch.manual_seed(0)

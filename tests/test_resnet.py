@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +95,56 @@ def test_checkpointed_activations_change_nothing() -> None:
     torch.testing.assert_close(*results)
 
 
-def test_compiled_without_graph_breaks() -> None:
-    model, x = build(dims=2).eval(), volume(1, 1, 40, 40)
+@pytest.mark.parametrize("dims", [2, 3])
+def test_compiled_without_graph_breaks(dims: int) -> None:
+    model, x = build(dims=dims).eval(), volume(2, 1, *(40, 33, 36)[:dims])
+    mask = None if dims == 2 else torch.rand(2, math.prod(model.grid_of(x.shape[2:]))) < 0.8
     torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+    compiled = torch.compile(model.forward_features, fullgraph=True, backend="aot_eager")
+    expected = model.forward_features(x, key_padding_mask=mask)
+    torch.testing.assert_close(compiled(x, key_padding_mask=mask).patches, expected.patches)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("norm", ["group", "batch"])
+@pytest.mark.parametrize("more", [{}, {"output_stride": 8, "shortcut": "pad"}, {"depth": 50, "stages": 3}])
+def test_padding_never_changes_the_rest(dims: int, norm: str, more: dict[str, Any]) -> None:
+    model = build(dims=dims, norm=norm, **more)
+    if norm == "batch":
+        model(volume(4, 1, *(48,) * dims))  # moves the statistics
+        model.eval()
+    step = model.config.step
+    x = volume(2, 1, *(3 * step, 2 * step, 2 * step)[:dims])
+    mask = torch.zeros(2, *model.grid_of(x.shape[2:]), dtype=torch.bool)
+    mask[0, :2, :1] = mask[1] = True
+    padded = model.get_intermediate_layers(x, model.config.stages, key_padding_mask=mask.flatten(1))
+    alone = model.get_intermediate_layers(x[:1, :, : 2 * step, :step], model.config.stages)
+    for together, by_itself in zip(padded, alone, strict=True):
+        torch.testing.assert_close(together.cls[0], by_itself.cls[0])
+    torch.testing.assert_close(padded[-1].patches[0][mask[0].flatten()], alone[-1].patches[0])
+    torch.testing.assert_close(padded[-1].cls[1], model(x)[1])
+
+
+def test_padded_batches_train_group_norms_and_no_batch_norms() -> None:
+    x, mask = volume(2, 1, 64, 32), torch.tensor([[True, False], [True, True]])
+    model = build(dims=2)
+    model.forward_features(x, key_padding_mask=mask).cls.square().sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+    with pytest.raises(ValueError, match="key_padding_mask in training needs norm='group'"):
+        build(dims=2, norm="batch").forward_features(x, key_padding_mask=mask)
+    with pytest.raises(ValueError, match=r"ResNet: key_padding_mask of shape \(2, 1\).*must be bool of shape \(2, 2\)"):
+        model.forward_features(x, key_padding_mask=mask[:, :1])
+
+
+def test_intermediate_layers_are_the_stages() -> None:
+    model, x = build(), volume(2, 1, 40, 33, 36)
+    found = model.get_intermediate_layers(x, [0, -1])
+    maps = model.stage_maps(x)
+    assert [f.grid for f in found] == [tuple(m.shape[2:]) for m in (maps[0], maps[-1])]
+    torch.testing.assert_close(found[0].patches, maps[0].flatten(2).mT)
+    torch.testing.assert_close(found[1].cls, model(x))
+    with pytest.raises(IndexError, match="layers=5 must name some of 4 blocks"):
+        model.get_intermediate_layers(x, 5)
 
 
 def test_is_saved_and_loaded(tmp_path: Path) -> None:

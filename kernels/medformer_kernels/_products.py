@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["product", "worth_a_call"]
+__all__ = ["multiply", "product", "worth_a_call"]
 
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 # Multiplications of a product from which oneDNN's call costs less than it saves.
@@ -36,10 +36,27 @@ def product(x: Tensor, y: Tensor) -> Tensor:
     return out
 
 
+@torch.library.custom_op("medformer::product", mutates_args=())
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    return product(x, y)
+
+
+@_product.register_fake
+def _(x, y):
+    return x.new_empty((*x.shape[:-1], y.shape[-1]))
+
+
+def multiply(x: Tensor, y: Tensor) -> Tensor:
+    """`product` for code that torch.compile traces (one operator for all matrices) or autograd may follow (`@`)."""
+    differentiable = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+    large = worth_a_call(x.shape[-2], x.shape[-1], y.shape[-1])
+    return _product(x, y) if x.is_cpu and large and not differentiable else x @ y
+
+
 def _linear(x: Tensor, y: Tensor) -> Tensor:
     """x y as a linear layer, whose weights may have any strides while x must be contiguous: where x is the transpose of
     a large matrix, (y^T x^T)^T costs less than a copy of it."""
     linear = torch.ops.mkldnn._linear_pointwise
-    if not x.is_contiguous() and x.mT.is_contiguous():
+    if not x.is_contiguous() and x.mT.is_contiguous() and y.shape[1] < x.shape[0]:
         return linear(y.mT, x, None, "none", [], "").mT
     return linear(x, y.mT, None, "none", [], "")

@@ -5,6 +5,14 @@ G = softmax(Q~ K^T / sqrt(D)) and out = F pinv(A) (G V) + depthwise convolution 
 
 Source: Xiong et al. 2021, eq. (13) to (15). Differs: see `nystrom_attention`.
 Shapes: B batch, H heads, N queries, S keys, L landmarks, P prefix tokens, D and Dv widths of a head.
+
+reference      the definition, in plain PyTorch       landmarks   the means
+inverse        pinv(A), and its gradient              plans       which tiles and walks a chip gets
+composed       PyTorch: two attentions around it      attend      those attentions on a CPU
+fused          Triton launches, forward               backward    and backward
+forward_kernels, backward_kernels                     their kernels
+products       the inverse of a head in one program   inverse_kernels   its kernel
+ops            the Triton form as `torch.library` operators
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Nystrom attention on any device in plain PyTorch: two scaled-dot-product attentions around the small inverse.
 
-Differentiable by autograd. Nothing of size N x L exists where PyTorch's attention is fused (CPU, CUDA flash).
+Nothing of size N x L exists where PyTorch's attention is fused (CPU, CUDA flash); large heads on a CPU have their own,
+`attend_by_head`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from medformer_kernels.nystrom.attend import attend_by_head, attends_by_head
 from medformer_kernels.nystrom.inverse import inverse_times
 from medformer_kernels.nystrom.landmarks import Cells, pool
 from medformer_kernels.nystrom.reference import depthwise_convolution, masked_softmax
@@ -35,21 +37,18 @@ def composed(
         k_landmarks = None if k_landmarks is None else k_landmarks.float()
         small = (cells, q_landmarks, k_landmarks, conv_weight, key_padding_mask, pinv_iterations, pinv_tolerance)
         return composed(q.float(), k.float(), v.float(), *small).half()
-    key_valid = None
     if key_padding_mask is not None:
         padding = ~key_padding_mask[:, None, :, None]
         # Not only weight 0: a masked key may hold anything, and 0 * nan is nan.
         k, v = k.masked_fill(padding, 0), v.masked_fill(padding, 0)
         if q_landmarks is None:
             q = q.masked_fill(padding, 0)
-        key_valid = key_padding_mask[:, None, None]
     q_landmarks, k_landmarks, valid = landmarks(q, k, cells, q_landmarks, k_landmarks, key_padding_mask)
-    if valid is not None:
-        valid = valid[:, None, None]
+    pairs_valid = None if valid is None else (valid.unsqueeze(2) & valid.unsqueeze(1)).unsqueeze(1)
     exact = torch.promote_types(q.dtype, torch.float32)
-    values = attend(q_landmarks, k, v, key_valid)
+    values = attend(q_landmarks, k, v, key_padding_mask)
     scores = (q_landmarks.to(exact) * q.shape[-1] ** -0.5) @ k_landmarks.to(exact).mT
-    a = masked_softmax(scores, None if valid is None else valid & valid.mT)
+    a = masked_softmax(scores, pairs_valid)
     solved = inverse_times(a, values.to(exact), pinv_iterations, pinv_tolerance)
     out = attend(q[:, :, cells.prefix :], k_landmarks, solved.to(q.dtype), valid)
     if conv_weight is not None:
@@ -82,13 +81,16 @@ def landmarks(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v over the valid keys (broadcast to B, H, 1, S); 0 without any."""
+    """softmax(q k^T / sqrt(D)) v over the valid keys (B, S); 0 without any."""
+    if attends_by_head(q, k):
+        return attend_by_head(q, k, v, key_valid)[0]
     width, width_v = q.shape[-1], v.shape[-1]
     widest = max(width, width_v)
     if width != width_v:  # fused only for equal widths; zeros change nothing
         q, k, v = (F.pad(x, (0, widest - x.shape[-1])) for x in (q, k, v))
     mask = empty = None
     if key_valid is not None:
+        key_valid = key_valid[:, None, None]
         empty = ~key_valid.any(-1, keepdim=True)
         mask = (key_valid | empty).expand(-1, -1, q.shape[2], -1)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=width**-0.5)

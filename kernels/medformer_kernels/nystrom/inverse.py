@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from medformer_kernels._products import multiply
+
 if TYPE_CHECKING:
     from jaxtyping import Float
 
@@ -83,21 +85,21 @@ def _applied(a: Tensor, x: Tensor, iterations: int, *, keep: bool) -> tuple[Tens
     last = _times(square, 3 * r + square, 0.25)
     kept += (z, r, square, last) if keep else ()
     x = _last_step(last, x)[-1]
-    return z @ _next_to_last_step(r, square, x)[-1], kept
+    return multiply(z, _next_to_last_step(r, square, x)[-1]), kept
 
 
 def _last_step(last: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(last x, last^2 x, (I + last + last^2 + last^3 / 4) x)."""
-    once = last @ x
-    twice = last @ once
-    return once, twice, x + once + twice + last @ twice / 4
+    once = multiply(last, x)
+    twice = multiply(last, once)
+    return once, twice, x + once + twice + multiply(last, twice) / 4
 
 
 def _next_to_last_step(r: Tensor, square: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """(x + r x / 4, (I + r + r^2 + r^3 / 4) x)."""
-    once = r @ x
+    once = multiply(r, x)
     quarter = x + once / 4
-    return quarter, x + once + square @ quarter
+    return quarter, x + once + multiply(square, quarter)
 
 
 def start(a: Tensor) -> Tensor:
@@ -113,14 +115,16 @@ def _step(a: Tensor, z: Tensor, tolerance: float | None) -> Tensor:
 
 
 def _polynomials(a: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y = a @ z
+    y = multiply(a, z)
     t1 = _plus_identity(-y, 7)
     t2 = _plus_identity(_times(y, t1, -1), 15)
     return y, t1, t2, _plus_identity(_times(y, t2, -1), 13)
 
 
 def _times(x: Tensor, y: Tensor, factor: float) -> Tensor:
-    """factor x y without a pass of its own for the factor."""
+    """factor x y; on a GPU without a pass of its own for the factor."""
+    if x.is_cpu:
+        return multiply(x, y).mul_(factor)
     x3, y3 = x.reshape(-1, *x.shape[-2:]), y.reshape(-1, *y.shape[-2:])
     nothing = x.new_zeros(()).expand_as(x3)
     return torch.baddbmm(nothing, x3, y3, beta=0, alpha=factor).view_as(x)
@@ -178,23 +182,24 @@ def _applied_backward(a: Tensor, x: Tensor, dout: Tensor, kept: Sequence[Tensor]
     z, r, square, last = kept[-4:]
     once, twice, after = _last_step(last, x)
     quarter, read = _next_to_last_step(r, square, after)
-    dread = z.mT @ dout
-    dz = dout @ read.mT
-    dquarter = square @ dread
+    dread = multiply(z.mT, dout)
+    dz = multiply(dout, read.mT)
+    dquarter = multiply(square, dread)
     donce = dread + dquarter / 4
-    dafter = dread + dquarter + r @ donce
+    dafter = dread + dquarter + multiply(r, donce)
     dthrice = dafter / 4
-    dtwice = dafter + last @ dthrice
-    dfirst = dafter + last @ dtwice
-    dx = dafter + last @ dfirst
-    dlast = _symmetric(torch.cat((dthrice, dtwice, dfirst), -1) @ torch.cat((twice, once, x), -1).mT)
-    dsquare = _symmetric(dread @ quarter.mT)
-    fourth = square @ dlast
-    third = r @ dlast
-    inner = dsquare.add_(fourth + fourth.mT, alpha=0.25).add_(third.add(third.mT, alpha=0.5), alpha=0.75)
-    outer = (r @ inner).add_(donce @ after.mT, alpha=0.5)
-    dy = -(outer + outer.mT)
-    da = dy @ z.mT
+    dtwice = dafter + multiply(last, dthrice)
+    dfirst = dafter + multiply(last, dtwice)
+    dx = dafter + multiply(last, dfirst)
+    dlast = multiply(torch.cat((dthrice, dtwice, dfirst), -1), torch.cat((twice, once, x), -1).mT)
+    dlast = _plus_transpose(dlast).mul_(0.5)
+    dsquare = _plus_transpose(multiply(dread, quarter.mT)).mul_(0.5)
+    fourth = multiply(square, dlast)
+    third = multiply(r, dlast)
+    inner = dsquare.add_(_plus_transpose(fourth), alpha=0.25).add_(_plus_transpose(third, 0.5), alpha=0.75)
+    outer = multiply(r, inner).add_(multiply(donce, after.mT), alpha=0.5)
+    dy = _plus_transpose(outer).neg_()
+    da = multiply(dy, z.mT)
     dz = _add_product(dz, a.mT, dy)
     for i in reversed(range(0, len(kept) - 4, 3)):
         step_z, y, t3 = kept[i : i + 3]
@@ -205,10 +210,10 @@ def _applied_backward(a: Tensor, x: Tensor, dout: Tensor, kept: Sequence[Tensor]
 def _step_backward(a: Tensor, z: Tensor, y: Tensor, t3: Tensor, dnew: Tensor, da: Tensor) -> Tensor:
     """dz of a step; adds to da. t3 = 13 I - 15 y + 7 y^2 - y^3, y symmetric: see `_applied_backward`."""
     half = _times(z.mT, dnew, 0.125)
-    square = y @ (half + half.mT)
-    cube = y @ square.add(square.mT, alpha=0.5)
+    square = multiply(y, _plus_transpose(half))
+    cube = multiply(y, _plus_transpose(square, 0.5))
     half.mul_(-15).add_(square, alpha=7).sub_(cube)
-    dy = half + half.mT
+    dy = _plus_transpose(half)
     _add_product(da, dy, z.mT)
     return _add_product(_times(dnew, t3.mT, 0.25), a.mT, dy)
 
@@ -224,12 +229,20 @@ def start_backward(a: Tensor, dz: Tensor, da: Tensor) -> Tensor:
     return da + dz.mT / scale + dscale * a.sum(-1).amax(-1)[..., None, None] * chosen
 
 
-def _symmetric(x: Tensor) -> Tensor:
-    return (x + x.mT).mul_(0.5)
+def _plus_transpose(x: Tensor, factor: float = 1.0) -> Tensor:
+    """x + factor x^T. A CPU copies the transpose of one matrix in tiles, that of a batch element by element."""
+    if not x.is_cpu or torch.compiler.is_compiling():
+        return x.add(x.mT, alpha=factor)
+    out = torch.empty_like(x)
+    for out_1, x_1 in zip(out.flatten(0, -3), x.flatten(0, -3), strict=True):
+        out_1.copy_(x_1.mT)
+    return out.mul_(factor).add_(x) if factor != 1 else out.add_(x)
 
 
 def _add_product(out: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """out += x y."""
+    if x.is_cpu:
+        return out.add_(multiply(x, y))
     flat = [m.reshape(-1, *m.shape[-2:]) for m in (x, y)]
     out.view(-1, *out.shape[-2:]).baddbmm_(*flat)
     return out

@@ -101,7 +101,7 @@ def pool(
 
     Means are taken in float32, or float64 for float64.
     """
-    own, inner = x[:, :, : cells.prefix], x[:, :, cells.prefix :]
+    inner = x[:, :, cells.prefix :]
     mask = None if key_padding_mask is None else key_padding_mask[:, cells.prefix :]
     valid = None
     if mask is None and all(g % number == 0 for g, number in zip(cells.grid, cells.landmark_grid, strict=True)):
@@ -113,11 +113,15 @@ def pool(
     else:
         means, valid = _grid_means(inner, cells, mask)
     means = means.to(x.dtype)
-    if key_padding_mask is None:
+    valid = None if key_padding_mask is None else valid
+    if cells.prefix == 0:  # an empty slice of x would have a gradient of the size of x
+        return means, valid
+    own = x[:, :, : cells.prefix]
+    if key_padding_mask is None or valid is None:
         return torch.cat((own, means), 2), None
     own_valid = key_padding_mask[:, : cells.prefix]
     own = own.masked_fill(~own_valid[:, None, :, None], 0)
-    return torch.cat((own, means), 2), torch.cat((own_valid, valid), 1) if valid is not None else own_valid
+    return torch.cat((own, means), 2), torch.cat((own_valid, valid), 1)
 
 
 def _sequence_means(x: Tensor, number: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ import cutmix
 from collapse import VectorWatch
 from dino_loss import koleo
 from ema import update_average
+from medformer import auxiliary_loss
 from norms import SyncBatchNorm
 from schedules import cosine
 
@@ -97,6 +98,8 @@ class Seen(NamedTuple):
     """Of each view."""
     vectors: list[Float[Tensor, "B C"]]
     """Of each view, before the projector."""
+    experts: Tensor | float = 0.0
+    """Mean of the experts' losses over the views; 0 without experts."""
 
 
 class Online(nn.Module):
@@ -109,8 +112,11 @@ class Online(nn.Module):
         self.predictor = head(config.projection, config)
 
     def forward(self, *views: Float[Tensor, "B 1 *size"]) -> Seen:
-        vectors = [self.backbone(view) for view in views]
-        return Seen([self.predictor(self.projector(vector)) for vector in vectors], vectors)
+        vectors, experts = [], 0.0
+        for view in views:
+            vectors.append(self.backbone(view))
+            experts = experts + auxiliary_loss(self.backbone) / len(views)
+        return Seen([self.predictor(self.projector(vector)) for vector in vectors], vectors, experts)
 
 
 class Target(nn.Module):
@@ -205,7 +211,7 @@ class Byol(nn.Module):
             near, partner, share = cutmix.attentive(near, attention, self.cutmix, views=2)
             mix = (partner[: len(near) // 2], share[: len(near) // 2])
         seen: Seen = student(*near.chunk(2))
-        loss, parts = byol_loss(seen.predictions, targets, mix), _spread(targets[0])
+        loss, parts = byol_loss(seen.predictions, targets, mix) + seen.experts, _spread(targets[0])
         if self.config.koleo:
             spreading = torch.stack([koleo(vectors) for vectors in seen.vectors]).mean()
             loss = loss + self.config.koleo * spreading

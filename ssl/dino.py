@@ -24,6 +24,7 @@ import cutmix
 from collapse import CollapseWatch
 from dino_loss import Centre, DinoLoss, koleo, masked_patch_loss
 from ema import update_average
+from medformer import auxiliary_loss
 from norms import SyncBatchNorm
 from schedules import cosine, linear
 
@@ -139,6 +140,8 @@ class Seen(NamedTuple):
     """Class tokens of the global views, before the head."""
     patches: Float[Tensor, "P K"] | None
     """Logits of the masked patches, where a mask was given."""
+    experts: Tensor | float
+    """Mean of the experts' losses over the passes; 0 without experts."""
 
 
 class Student(nn.Module):
@@ -153,12 +156,16 @@ class Student(nn.Module):
 
     def forward(self, *views: Float[Tensor, "N 1 *size"], mask: Bool[Tensor, "N tokens"] | None = None) -> Seen:
         """`mask`: patches of the first views that the student does not see."""
-        if mask is None:
-            cls = [self.backbone(v) for v in views]
-            return Seen(torch.cat([self.head(c) for c in cls]), cls[0], None)
-        features = cast(Any, self.backbone).forward_features(views[0], mask=mask)
-        cls = [features.cls, *(self.backbone(v) for v in views[1:])]
-        return Seen(torch.cat([self.head(c) for c in cls]), cls[0], self.head(features.patches[mask]))
+        cls, experts, patches = [], 0.0, None
+        for number, view in enumerate(views):
+            if number == 0 and mask is not None:
+                features = cast(Any, self.backbone).forward_features(view, mask=mask)
+                cls.append(features.cls)
+                patches = self.head(features.patches[mask])
+            else:
+                cls.append(self.backbone(view))
+            experts = experts + auxiliary_loss(self.backbone) / len(views)
+        return Seen(torch.cat([self.head(c) for c in cls]), cls[0], patches, experts)
 
 
 def block_masks(count: int, grid: tuple[int, ...], share: tuple[float, float], device: torch.device) -> Tensor:
@@ -290,6 +297,7 @@ class Dino(nn.Module):
         loss, parts = self.criterion(
             seen.logits.unflatten(0, (-1, scans)), targets.unflatten(0, (2, scans)), self.centre.value, temp, mix
         )
+        loss = loss + seen.experts
         parts["agreement"] = agreement(*targets.chunk(2))
         if config.koleo:
             parts["koleo"] = (koleo(seen.cls[:scans]) + koleo(seen.cls[scans:])) / 2

@@ -37,7 +37,6 @@ import report
 import runs
 import settings
 import sharding
-from medformer import auxiliary_loss
 from optim import adaptive_clip, clip_per_tensor, make_optimiser
 from prepare import Ahead, Crops, Prepared, loader
 from roots import Order, gather, voxel_scale
@@ -350,7 +349,6 @@ def train(
             with student.no_sync() if ranks > 1 and not split and not last else nullcontext():  # type: ignore[operator]
                 with autocast():
                     loss, parts = method.loss(student, views, step)
-                    loss = loss + auxiliary_loss(student)  # of experts, where the model has them
                 scaler.scale(loss / config.accumulate).backward()
             names = list(parts)
             values = torch.stack([loss.detach(), *parts.values()]) / config.accumulate

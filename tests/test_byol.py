@@ -18,6 +18,7 @@ from byol import Byol, ByolConfig, Seen, StandardisedLinear, byol_loss, head
 from collapse import VectorWatch
 from dino_loss import koleo
 from ema import update_average
+from medformer import Backbone, BackboneConfig, SwitchMLP
 
 CONFIG = ByolConfig(hidden=16, projection=8, groups=4, momentum=0.9)
 
@@ -136,6 +137,30 @@ def test_group_norm_head_never_mixes_scans_and_batch_norm_does() -> None:
     group, batch = head(6, CONFIG), head(6, ByolConfig(hidden=16, projection=8, norm="batch"))
     torch.testing.assert_close(group(x)[:1], group(x[:1]))
     assert not torch.allclose(batch(x)[:2], batch(x[:2]))
+
+
+def test_published_heads_have_one_batch_norm_between_two_linear_layers() -> None:
+    config = ByolConfig(hidden=4096, projection=256, norm="batch")
+    with torch.device("meta"):
+        projector, predictor = head(2048, config), head(256, config)
+    for made, inputs in ((projector, 2048), (predictor, 256)):
+        assert [type(layer) for layer in made] == [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear]
+        count = (inputs + 1) * 4096 + 2 * 4096 + (4096 + 1) * 256
+        assert sum(p.numel() for p in made.parameters()) == count
+
+
+def test_the_loss_of_experts_is_the_mean_over_both_views() -> None:
+    torch.manual_seed(0)
+    shape: Any = {"patch_size": 4, "patch_stride": 4, "patch_padding": 0, "mlp": "moe", "experts": 2}
+    backbones = [Backbone(BackboneConfig(width=24, depth=2, heads=2, **shape)) for _ in range(2)]
+    method, found = Byol(*backbones, 24, CONFIG, 20), []
+    (experts,) = (m for m in method.student.modules() if isinstance(m, SwitchMLP))
+    experts.register_forward_hook(lambda module, *_: found.append(module.aux_loss))
+    views = [torch.randn(4, 1, 8, 8, 8)]
+    loss, _ = method.loss(method.student, views, 0)
+    seen = method.student(*views[0].chunk(2))
+    plain = byol_loss(seen.predictions, method.target(*views[0].chunk(2)))
+    torch.testing.assert_close(loss, plain + (found[0] + found[1]) / 2)
 
 
 def test_mixed_views_are_pulled_to_both_targets() -> None:

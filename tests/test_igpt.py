@@ -100,6 +100,18 @@ def test_masked_tokens_are_not_seen_and_all_others_are() -> None:
     assert ((model(shown, mask=mask) - base).abs().amax(-1) > 1e-6).all()  # before it as well
 
 
+@pytest.mark.parametrize("order", ["raster", "morton"])
+def test_the_stream_starts_with_a_token_of_its_own_and_learned_places(order: str) -> None:
+    model, bert = make(order=order), make(order=order, objective="bert")
+    tokens, mask = tokens_of(model), torch.rand(2, 20) < 0.5
+    told = model.token_embed[tokens[:, model.sequence]]
+    assert model.start is not None
+    shifted = torch.cat([model.start.expand(2, 1, -1), told[:, :-1]], 1)
+    torch.testing.assert_close(model.hidden(tokens, blocks=0), shifted + model.position)
+    shown = bert.token_embed[tokens[:, bert.sequence]] * ~mask[:, bert.sequence, None]  # zeroed, not a learned one
+    torch.testing.assert_close(bert.hidden(tokens, mask=mask, blocks=0), shown + bert.position)
+
+
 def test_bert_loss_is_the_mean_over_masked_tokens() -> None:
     logits, tokens = torch.randn(2, 6, 5), torch.randint(5, (2, 6))
     mask = torch.tensor([[1, 0, 0, 1, 0, 0], [0, 0, 1, 0, 0, 0]], dtype=torch.bool)

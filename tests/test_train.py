@@ -6,19 +6,23 @@ import math
 import resource
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import yaml
+from torch.utils._pytree import tree_leaves
 
 import dino
 import medformer
+import methods
 import runs
 import settings
 import train
 from runs import UserError
+from schedules import cosine
 from settings import TrainConfig
 
 
@@ -95,7 +99,7 @@ def test_help_explains_every_flag_with_its_default(capsys: pytest.CaptureFixture
         (["--resume=nowhere"], 2, "--resume nowhere: no such run"),
         (["simclr"], 2, "simclr"),
         (["--data.root=nowhere"], 1, "--data.root nowhere: no such folder"),
-        (["--views.global_size=99x16x16"], 1, "99x16x16"),
+        (["--views.global_size=99x16x16"], 1, "22x18x20 voxels (zyx) is below --views.global_size 99x16x16"),
     ],
 )
 def test_a_mistake_is_one_line_with_its_exit_code(
@@ -164,12 +168,96 @@ def test_activation_checkpointing_changes_no_loss(trainer: Any, tmp_path: Path) 
     assert trainer.losses(tmp_path / "plain") == trainer.losses(tmp_path / "again")
 
 
-def poisoned(monkeypatch: pytest.MonkeyPatch, steps: range) -> None:
+def states_of(run: Path) -> list[dict[str, Any]]:
+    return [torch.load(path, weights_only=True) for path in runs.checkpoints(run)]
+
+
+EVERY_STEP = ("--steps=4", "--save_every=1", "--keep=9")
+
+
+@pytest.mark.parametrize(
+    ("flags", "average", "averaged"),
+    [(["--dino.freeze_last=2"], "teacher", {"backbone", "head"}), (BYOL, "target", {"backbone", "projector"})],
+)
+def test_the_average_follows_the_new_weights_and_all_rates_their_schedules(
+    trainer: Any, tmp_path: Path, flags: list[str], average: str, averaged: set[str]
+) -> None:
+    run = tmp_path / "run"
+    assert trainer(run, *EVERY_STEP, "--optim.layer_decay=0.5", "--optim.final_weight_decay=0.4", *flags) == 0
+    states, lines = states_of(run), trainer.lines(run)
+    for step in range(1, 4):
+        old, new = states[step - 1]["method"], states[step]["method"]
+        pairs = {n: n.replace("student", average) for n, value in new.items() if value.is_floating_point()}
+        pairs = {mine: other for mine, other in pairs.items() if mine.startswith("student") and other in new}
+        assert {name.split(".")[1] for name in pairs} == averaged
+        for mine, other in pairs.items():
+            followed = torch.lerp(old[other], new[mine], 1 - lines[step]["momentum"])
+            torch.testing.assert_close(new[other], followed, rtol=1e-5, atol=1e-7)
+    assert [line["momentum"] for line in lines] == pytest.approx([cosine(s, 4, 0.99, 1.0) for s in range(4)])
+    assert [line["lr"] for line in lines] == pytest.approx([cosine(s, 4, 5e-4, 1e-6) for s in range(4)])
+    assert [line["weight_decay"] for line in lines] == pytest.approx([cosine(s, 4, 0.04, 0.4) for s in range(4)])
+    for state, line in zip(states, lines, strict=True):
+        groups = state["optimiser"]["param_groups"]
+        assert {group["lr_scale"] for group in groups} == {0.25, 0.5, 1.0}
+        assert {group["decay"] for group in groups} == {False, True}
+        for group in groups:
+            assert group["lr"] == pytest.approx(line["lr"] * group["lr_scale"])
+            assert group["weight_decay"] == pytest.approx(line["weight_decay"] if group["decay"] else 0.0)
+
+
+def test_prototypes_are_held_in_a_run_as_long_as_asked(trainer: Any, tmp_path: Path) -> None:
+    assert trainer(tmp_path / "run", *EVERY_STEP, "--dino.freeze_last=2") == 0
+    held = [state["method"]["student.head.prototypes"] for state in states_of(tmp_path / "run")]
+    assert [torch.equal(a, b) for a, b in pairwise(held)] == [True, False, False]
+
+
+@pytest.mark.parametrize("kind", ["clip", "agc"])
+def test_the_optimiser_sees_clipped_gradients(
+    trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    students: list[torch.nn.Module] = []
+    seen: list[dict[str, tuple[float, float]]] = []
+    real, step = train.make_optimiser, torch.optim.AdamW.step
+
+    def make(module: torch.nn.Module, config: Any) -> torch.optim.Optimizer:
+        students.append(module)
+        return real(module, config)
+
+    def look(self: torch.optim.AdamW, *rest: Any) -> Any:
+        named = students[0].named_parameters()
+        seen.append({n: (p.grad.norm().item(), p.norm().item()) for n, p in named if p.grad is not None})
+        return step(self, *rest)
+
+    monkeypatch.setattr(train, "make_optimiser", make)
+    monkeypatch.setattr(torch.optim.AdamW, "step", look)
+    limits = {"clip": ["--optim.clip=1e-3"], "agc": ["--optim.clip=0", "--optim.agc=1e-4"]}
+    assert trainer(tmp_path / "run", "--steps=2", "--dino.freeze_last=0", *limits[kind]) == 0
+    assert len(seen) == 2
+    for norms in seen:
+        if kind == "clip":
+            assert max(gradient for gradient, _ in norms.values()) == pytest.approx(1e-3, rel=1e-3)
+        else:
+            gradient, weight = norms["backbone.blocks.0.mlp.fc1.weight"]
+            assert gradient == pytest.approx(1e-4 * weight, rel=1e-2)  # all of its rows were longer
+            gradient, weight = norms["head.prototypes"]
+            assert gradient > 1e-3 * weight
+
+
+@pytest.mark.parametrize("method", ["dino", "byol", "igpt"])
+def test_what_adaptive_clipping_leaves_alone_is_there(method: str) -> None:
+    made = methods.make(settings.parse([method]), "")
+    parts = {name for name, _ in (*made.student.named_modules(), *made.student.named_parameters())}
+    assert set(made.last_layers) <= parts
+
+
+def poisoned(monkeypatch: pytest.MonkeyPatch, steps: range, by: float = math.nan) -> None:
     real = dino.Dino.loss
 
     def loss(self: dino.Dino, student: torch.nn.Module, views: list, step: int) -> tuple:
         value, parts = real(self, student, views, step)
-        return (value * float("nan") if step in steps else value), parts
+        if step in steps:  # as a scan with NaN in it would
+            self.centre._pending = cast(torch.Tensor, self.centre._pending) * by
+        return (value * by if step in steps else value), parts
 
     monkeypatch.setattr(dino.Dino, "loss", loss)
 
@@ -194,6 +282,35 @@ def test_a_step_with_nan_touches_no_weight_and_is_counted(
     assert trainer.lines(tmp_path / "run")[-1]["skipped_steps"] == 2
     backbone = medformer.load(tmp_path / "run" / "backbone.safetensors")
     assert all(p.isfinite().all() for p in backbone.parameters())
+
+
+@pytest.mark.parametrize("place", ["loss", "gradient"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_bad_step_leaves_weights_average_centre_and_moments_as_they_were(
+    trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, value: float
+) -> None:
+    def bad_gradient(self: dino.Dino, step: int) -> None:
+        if step == 1:
+            next(self.student.backbone.parameters()).grad.view(-1)[0] = value  # type: ignore[union-attr]
+
+    if place == "gradient":
+        monkeypatch.setattr(dino.Dino, "before_step", bad_gradient)
+    else:
+        poisoned(monkeypatch, range(1, 2), value)
+    assert trainer(tmp_path / "run", *EVERY_STEP) == 0
+    before, bad, after = states_of(tmp_path / "run")[:3]
+    assert (bad["bad"], bad["sample"]) == (1, 4)
+    for kind in ("method", "optimiser"):
+        same = [torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+                for a, b in zip(leaves_of(before[kind]), leaves_of(bad[kind]), strict=True)]  # fmt: skip
+        assert all(same)
+    centres = [state["method"]["centre.value"] for state in (bad, after)]
+    assert not torch.equal(*centres)
+    assert centres[1].isfinite().all()
+
+
+def leaves_of(state: dict[str, Any]) -> list[Any]:
+    return tree_leaves(state.get("state", state))  # of an optimiser without its groups, whose rates move
 
 
 def test_too_many_bad_steps_end_the_run_naming_the_scans(

@@ -141,6 +141,7 @@ def test_noise_and_contrast_change_a_view_and_nothing_else_does() -> None:
     assert torch.equal(batch.boxes, quiet.boxes)
     assert not torch.equal(render(batch, SMALL, CPU)[0], render(quiet, SMALL, CPU)[0])
     assert torch.equal(render(batch, SMALL, CPU)[0], render(batch, SMALL, CPU)[0])
+    assert not torch.equal(render(batch, SMALL, CPU)[0], render(batch._replace(seed=batch.seed + 1), SMALL, CPU)[0])
 
 
 def test_blur_smooths_and_keeps_the_mean() -> None:
@@ -220,6 +221,16 @@ def test_blur_while_cutting_is_blur_after_cutting() -> None:
     apart = replace(config, window=0.2)  # which no scan that is not CT has, so that nothing else differs
     for together, after in zip(render(plans, config, CPU), render(plans, apart, CPU), strict=True):
         torch.testing.assert_close(together, after)
+
+
+def test_a_window_clips_before_anything_is_blurred() -> None:
+    stripes = np.zeros((12, 12, 12), np.float16)
+    stripes[..., ::2] = 50.0
+    config = ViewsConfig(global_size=(12, 12, 12), local_views=0, window=0.2, **EVEN, **PLAIN)
+    batch = default_collate([draw(stripes, (1, 1, 1), np.argwhere(stripes > 1), 1.0, config, (0,), 0, "CT")])
+    batch.intensity[..., augment.CHANGES.index("blur")] = 1.5
+    (views,) = render(batch, config, CPU)
+    assert views.max() < 1.5  # the middle of 0 and at most 2, not of 0 and 50
 
 
 def test_what_no_view_asks_for_is_not_done() -> None:

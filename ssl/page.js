@@ -145,13 +145,14 @@ function paste(context, image, x, y, w, h) {
   context.drawImage(scratch, x, y, w, h);
 }
 
+// The plane's tokens, and around them a border of the same again: a voxel beyond the last middle has no nearer token.
 function overlay(p, paint) {
-  const { across, up } = PLANES[p], w = scan.grid[across], h = scan.grid[up], image = new ImageData(w, h);
-  const token = tokenAt(state.at), turned = !scan.flat;
-  for (let row = 0, o = 0; row < h; row++)
-    for (let col = 0; col < w; col++, o += 4) {
-      token[up] = turned ? h - 1 - row : row;
-      token[across] = turned ? w - 1 - col : col;
+  const { across, up } = PLANES[p], w = scan.grid[across], h = scan.grid[up], image = new ImageData(w + 2, h + 2);
+  const token = tokenAt(state.at), inside = (i, n) => Math.min(Math.max(i, 0), n - 1);
+  for (let row = -1, o = 0; row <= h; row++)
+    for (let col = -1; col <= w; col++, o += 4) {
+      token[up] = inside(scan.flat ? row : h - 1 - row, h);
+      token[across] = inside(scan.flat ? col : w - 1 - col, w);
       const [r, g, b, a] = paint(flat(token));
       image.data.set([r, g, b, a], o);
     }
@@ -173,7 +174,7 @@ function drawPlane(p) {
   if (paint && state.opacity > 0) {
     context.globalAlpha = state.opacity;
     context.imageSmoothingEnabled = state.overlay !== "similarity";
-    const [x, wide] = span(across, w, 0, scan.grid[across]), [y, high] = span(up, h, 0, scan.grid[up]);
+    const [x, wide] = span(across, w, -1, scan.grid[across] + 2), [y, high] = span(up, h, -1, scan.grid[up] + 2);
     paste(context, overlay(p, paint), x, y, wide, high);
     context.globalAlpha = 1;
   }

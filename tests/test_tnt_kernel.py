@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ def assert_as_good_as_pytorch(x: Tensor, weights: dict[str, Tensor], dtype: torc
 
 @pytest.mark.parametrize(
     ("sequences", "tokens", "width", "heads"),
-    [(3, 1, 12, 2), (9, 10, 24, 4), (20, 5, 12, 1), (2, 33, 40, 5), (3, 64, 48, 3)],
+    [(3, 1, 12, 2), (9, 10, 24, 4), (20, 5, 12, 1), (2, 33, 40, 5), (3, 64, 48, 3), (3, 4, 128, 8), (2, 128, 12, 2)],
 )
 def test_output_and_gradients_match_reference(sequences: int, tokens: int, width: int, heads: int) -> None:
     x, weights = inputs(sequences, tokens, width)
@@ -144,6 +145,23 @@ def test_strides_are_honoured() -> None:
     dout = torch.randn(12, 6, 4, generator=torch.Generator().manual_seed(2)).to(DEVICE).transpose(0, 2)
     dx, expected = torch.autograd.grad(out, turned, dout), torch.autograd.grad(packed, x, dout.contiguous())
     assert torch.equal(dx[0], expected[0])
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="takes 8 GB where untouched memory is taken too")
+def test_places_beyond_2_31_numbers_are_reached() -> None:
+    x, weights = inputs(3, 5, 12, dtype=torch.float16)
+    w = TNTInnerWeights(**weights)
+    shape, strides = x.shape, (2**30 + 7, 12, 1)
+    # Never written but where the sequences lie: untouched pages take no memory.
+    far, dout = (torch.from_numpy(np.empty(2**31 + 100, np.float16)).as_strided(shape, strides) for _ in range(2))
+    far.copy_(x)
+    dout.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(2)))
+    assert torch.equal(triton(far, w, num_heads=2), triton(x, w, num_heads=2))
+    dx = [
+        torch.autograd.grad(triton(tensor.requires_grad_(), w, num_heads=2), tensor, gradient)[0]
+        for tensor, gradient in ((far, dout), (x, dout.contiguous()))
+    ]
+    assert torch.equal(*dx)
 
 
 def test_equal_inputs_give_equal_bits() -> None:

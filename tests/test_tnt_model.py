@@ -81,10 +81,12 @@ def by_loops(model: TNT, x: Tensor) -> Tensor:
     config = model.config
     fine = model.conv(x)[0]  # (c, gy, gx)
     grid = model.grid_of(x.shape[2:])
-    k, s = config.axes(1, "kernel"), config.axes(1, "stride")
+    k, s, p, d = (config.axes(1, name)[0] for name in ("kernel", "stride", "padding", "dilation"))
+    fine = torch.nn.functional.pad(fine, (p, p, p, p))
+    reach = d * (k - 1) + 1
     inner, outer = [], []
     for row, column in itertools.product(*map(range, grid)):
-        window = fine[:, row * s[0] : row * s[0] + k[0], column * s[1] : column * s[1] + k[1]]
+        window = fine[:, row * s : row * s + reach : d, column * s : column * s + reach : d]
         tokens = window.flatten(1).t() + model.positions[0]
         inner.append(tokens[None])
         stem = model.stems[0]
@@ -104,8 +106,10 @@ def by_loops(model: TNT, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("projection", ["token", "window"])
 @pytest.mark.parametrize("fusion", ["add", "replace", "raw"])
-def test_a_model_is_its_windows_one_by_one(fusion: str, projection: str) -> None:
-    coarse = {"width": 48, "depth": 2, "heads": 2, "kernel": 2, "stride": 1, "fusion": fusion}
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_a_model_is_its_windows_one_by_one(dilation: int, fusion: str, projection: str) -> None:
+    window = {"kernel": 2, "stride": 1, "padding": dilation - 1, "dilation": dilation}
+    coarse = {"width": 48, "depth": 2, "heads": 2, "fusion": fusion, **window}
     model = build(FINE, coarse, dims=2, projection=projection).eval()
     x = scan(1, 1, 7, 9)
     torch.testing.assert_close(model.forward_features(x).patches, by_loops(model, x))
@@ -119,6 +123,21 @@ def test_raw_fusion_has_no_linear_layer_and_replace_no_embedding() -> None:
     linear = 48 * 48 + 48
     assert count("add") - count("replace") == 2 * 48 + linear + 2 * 48  # the stem: norm, linear, norm
     assert count("add") - count("raw") == 3 * linear + 4 * 48 - 2 * 12
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_four_levels_each_with_its_own_window_and_fusion(dims: int) -> None:
+    levels = (
+        {"width": 6, "depth": 1, "heads": 1, "kernel": 3, "stride": 1, "padding": 2, "dilation": 2},
+        {"width": 12, "depth": 2, "heads": 2, "kernel": 2, "stride": 2, "fusion": "replace"},
+        {"width": 24, "depth": 1, "heads": 4, "kernel": 2, "stride": 1, "dilation": 3},
+        {"width": 24 * 2**dims, "depth": 2, "heads": 2, "kernel": 2, "stride": 1, "padding": 1, "fusion": "raw"},
+    )
+    model = build(*levels, dims=dims)
+    out = model.forward_features(scan(1, 1, *[9] * dims))
+    assert out.grid == (2,) * dims
+    out.patches.sum().backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
 def test_depths_may_differ_and_are_interleaved_evenly() -> None:
@@ -216,6 +235,7 @@ def test_weights_of_another_model_are_refused_by_name() -> None:
         ({"fusion": "mix"}, "level 1: fusion='mix' must be one of add, replace, raw"),
         ({"heads": 5}, "level 1: heads=5 must divide width=24; use 4 or 6"),
         ({"kernel": (2, 2)}, r"level 1: kernel=\(2, 2\) must be one number or 3"),
+        ({"kernel": 2.0}, r"level 1: kernel=2.0 must be one number or 3"),
         ({"stride": 0}, "level 1: stride=0 must be a whole number of at least 1"),
         ({"padding": 2}, "level 1: padding=2 must be below the window's reach of 2"),
         ({"fusion": "raw"}, "level 1: width=24 must be 96 with fusion='raw': 8 tokens of 12 channels"),
@@ -232,6 +252,14 @@ def test_impossible_levels_are_refused_by_number(change: dict[str, Any], message
     ("change", "message"),
     [
         ({"levels": (TNTLevel(**FINE),)}, "levels has 1 entries; it must have at least 2"),
+        (
+            {"levels": (FINE, MIDDLE | {"fusions": "raw"})},
+            "level 1: fusions is unknown; a level has width, depth, heads",
+        ),
+        ({"levels": (FINE, {"depth": 2})}, "level 1: width is missing"),
+        ({"levels": (FINE, 24)}, "level 1: 24 must be a TNTLevel"),
+        ({"norm_eps": 0.0}, "norm_eps=0.0 must be above 0"),
+        ({"position_grid": (8, 8)}, r"position_grid=\(8, 8\) must be one number of at least 1, or 3"),
         ({"dims": 4}, "dims=4 must be 2 or 3"),
         ({"attention": "linear"}, "attention='linear' must be one of performer, nystrom, softmax, disentangled"),
         ({"dropout": 1.0}, "dropout=1.0 must be at least 0 and below 1"),
@@ -249,6 +277,8 @@ def test_inputs_that_do_not_fit_are_refused_by_level() -> None:
         ValueError, match=r"level 2: a window reaching over 2 tokens of level 1 does not fit the grid \(1, 4, 4\)"
     ):
         model(scan(1, 1, 5, 16, 16))
+    with pytest.raises(ValueError, match=r"size=\(8, 8\) must have 3 axes"):
+        model.grid_of((8, 8))
     with pytest.raises(ValueError, match=r"x of shape \(1, 2, 8, 8, 8\).*\(B, 1, Z, Y, X\)"):
         model(scan(1, 2, 8, 8, 8))
     with pytest.raises(ValueError, match=r"must be floating point \(B, 1, Z, Y, X\)"):

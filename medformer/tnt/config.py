@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Literal, cast
 
 from medformer.tnt.windows import window_grid
 
@@ -82,7 +82,7 @@ class TNTConfig:
     """Of the random features; weights follow torch's own generator."""
 
     def __post_init__(self) -> None:
-        levels = tuple(TNTLevel(**level) if isinstance(level, dict) else level for level in self.levels)
+        levels = tuple(_level(index, level) for index, level in enumerate(self.levels))
         object.__setattr__(self, "levels", levels)
         _check(self.dims in (2, 3), f"dims={self.dims} must be 2 or 3")
         _check(len(levels) >= 2, f"levels has {len(levels)} entries; it must have at least 2, the finest first")
@@ -94,6 +94,11 @@ class TNTConfig:
             )
         for name in ("dropout", "drop_path"):
             _check(0.0 <= getattr(self, name) < 1.0, f"{name}={getattr(self, name)} must be at least 0 and below 1")
+        _check(self.norm_eps > 0.0, f"norm_eps={self.norm_eps} must be above 0")
+        _check(
+            len(self.base_grid) == self.dims and all(isinstance(size, int) and size >= 1 for size in self.base_grid),
+            f"position_grid={self.position_grid} must be one number of at least 1, or {self.dims}, one per axis",
+        )
         for index in range(len(levels)):
             self._check_level(index)
         _check(
@@ -129,6 +134,8 @@ class TNTConfig:
             ValueError: a window does not fit; names the level.
         """
         found, grid = [], tuple(size)
+        if len(grid) != self.dims:
+            raise ValueError(f"TNT: size={grid} must have {self.dims} axes")
         for index in range(len(self.levels)):
             geometry = (self.axes(index, name) for name in ("kernel", "stride", "padding", "dilation"))
             grid = window_grid(index, grid, *geometry)
@@ -151,9 +158,12 @@ class TNTConfig:
                 f"{at}heads={level.heads} must divide width={level.width}; use {' or '.join(map(str, choice))}",
             )
         for name, least in (("kernel", 1), ("stride", 1), ("padding", 0), ("dilation", 1)):
-            axes = self.axes(index, name)
-            _check(len(axes) == self.dims, f"{at}{name}={axes} must be one number or {self.dims}, one per axis")
-            for value in axes:
+            given = getattr(level, name)
+            _check(
+                isinstance(given, int) or (isinstance(given, (tuple, list)) and len(given) == self.dims),
+                f"{at}{name}={given!r} must be one number or {self.dims}, one per axis",
+            )
+            for value in self.axes(index, name):
                 _check_int(at, name, value, least)
         for kernel, padding, dilation in zip(
             *(self.axes(index, name) for name in ("kernel", "padding", "dilation")), strict=True
@@ -164,7 +174,9 @@ class TNTConfig:
                 "a window must see something",
             )
         _check(
-            math.isfinite(level.mlp_ratio) and round(level.width * level.mlp_ratio) >= 1,
+            isinstance(level.mlp_ratio, (int, float))
+            and math.isfinite(level.mlp_ratio)
+            and round(level.width * level.mlp_ratio) >= 1,
             f"{at}mlp_ratio={level.mlp_ratio} must leave at least one hidden channel at width={level.width}",
         )
         _check(level.fusion in FUSIONS, f"{at}fusion={level.fusion!r} must be one of {', '.join(FUSIONS)}")
@@ -177,6 +189,18 @@ class TNTConfig:
                 f"{at}width={level.width} must be {width} with fusion='raw': {self.window(index)} tokens of "
                 f"{self.levels[index - 1].width} channels end to end",
             )
+
+
+def _level(index: int, level: object) -> TNTLevel:
+    """A level of a `TNTConfig`, which a configuration file gives as a mapping."""
+    if isinstance(level, Mapping):
+        names = [field.name for field in fields(TNTLevel)]
+        unknown = ", ".join(sorted(map(str, level.keys() - set(names))))
+        _check(not unknown, f"level {index}: {unknown} is unknown; a level has {', '.join(names)}")
+        _check("width" in level, f"level {index}: width is missing")
+        level = TNTLevel(**level)
+    _check(isinstance(level, TNTLevel), f"level {index}: {level!r} must be a TNTLevel")
+    return cast(TNTLevel, level)
 
 
 def _check(holds: bool, message: str) -> None:

@@ -224,10 +224,8 @@ def _backward(block: _Block, x: Tensor, dout: Tensor, first: int, kept: Kept, su
 
 def _linear_backward(block: _Block, name: str, dy: Tensor, x: Tensor, sums: dict[str, Tensor]) -> Tensor:
     weight = getattr(block.w, f"{name}_weight")
-    dy_rows, x_rows = dy.flatten(0, 1), x.flatten(0, 1)
-    # The longer axis of the result last: that way round oneDNN is twice as fast.
-    wide = dy.shape[-1] > x.shape[-1]
-    sums[f"{name}_weight"] += product(dy_rows.t(), x_rows) if wide else product(x_rows.t(), dy_rows).t()
+    dy_rows = dy.flatten(0, 1)
+    sums[f"{name}_weight"] += product(dy_rows.t(), x.flatten(0, 1))
     if f"{name}_bias" in sums:
         sums[f"{name}_bias"] += dy_rows.sum(0, dtype=sums[f"{name}_bias"].dtype)
     return product(dy_rows, weight).view(x.shape)

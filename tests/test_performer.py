@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from medformer_kernels import (
+    _products,
     default_num_features,
     orthogonal_features,
     performer_attention,
@@ -99,8 +100,10 @@ def test_reference_is_the_definition(eps, masked):
 @pytest.mark.parametrize("keys", [1, 63, 130])
 @pytest.mark.parametrize("eps", [0.0, 1e-3])
 @pytest.mark.parametrize("masked", [False, True])
-def test_chunked_path_matches_reference_in_float64(monkeypatch, queries, keys, eps, masked):
-    monkeypatch.setattr(chunked, "_TILE_VALUES", 48 * 4 * 20)  # chunks of 20 tokens
+@pytest.mark.parametrize("by_head", [False, True])
+def test_chunked_path_matches_reference_in_float64(monkeypatch, queries, keys, eps, masked, by_head):
+    monkeypatch.setattr(chunked, "_TILE_VALUES", 48 * (1 if by_head else 4) * 20)  # chunks of 20 tokens
+    monkeypatch.setattr(chunked, "worth_a_call", lambda *_: by_head)
     q, k, v = inputs(queries=queries, keys=keys)
     omega = orthogonal_features(48, 16, heads=2, dtype=torch.float64)
     mask = padding(2, keys) if masked else None
@@ -108,6 +111,20 @@ def test_chunked_path_matches_reference_in_float64(monkeypatch, queries, keys, e
     actual = outputs_and_gradients(performer_attention, q, k, v, omega, key_padding_mask=mask, eps=eps)
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_error_of_large_heads_is_at_most_twice_that_of_plain_pytorch():
+    """Where their products are oneDNN's."""
+    q, k, v = inputs(heads=1, queries=600, keys=700, width=64, dtype=torch.float32)
+    omega = orthogonal_features(64, 64)
+    assert chunked.worth_a_call(600, 64, 64) == _products._ONEDNN
+    mask = padding(2, 700)
+    plain = outputs_and_gradients(performer_attention_reference, q, k, v, omega, key_padding_mask=mask)
+    out = outputs_and_gradients(performer_attention, q, k, v, omega, key_padding_mask=mask)
+    exact_inputs = (x.detach().double().requires_grad_() for x in (q, k, v))
+    exact = outputs_and_gradients(performer_attention_reference, *exact_inputs, omega.double(), key_padding_mask=mask)
+    for a, b, c in zip(out, plain, exact, strict=True):
+        assert (a - c).norm() <= 2 * (b - c).norm()
 
 
 def test_gradients_match_finite_differences():

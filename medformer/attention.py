@@ -135,6 +135,9 @@ class SelfAttention(nn.Module):
 
     def _split(self, x: Tensor, rotary: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(B, N, C) to three strided (B, H, N, D) views of one buffer."""
+        if x.ndim != 3 or x.shape[2] != self.qkv.in_features:
+            width = self.qkv.in_features
+            raise ValueError(f"{type(self).__name__}: x has shape {tuple(x.shape)}; it must be (B, N, {width})")
         batch, tokens, _ = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.heads, self.head_width)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)

@@ -367,6 +367,11 @@ def test_autocast_takes_its_dtype_and_keeps_the_inverse_in_float32() -> None:
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no landmarks": ({"num_landmarks": 0}, "num_landmarks=0 must be at least 1"),
+    "half a landmark": ({"num_landmarks": 2.5}, "num_landmarks=2.5 must be at least 1, and whole"),
+    "integer convolution": (
+        {"num_landmarks": 2, "conv_weight": torch.ones(3, 3, dtype=torch.int64)},
+        "conv_weight is torch.int64; it must be a floating-point tensor",
+    ),
     "negative landmarks": ({"num_landmarks": -3}, "num_landmarks=-3 must be at least 1"),
     "nothing chosen": ({}, "exactly one of num_landmarks"),
     "two choices": ({"num_landmarks": 2, "grid": (3, 4), "landmark_grid": (1, 2)}, "exactly one of num_landmarks"),
@@ -407,5 +412,7 @@ def test_tensors_that_disagree_are_refused() -> None:
         nystrom_attention(q, k.float(), v, num_landmarks=2)
     with pytest.raises(ValueError, match="v has shape"):
         nystrom_attention(q, k, v[:, :, 1:], num_landmarks=2)
+    with pytest.raises(ValueError, match=r"q has shape \(2, 3, 12, 0\); its width must be at least 1"):
+        nystrom_attention(q[..., :0], k[..., :0], v, num_landmarks=2)
     with pytest.raises(ValueError, match="k has 11 tokens and q has 12"):
         nystrom_attention(q, k[:, :, 1:], v[:, :, 1:], num_landmarks=2)

@@ -399,6 +399,7 @@ OMEGA = orthogonal_features(8, 16)
     ("change", "message"),
     [
         ({"q": torch.zeros(2, 3, 4)}, r"q has shape \(2, 3, 4\)"),
+        ({"q": torch.zeros(2, 2, 3, 0), "k": torch.zeros(2, 2, 5, 0)}, r"q has .*; its width must be at least 1"),
         ({"k": torch.zeros(2, 2, 5, 8)}, r"k has shape \(2, 2, 5, 8\)"),
         ({"v": torch.zeros(2, 2, 6, 24)}, r"v has shape \(2, 2, 6, 24\)"),
         ({"v": torch.zeros(2, 2, 5, 24, dtype=torch.float16)}, "v is torch.float16 on cpu but q is torch.float32"),

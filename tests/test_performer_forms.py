@@ -232,6 +232,22 @@ def test_approximation_error_is_the_distance_to_exact_attention(causal):
     assert error.shape == (2, 4)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"draws": 0}, "draws=0 must be at least 1"),
+        ({"queries": 0}, "queries=0 must be at least 1"),
+        ({"num_features": 0}, "num_features=0 must be at least 1"),
+        ({"feature": "elu"}, "approximation_error: feature='elu' must be one of"),
+        ({"v": torch.zeros(2, 4, 6, 8, dtype=torch.float64)}, "approximation_error: v has shape"),
+    ],
+)
+def test_bad_arguments_of_approximation_error_are_named(change, message):
+    q, k, v = (x.detach() for x in inputs(9, kv_heads=4, width_v=8))
+    with pytest.raises(ValueError, match=message):
+        approximation_error(**{"q": q, "k": k, "v": v, **change})
+
+
 def test_approximation_error_falls_with_more_features_and_holds_few_queries():
     q, k, v = (x.detach() for x in inputs(300, batch=1, std=0.5, dtype=torch.float32))
     few, many = (approximation_error(q, k, v, num_features=m, queries=20).mean() for m in (16, 1024))

@@ -196,6 +196,11 @@ def gated() -> nn.Module:
     return attention
 
 
+def test_tokens_of_another_width_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"PerformerAttention: x has shape \(2, 5, 16\); it must be \(B, N, 24\)"):
+        PerformerAttention(24, 3)(torch.zeros(2, 5, 16))
+
+
 def test_masks_that_favor_cannot_take_are_refused():
     model = swapped(nn.ModuleList([TimmAttention(), nn.MultiheadAttention(24, 3)]), num_features=16)
     x = tokens(2, 5, 24, dtype=torch.float32)

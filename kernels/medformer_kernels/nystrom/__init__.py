@@ -195,6 +195,8 @@ def _prepare(
             fail(f"{name} is {x.dtype} on {x.device} but q is {q.dtype} on {q.device}; they must agree")
         if x.shape[2] == 0:
             fail(f"{name} has no token; it must have at least 1")
+        if x.shape[3] == 0:
+            fail(f"{name} has shape {tuple(x.shape)}; its width must be at least 1")
     if k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3]:
         fail(f"k has shape {tuple(k.shape)}; with q {tuple(q.shape)} it must be (B, H, S, D) of the same B, H and D")
     if v.shape[:3] != k.shape[:3]:
@@ -231,8 +233,8 @@ def _prepare(
         if (*q_landmarks.shape[:2], q_landmarks.shape[3]) != (*q.shape[:2], q.shape[3]):
             fail(f"q_landmarks has shape {tuple(q_landmarks.shape)}; with q {tuple(q.shape)} it must be (B, H, L, D)")
     elif num_landmarks is not None:
-        if num_landmarks < 1:
-            fail(f"num_landmarks={num_landmarks} must be at least 1")
+        if num_landmarks < 1 or num_landmarks != int(num_landmarks):
+            fail(f"num_landmarks={num_landmarks} must be at least 1, and whole")
         if grid is not None and conv_weight is None:
             fail("grid is of no use with num_landmarks and no conv_weight; give landmark_grid for means over blocks")
         blocks = (1, 1, min(num_landmarks, inner))
@@ -259,6 +261,8 @@ def _prepare(
             fail("conv_weight over a volume needs grid, the tokens by axis")
         if any(size % 2 == 0 for size in conv_weight.shape[1:]):
             fail(f"conv_weight has shape {tuple(conv_weight.shape)}; its sizes must be odd, so that it has a centre")
+        if not conv_weight.is_floating_point():
+            fail(f"conv_weight is {conv_weight.dtype}; it must be a floating-point tensor")
         if conv_weight.device != q.device:
             fail(f"conv_weight is on {conv_weight.device} but q is on {q.device}; move it there")
         conv_weight = conv_weight[:, None, None] if along else conv_weight

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from medformer_kernels.performer.arguments import shared_heads
+from medformer_kernels.performer.arguments import check, shared_heads
 from medformer_kernels.performer.reference import default_num_features, orthogonal_features
 
 if TYPE_CHECKING:
@@ -45,14 +45,21 @@ def approximation_error(
     from medformer_kernels.performer import performer_attention  # which imports this file
 
     exact_dtype = torch.promote_types(q.dtype, torch.float32)
+    for name, number in (("draws", draws), ("queries", queries)):
+        if number < 1:
+            raise ValueError(f"approximation_error: {name}={number} must be at least 1")
     if omega is None:
-        num_features = num_features or default_num_features(q.shape[-1])
+        num_features = default_num_features(q.shape[-1]) if num_features is None else num_features
         omegas = [
             orthogonal_features(num_features, q.shape[-1], seed=seed, device=q.device, dtype=exact_dtype)
             for seed in range(draws)
         ]
     else:
         omegas = [omega]
+    check(
+        q, k, v, omegas[0], causal=causal, key_padding_mask=key_padding_mask, cu_seqlens=None, feature=feature, eps=0.0,
+        function="approximation_error",
+    )  # fmt: skip
     chosen = torch.linspace(0, q.shape[2] - 1, min(queries, q.shape[2]), device=q.device).round().long()
     with torch.autocast(q.device.type, enabled=False):
         exact = _exact_attention(q, k, v, chosen, causal, key_padding_mask, exact_dtype)

@@ -50,6 +50,8 @@ def check(
             fail(f"{name} is {x.dtype}; it must be a floating-point tensor")
         if x.dtype != q.dtype or x.device != q.device:
             fail(f"{name} is {x.dtype} on {x.device} but q is {q.dtype} on {q.device}; they must agree")
+    if q.shape[3] == 0:
+        fail(f"q has shape {tuple(q.shape)}; its width must be at least 1")
     if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
         fail(f"k has shape {tuple(k.shape)}; with q {tuple(q.shape)} it must be (B, H, S, D) of the same B and D")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:

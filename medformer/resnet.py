@@ -6,9 +6,10 @@ Shape legend: B batch, Cin image channels, C channels of the last stage, N place
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -214,7 +215,7 @@ class ResNet(nn.Module):
             after = real_at(step)
             for block in stage:  # type: ignore[attr-defined]
                 if self.checkpoint_activations and self.training and torch.is_grad_enabled():
-                    x = checkpoint(block, x, before, after, use_reentrant=False)
+                    x = _checkpointed(block, x, before, after)
                 else:
                     x = block(x, before, after)
                 before = after
@@ -302,6 +303,28 @@ def _norm(config: ResNetConfig, width: int) -> nn.Module:
     if config.norm == "group":
         return nn.GroupNorm(_GROUPS, width)
     return nn.BatchNorm2d(width) if config.dims == 2 else nn.BatchNorm3d(width)
+
+
+def _checkpointed(block: nn.Module, *inputs: Tensor | None) -> Tensor:
+    """The block, of which backward computes all but the inputs again, without counting the batch again."""
+    # A compiled block is a function of its statistics, which changes them once, and dynamo takes no such context.
+    compiling = torch.compiler.is_compiling()
+    more: Any = {} if compiling else {"context_fn": lambda: (nullcontext(), _counting_nothing(block))}
+    return cast(Tensor, checkpoint(block, *inputs, use_reentrant=False, **more))
+
+
+@contextmanager
+def _counting_nothing(block: nn.Module) -> Iterator[None]:
+    norms = [norm for norm in block.modules() if isinstance(norm, nn.BatchNorm2d | nn.BatchNorm3d)]
+    kept = [(norm.momentum, cast(Tensor, norm.num_batches_tracked).clone()) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, (momentum, batches) in zip(norms, kept, strict=True):
+            norm.momentum = momentum
+            cast(Tensor, norm.num_batches_tracked).copy_(batches)
 
 
 def _normed(norm: nn.Module, x: Float[Tensor, "B C *grid"], real: Bool[Tensor, "B 1 *grid"] | None) -> Tensor:

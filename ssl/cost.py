@@ -60,6 +60,8 @@ class Machine:
     """Share of the peak that a step reaches; small models reach less."""
     latency: float = 20e-6
     """Seconds of a small exchange between two neighbours."""
+    occupied: float = 0.0
+    """Bytes that a process takes before there is a model."""
 
 
 MACHINES = (
@@ -163,14 +165,15 @@ def estimate(
         exposed = max(sent / link - compute, share * work.largest / link)
     exposed = exposed + work.exchanges * machine.latency * math.log2(gpus) if gpus > 1 else 0.0
     parts = held | {"kept for backward": work.kept}
-    return Estimate(compute=compute, exposed=exposed, sent=sent, memory=1.1 * sum(parts.values()), parts=parts)
+    memory = machine.occupied + 1.1 * sum(parts.values())
+    return Estimate(compute=compute, exposed=exposed, sent=sent, memory=memory, parts=parts)
 
 
-def here(work: Counted, seconds: float) -> Machine:
+def here(work: Counted, seconds: float, occupied: float) -> Machine:
     """This machine, by a micro-batch that took `seconds`: two processes, each as fast as the one, over loopback."""
     return Machine(
         name="this machine", peak=work.operations / seconds, memory=math.inf, inside=_LOOPBACK, between=_LOOPBACK,
-        gpus=2, reached=1.0, latency=1.7e-3,
+        gpus=2, reached=1.0, latency=1.7e-3, occupied=occupied,
     )  # fmt: skip
 
 

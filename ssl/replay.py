@@ -25,6 +25,7 @@ __all__ = ["dry_run", "run", "save"]
 
 _FORMAT = "medformer-replay-1"
 _TIMED = 3  # steps of a dry run, after one that is not counted
+_LONG_S = 60.0  # a first step that takes longer is the only one
 
 
 def save(
@@ -98,6 +99,7 @@ def _watch(method: Any) -> list[str]:
 def dry_run(config: TrainConfig, device: torch.device) -> int:
     """Parameters, memory and time a step of the network on this machine, on random voxels; reads no data."""
     torch.manual_seed(config.seed)
+    occupied = _most_memory(device)
     method = methods.make(config, "").to(device)
     optimiser = make_optimiser(method.student, config.optim)
     autocast = torch.autocast(
@@ -108,14 +110,14 @@ def dry_run(config: TrainConfig, device: torch.device) -> int:
     groups = [(cuts.global_views, cuts.global_size), (cuts.local_views, cuts.local_size)]
     shapes = [(count * config.batch_size, 1, *size) for count, size in groups if count]
     views = [_fitting(torch.randn(shape, device=device), config) for shape in shapes]
-    if method.look_steps:
+    for _ in range(method.look_steps):
         with autocast:
-            method.look(views)
-        method.start()
+            method.look([torch.randn_like(v) for v in views])
+    method.start()
     trained = sum(p.numel() for p in method.student.parameters())
     print(f"{config.method}, --size {config.size}, {config.precision} on {device}")
     print(f"parameters: {methods.parameters_of(method) / 1e6:.2f} M, {trained / 1e6:.2f} M with its head")
-    print("views a step: " + ", ".join("x".join(map(str, shape)) for shape in shapes))
+    print("views a step: " + ", ".join("x".join(map(str, shape)) for shape in shapes), flush=True)
     method.train()
     work = None
     if config.gpus:
@@ -139,18 +141,26 @@ def dry_run(config: TrainConfig, device: torch.device) -> int:
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.monotonic() - began)
+        if times[0] > _LONG_S:
+            break
     if not math.isfinite(loss.item()):
         raise UserError(f"--dry_run: the loss on random voxels is {loss.item()}; lower --optim.lr or use fp32")
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(device)
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    seconds = sorted(times[1:])[_TIMED // 2]
-    kind = "of the GPU" if device.type == "cuda" else "of this process"
-    print(f"memory: {memory / 2**30:.2f} GiB {kind} at most")
-    print(f"time: {seconds:.2f} s a step, {seconds * config.steps / 3600:.1f} h for {config.steps} steps, without data")
+    seconds = sorted(times[1:] or times)[len(times[1:]) // 2]
+    kind = "of the GPU" if device.type == "cuda" else f"of this process, {occupied / 2**30:.2f} of it before the model"
+    print(f"memory: {_most_memory(device) / 2**30:.2f} GiB {kind}, at most")
+    print(
+        f"time: {seconds:.2f} s a step{'' if times[1:] else ' (the first, alone)'}, "
+        f"{seconds * config.steps / 3600:.1f} h for {config.steps} steps, without data"
+    )
     if work is not None:
-        scans, local = config.accumulate * config.batch_size, cost.here(work, seconds / config.accumulate)
+        scans, local = config.accumulate * config.batch_size, cost.here(work, seconds / config.accumulate, occupied)
         accumulate, parallel = config.accumulate, config.parallel
         print(cost.table(work, config.gpus, accumulate=accumulate, scans=scans, parallel=parallel, local=local))
     return 0
+
+
+def _most_memory(device: torch.device) -> int:
+    """Bytes at the worst moment so far: of a GPU's tensors, or of this process with all its libraries."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import resource
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 import dino
 import medformer
 import methods
+import replay
 import runs
 import settings
 import train
@@ -136,6 +138,25 @@ def test_accumulated_micro_batches_train_like_one_batch(trainer: Any, tmp_path: 
     a, b = (medformer.load(tmp_path / name / "backbone.safetensors") for name in ("whole", "halves"))
     for x, y in zip(a.parameters(), b.parameters(), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["dino", "byol", "igpt"])
+def test_a_dry_run_measures_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(replay, "_LONG_S", 0.0 if method == "byol" else 60.0)
+    crop = "--views.global_size=16x16x16" if method != "igpt" else "--views.global_size=12x12x12"
+    assert train.main([method, "--dry_run", "--gpus=4", "--batch_size=1", crop]) == 0
+    said = capsys.readouterr().out
+    assert ("s a step (the first, alone)," in said) is (method == "byol")
+    (line,) = (line for line in said.splitlines() if line.startswith("memory: "))
+    most, before = (float(part) for part in re.findall(r"\d+\.\d+", line))
+    assert most >= before > 0.1
+    predicted = [row.split() for row in said.splitlines() if row.startswith("this machine")]
+    assert [row[2] for row in predicted] == ["1", "2"]
+    assert before < float(predicted[0][-2]) < before + 2
+    assert list(tmp_path.iterdir()) == []
 
 
 BYOL = ["byol", "--views.local_views=0", "--byol.hidden=32", "--byol.projection=16"]

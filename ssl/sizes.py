@@ -55,7 +55,8 @@ _CROPS: dict[int, dict[str, dict[str, Any]]] = {
     },
 }  # fmt: skip
 # Images, of any size: a zoom is a share of the image, and views differ in grey values by less than scans' do, whose
-# untrained features they would swamp. Batch norm in the head and KoLeo are what keeps small sets from collapsing.
+# untrained features they would swamp; texture tells images apart, so neither noise nor blur (misc/LOG.md). Batch norm
+# in the head and KoLeo are what keeps small sets from collapsing.
 _IMAGES: dict[str, dict[str, Any]] = {
     "dino": {"dino.norm": "batch", "dino.koleo": 0.1, "dino.momentum": 0.996, "views.local_views": 0},
     "byol": {"byol.norm": "sync", "byol.koleo": 0.1, "byol.momentum": 0.996},
@@ -63,7 +64,7 @@ _IMAGES: dict[str, dict[str, Any]] = {
 }
 _IMAGE_VIEWS: dict[str, Any] = {
     "views.global_scale": (1.2, 2.0), "views.local_scale": (1.2, 2.0), "views.contrast": 0.2, "views.gamma": 0.2,
-    "views.noise": 0.05, "model.class_token": False,
+    "views.noise": 0.0, "views.blur": 0.0, "model.class_token": False,
 }  # fmt: skip
 # Tokens that are few enough for Image-GPT: 32^3 / 2^3 = 4096, 64^2 / 2^2 = 1024, and 48^2 / 3^2 = 256 in minutes.
 _SEQUENCES: dict[int, dict[str, Any]] = {

@@ -44,8 +44,8 @@ class Block(nn.Module):
         self.attention = attention
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = mlp
-        self.scale1 = None if layer_scale is None else nn.Parameter(torch.full((width,), layer_scale))
-        self.scale2 = None if layer_scale is None else nn.Parameter(torch.full((width,), layer_scale))
+        self.scale1 = None if layer_scale is None else nn.Parameter(torch.full((width,), float(layer_scale)))
+        self.scale2 = None if layer_scale is None else nn.Parameter(torch.full((width,), float(layer_scale)))
         self.drop_path = drop_path
 
     def forward(

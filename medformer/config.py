@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from medformer.checks import check, check_choice, check_number, check_switches, check_whole, is_whole
+
 __all__ = ["BackboneConfig"]
 
 
@@ -92,13 +94,11 @@ class BackboneConfig:
     """Of the random features of performer attention; the weights follow torch's own generator."""
 
     def __post_init__(self) -> None:
-        _check(self.dims in (2, 3), f"dims={self.dims} must be 2 or 3")
-        for name in ("in_channels", "width", "depth", "heads"):
-            _check_int(name, getattr(self, name), least=1)
-        _check_int("registers", self.registers, least=0)
-        _check_int("classes", self.classes, least=0)
-        _check_int("seed", self.seed, least=0)
-        _check(self.seed < 2**31, f"seed={self.seed} must be below 2**31")
+        check(self, is_whole(self.dims, 2) and self.dims <= 3, f"dims={self.dims!r} must be 2 or 3")
+        check_whole(self, 1, "in_channels", "width", "depth", "heads")
+        check_whole(self, 0, "registers", "classes", "seed")
+        check_switches(self, "patch_transposed", "class_token", "mask_token", "qk_norm")
+        check(self, self.seed < 2**31, f"seed={self.seed} must be below 2**31")
         for name, least in (
             ("patch_size", 1),
             ("patch_stride", 1),
@@ -106,7 +106,8 @@ class BackboneConfig:
             ("patch_dilation", 1),
         ):
             self._check_axes(name, least=least)
-        _check(
+        check(
+            self,
             all(p < d * (k - 1) + 1 for p, d, k in zip(self.padding, self.dilation, self.kernel, strict=True)),
             f"patch_padding={self.patch_padding} must be below the patch kernel: a patch must see a voxel",
         )
@@ -116,16 +117,14 @@ class BackboneConfig:
             divisors = [h for h in range(1, self.width + 1) if self.width % h == 0]
             near = [h for h in divisors if h < self.heads][-1:] + [h for h in divisors if h > self.heads][:1]
             choice = " or ".join(str(h) for h in near)
-            _check(False, f"heads={self.heads} must divide width={self.width}; use {choice}")
-        _check(
-            math.isfinite(self.mlp_ratio) and round(self.width * self.mlp_ratio) >= 1,
-            f"mlp_ratio={self.mlp_ratio} must leave at least one hidden channel at width={self.width}",
-        )
-        _check_choice("attention", self.attention, ("performer", "softmax", "nystrom", "hopfield", "disentangled"))
-        _check_choice("mlp", self.mlp, ("dense", "gated", "moe"))
-        _check_choice("position", self.position, ("learned", "sincos", "rotary", "none"))
+            check(self, False, f"heads={self.heads} must divide width={self.width}; use {choice}")
+        rule = f"leave at least one hidden channel at width={self.width}"
+        check_number(self, "mlp_ratio", rule, lambda ratio: round(self.width * ratio) >= 1)
+        check_choice(self, "attention", ("performer", "softmax", "nystrom", "hopfield", "disentangled"))
+        check_choice(self, "mlp", ("dense", "gated", "moe"))
+        check_choice(self, "position", ("learned", "sincos", "rotary", "none"))
         if self.stem is not None:
-            _check_choice("stem", self.stem, ("resnet18", "resnet34", "resnet50", "resnet101"))
+            check_choice(self, "stem", ("resnet18", "resnet34", "resnet50", "resnet101"))
         for name, least, owner, value in (
             ("num_features", 1, "attention", "performer"),
             ("num_landmarks", 1, "attention", "nystrom"),
@@ -134,52 +133,53 @@ class BackboneConfig:
             ("moe_every", 1, "mlp", "moe"),
         ):
             if getattr(self, name) is not None:
-                _check_int(name, getattr(self, name), least=least)
+                check_whole(self, least, name)
                 self._check_owner(name, owner, value)
         if self.capacity_factor is not None:
             self._check_owner("capacity_factor", "mlp", "moe")
-            _check(
-                math.isfinite(self.capacity_factor) and self.capacity_factor > 0,
-                f"capacity_factor={self.capacity_factor} must be above 0",
-            )
+            check_number(self, "capacity_factor", "be above 0", lambda factor: factor > 0)
+        for name in ("expert_dropout", "router_jitter", "drop_path"):
+            check_number(self, name, "be at least 0 and below 1", lambda share: 0 <= share < 1)
         for name in ("expert_dropout", "router_jitter"):
-            if getattr(self, name) != 0.0:
+            if getattr(self, name):
                 self._check_owner(name, "mlp", "moe")
-            _check(0.0 <= getattr(self, name) < 1.0, f"{name}={getattr(self, name)} must be at least 0 and below 1")
-        _check(
+        check(
+            self,
             self.mlp != "moe" or (self.moe_every or 2) <= self.depth,
             f"moe_every={self.moe_every or 2} must be at most depth={self.depth}, or no block has experts",
         )
         if self.stem_stages is not None:
-            _check(self.stem is not None, f"stem_stages={self.stem_stages} needs a stem, for example stem='resnet18'")
-            _check_int("stem_stages", self.stem_stages, least=1)
-            _check(self.stem_stages <= 4, f"stem_stages={self.stem_stages} must be at most 4")
+            needs = f"stem_stages={self.stem_stages} needs a stem, for example stem='resnet18'"
+            check(self, self.stem is not None, needs)
+            check_whole(self, 1, "stem_stages")
+            check(self, self.stem_stages <= 4, f"stem_stages={self.stem_stages} must be at most 4")
         if self.position_grid is not None:
             self._check_owner("position_grid", "position", "learned")
-        _check(
+        check(
+            self,
             self.position != "sincos" or self.width >= 2 * self.dims,
             f"width={self.width} must be at least {2 * self.dims} with position='{self.position}'",
         )
         if self.position == "rotary":
             head_width = self.width // self.heads
-            _check(
+            check(
+                self,
                 head_width >= 2 * self.dims,
                 f"heads={self.heads} leaves {head_width} channels to a head; position='rotary' needs {2 * self.dims}",
             )
-            _check(
+            check(
+                self,
                 self.attention != "disentangled",
                 "position='rotary' has no place in attention='disentangled', which has positions of its own; "
                 "use learned, sincos or none",
             )
-        _check(
+        check(
+            self,
             not (self.qk_norm and self.attention == "disentangled"),
             "qk_norm=True has no place in attention='disentangled', whose positions are projected as its content is",
         )
-        _check(0.0 <= self.drop_path < 1.0, f"drop_path={self.drop_path} must be at least 0 and below 1")
-        _check(
-            self.layer_scale is None or (math.isfinite(self.layer_scale) and self.layer_scale > 0),
-            f"layer_scale={self.layer_scale} must be above 0, or None",
-        )
+        if self.layer_scale is not None:
+            check_number(self, "layer_scale", "be above 0, or None", lambda scale: scale > 0)
 
     @property
     def kernel(self) -> tuple[int, ...]:
@@ -221,7 +221,7 @@ class BackboneConfig:
     def _check_owner(self, name: str, owner: str, value: str) -> None:
         """`name` has a meaning only where the field `owner` is `value`."""
         found = getattr(self, owner)
-        _check(found == value, f"{name}={getattr(self, name)} needs {owner}='{value}', not '{found}'")
+        check(self, found == value, f"{name}={getattr(self, name)} needs {owner}='{value}', not '{found}'")
 
     def _axes(self, value: int | tuple[int, ...]) -> tuple[int, ...]:
         return (value,) * self.dims if isinstance(value, int) else value
@@ -232,25 +232,10 @@ class BackboneConfig:
             value = tuple(value)
             object.__setattr__(self, name, value)
         if isinstance(value, tuple):
-            _check(
+            check(
+                self,
                 len(value) == self.dims,
                 f"{name}={value} must be one number or {self.dims} numbers, one per axis (dims={self.dims})",
             )
         for number in value if isinstance(value, tuple) else (value,):
-            _check_int(name, number, least=least)
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(f"BackboneConfig: {message}")
-
-
-def _check_int(name: str, value: object, *, least: int) -> None:
-    _check(
-        isinstance(value, int) and not isinstance(value, bool) and value >= least,
-        f"{name}={value!r} must be a whole number of at least {least}",
-    )
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    _check(value in choices, f"{name}={value!r} must be one of {', '.join(choices)}")
+            check(self, is_whole(number, least), f"{name}={number!r} must be a whole number of at least {least}")

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from medformer.checks import check, check_choice, check_whole, is_whole
 from medformer.codebook import Codebook, morton_order
 from medformer.expire_span import ExpireSpanAttention
 from medformer_kernels import default_num_features, orthogonal_features, performer_attention
@@ -65,27 +66,37 @@ class ImageGPTConfig:
 
     def __post_init__(self) -> None:
         for name in ("grid", "patch"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("vocabulary", "width", "depth", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"ImageGPTConfig: {name}={getattr(self, name)} must be at least 1")
-        if len(self.grid) not in (2, 3) or len(self.grid) != len(self.patch) or min(*self.grid, *self.patch) < 1:
-            raise ValueError(
-                f"ImageGPTConfig: grid={self.grid} and patch={self.patch} must have 2 or 3 axes each, all at least 1"
+            axes = getattr(self, name)
+            axes = tuple(axes) if isinstance(axes, list | tuple) else ()
+            check(
+                self,
+                len(axes) in (2, 3) and all(is_whole(n, 1) for n in axes),
+                f"{name}={getattr(self, name)!r} must be 2 or 3 whole numbers of at least 1, one per axis",
             )
-        if self.width % self.heads:
-            raise ValueError(f"ImageGPTConfig: heads={self.heads} must divide width={self.width}")
-        choices = {
-            "attention": ("performer", "softmax", "expire_span"),
-            "order": ("raster", "morton"),
-            "objective": ("autoregressive", "bert"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"ImageGPTConfig: {name}={getattr(self, name)!r} must be one of {', '.join(allowed)}")
-
-        if self.attention == "expire_span" and self.objective == "bert":
-            raise ValueError("ImageGPTConfig: attention='expire_span' is causal; objective='bert' needs another")
+            object.__setattr__(self, name, axes)
+        check(
+            self,
+            len(self.grid) == len(self.patch),
+            f"grid={self.grid} and patch={self.patch} must have as many axes as each other",
+        )
+        check_whole(self, 2, "vocabulary")
+        check_whole(self, 1, "width", "depth", "heads")
+        check_whole(self, 0, "seed")
+        check(self, self.width % self.heads == 0, f"heads={self.heads} must divide width={self.width}")
+        check_choice(self, "attention", ("performer", "softmax", "expire_span"))
+        check_choice(self, "order", ("raster", "morton"))
+        check_choice(self, "objective", ("autoregressive", "bert"))
+        check(self, isinstance(self.scale, str), f"scale={self.scale!r} must be text, such as 'HU / 500'")
+        for name, owner in (("num_features", "performer"), ("max_span", "expire_span")):
+            if getattr(self, name) is not None:
+                check_whole(self, 1, name)
+                needs = f"{name}={getattr(self, name)} needs attention='{owner}', not '{self.attention}'"
+                check(self, self.attention == owner, needs)
+        check(
+            self,
+            self.attention != "expire_span" or self.objective != "bert",
+            "attention='expire_span' is causal; objective='bert' needs another",
+        )
 
     @property
     def dims(self) -> int:

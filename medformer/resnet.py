@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from medformer.checks import check, check_choice, check_whole
 from medformer.features import Features, layers_of, split_tokens, whole_mask
 
 if TYPE_CHECKING:
@@ -56,20 +57,15 @@ class ResNetConfig:
         choices = {"dims": (2, 3), "depth": tuple(BLOCKS), "stages": (1, 2, 3, 4), "norm": ("group", "batch"),
                    "shortcut": ("conv", "pad"), "output_stride": (8, 16, 32)}  # fmt: skip
         for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"ResNetConfig: {name}={getattr(self, name)!r} must be one of {', '.join(map(str, known))}"
-                )
-        for name, least in (("in_channels", 1), ("base_width", 1), ("classes", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"ResNetConfig: {name}={value!r} must be a whole number of at least {least}")
-        if self.norm == "group" and self.base_width % _GROUPS:
-            raise ValueError(
-                f"ResNetConfig: base_width={self.base_width} must be a multiple of {_GROUPS} with norm='group'"
-            )
-        if self.classes and self.stages != 4:
-            raise ValueError(f"ResNetConfig: classes={self.classes} needs stages=4, not {self.stages}")
+            check_choice(self, name, known)
+        check_whole(self, 1, "in_channels", "base_width")
+        check_whole(self, 0, "classes")
+        check(
+            self,
+            self.norm == "batch" or self.base_width % _GROUPS == 0,
+            f"base_width={self.base_width} must be a multiple of {_GROUPS} with norm='group'",
+        )
+        check(self, not self.classes or self.stages == 4, f"classes={self.classes} needs stages=4, not {self.stages}")
 
     @property
     def expansion(self) -> int:

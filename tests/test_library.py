@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
+from beartype.door import is_bearable
 from torch import Tensor
 
 import medformer
-from medformer import Backbone, BackboneConfig, ResNetConfig, TNTConfig, TNTLevel
+from medformer import Backbone, BackboneConfig, ImageGPTConfig, ResNetConfig, TNTConfig, TNTLevel
 from medformer.attention import SelfAttention
 
 ATTENTIONS: dict[str, dict[str, Any]] = {
@@ -323,3 +325,38 @@ def test_rotary_leaves_class_and_register_tokens_alone() -> None:
 def test_impossible_config_is_refused_when_built(overrides: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^BackboneConfig: .*{message}"):
         BackboneConfig(**overrides)
+
+
+BASES: list[tuple[type, dict[str, Any]]] = [
+    (BackboneConfig, {"width": 24, "depth": 2, "heads": 2}),
+    (ResNetConfig, {}),
+    (ImageGPTConfig, {"grid": (4, 4), "patch": (1, 1)}),
+]
+MOE = ("experts", "moe_every", "capacity_factor", "expert_dropout", "router_jitter")
+OWNERS = {
+    "num_landmarks": {"attention": "nystrom"}, "hopfield_steps": {"attention": "hopfield"},
+    "max_span": {"attention": "expire_span"}, "num_features": {"attention": "performer"},
+    "stem_stages": {"stem": "resnet18"}, **{name: {"mlp": "moe"} for name in MOE},
+}  # fmt: skip
+WRONG = (None, "x", -1, 0, 1.5, 2.0, math.nan, math.inf, True, (), [], (1,), [2, 2, 2, 2], ("a", "b", "c"), {}, b"a")
+
+
+@pytest.mark.parametrize(("kind", "field"), [(k, f.name) for k, _ in BASES for f in dataclasses.fields(k)])
+def test_no_field_takes_what_it_cannot_use(kind: type, field: str) -> None:
+    hint = get_type_hints(kind)[field]
+    fits = lambda value: is_bearable(value, hint | int if is_bearable(0.5, hint) else hint)  # noqa: E731
+    taken, refusals = [], []
+    for value in WRONG:
+        options = dict(BASES)[kind] | OWNERS.get(field, {}) | {field: value}
+        try:
+            kind(**options)
+            taken.append(value)
+        except ValueError as error:
+            refusals.append(str(error))
+    assert [value for value in taken if not fits(value) or (value is True and hint is not bool)] == []
+    assert len(refusals) >= len(WRONG) // 2
+    assert [r for r in refusals if not r.startswith(f"{kind.__name__}: ") or field not in r or "\n" in r] == []
+
+
+def test_numbers_may_be_written_whole() -> None:
+    assert build("softmax", layer_scale=1, mlp_ratio=2, drop_path=0)(volume(1, 1, 4, 4, 4)).isfinite().all()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 import medformer
@@ -15,7 +14,7 @@ from igpt import Igpt, model_config
 from runs import UserError
 from settings import TrainConfig
 
-__all__ = ["Method", "make", "parameters_of"]
+__all__ = ["Method", "check", "make", "parameters_of"]
 
 
 class Method(Protocol):
@@ -64,12 +63,21 @@ class Method(Protocol):
     def load_state_dict(self, state_dict: Any) -> Any: ...
 
 
+def check(config: TrainConfig, ranks: int) -> None:
+    """UserError where a batch norm over all processes would see one scan alone."""
+    for method, norm, wanted in (("dino", config.dino.norm, "batch"), ("byol", config.byol.norm, "sync")):
+        if config.method == method and norm == wanted and config.batch_size * ranks < 2:
+            raise UserError(
+                f"--{method}.norm {norm} with 1 scan a step: BatchNorm needs 2 or more; raise --batch_size or use "
+                "another norm", 2,
+            )  # fmt: skip
+
+
 def make(config: TrainConfig, scale: str) -> Method:
     """The method that `config` names, with fresh weights from torch's generator.
 
     `scale` says what the voxels are ("HU / 500", "z-score"): part of what an Image-GPT's codebook has to fit.
     """
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
     if config.method == "igpt":
         shape = model_config(config.model, config.igpt, config.views.global_size, scale)
         method = Igpt(shape, config.igpt, config.seed)
@@ -80,11 +88,6 @@ def make(config: TrainConfig, scale: str) -> Method:
     cutmix, width = config.views.cutmix, config.model.width
     if config.method == "dino":
         return cast(Method, Dino(backbone, width, config.dino, config.steps, cutmix=cutmix))
-    if config.byol.norm == "sync" and config.batch_size * ranks < 2:
-        raise UserError(
-            "--byol.norm sync with 1 scan a step: BatchNorm needs 2 or more; raise --batch_size or use norm group",
-            2,
-        )
     # The target draws weights of its own; the random features follow the config's seed and are the same.
     target = medformer.build(config.model)
     return cast(Method, Byol(backbone, target, width, config.byol, config.steps, cutmix=cutmix))

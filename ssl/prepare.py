@@ -68,7 +68,7 @@ class DataConfig:
     runs/cache."""
     small: Literal["auto", "skip", "pad"] = "auto"
     """A scan below --views.global_size: skip it, or pad it by repeating its edge. auto: skip, but pad the built-in
-    scans."""
+    scans, unless all of them are."""
     labels: Literal["skip", "keep"] = "skip"
     """What looks like a label map lying among the scans (few whole numbers in large areas): skip it, or train on it
     too."""
@@ -165,6 +165,9 @@ def prepare(
             skipped.append((scan.name, reason))
         else:
             good.append(stored)
+    if config.small == "auto" and all(_too_small(s, views, False) for s in good):  # padding would be all there is
+        skipped += [(s.name, _too_small(s, views, False) or "") for s in good]
+        good = []
     if not good:
         raise UserError(_nothing_left(where, skipped))
     held = _held_out(good, views, min(config.held_out, len(good) - 1), seed)

@@ -98,6 +98,7 @@ def _watch(method: Any) -> list[str]:
 
 def dry_run(config: TrainConfig, device: torch.device) -> int:
     """Parameters, memory and time a step of the network on this machine, on random voxels; reads no data."""
+    methods.check(config, 1)
     torch.manual_seed(config.seed)
     occupied = _most_memory(device)
     method = methods.make(config, "").to(device)

@@ -102,7 +102,8 @@ class TrainConfig:
     """Optimiser steps between pictures (attention, or completions of Image-GPT) in pictures/ and TensorBoard; 0: one
     at the end."""
     dry_run: bool = False
-    """Only build the model, time a few steps on random voxels here, and print parameters, memory and seconds."""
+    """Only build the model, time a few steps on random voxels here (one, where it takes over a minute), and print
+    parameters, memory and seconds."""
     gpus: int = 0
     """With --dry_run: estimate a step on so many GPUs too (seconds, memory, bytes sent), from what a step here does and
     the assumptions of ssl/cost.py. 0: no."""
@@ -206,7 +207,8 @@ def _parser(network: str) -> _Parser:
         usage="python ssl/train.py [dino|byol|igpt] [--size S] [--config FILE] [--data.root DIR] [--resume RUN] ...",
         description="Pretrain a backbone on unlabelled scans or images. Without arguments: a run of about two minutes "
         "on the scans that come with the dependencies. On your own: --data.root DIR.",
-        epilog="Lists are written 24x32x32, 24,32,32 or [24, 32, 32]. "
+        epilog="Defaults are those of the method, --size, --network and --model.dims that stand before --help. "
+        "Lists are written 24x32x32, 24,32,32 or [24, 32, 32]. "
         "Several processes: torchrun --nproc-per-node 2 ssl/train.py ...",
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these settings; flags after it win.")
@@ -234,6 +236,10 @@ def parse(argv: list[str], saved: dict[str, Any] | None = None) -> TrainConfig:
         raise UserError(f"--network {chosen['network']} must be one of {', '.join(NETWORKS)}", 2)
     parser = _parser(chosen["network"])
     _known_flags(argv, parser)
+    if chosen["method"] in argv and {"-h", "--help"} & {*argv}:  # of a method by name: without the others' settings
+        for action in parser._actions:
+            if action.dest.split(".")[0] in {*METHODS} - {chosen["method"]}:
+                action.help = argparse.SUPPRESS
     if saved is not None:
         parser.set_defaults(flat(saved))
     else:

@@ -127,6 +127,7 @@ def _run(argv: list[str], rank: int, ranks: int) -> int:
             raise UserError(f"--out {config.out} with --resume {run}: a run goes on in its own folder; drop --out", 2)
     else:
         runs.check_free(config.out)
+    methods.check(config, ranks)
     device = _device(config)
     if ranks > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

@@ -141,6 +141,16 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         ready(tmp_path / "nowhere")
 
 
+def test_crops_above_every_built_in_scan_are_refused_unless_asked_for(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "sample_scans", lambda _: module.find_scans(folder))
+    views = ViewsConfig(global_size=(512, 512, 512), local_views=0)
+    with pytest.raises(UserError, match=r"built-in scans: none of .* is below --views.global_size 512x512x512"):
+        prepare(DataConfig(), views, tmp_path, 0)
+    assert prepare(DataConfig(small="pad"), views, tmp_path, 0).train
+
+
 def test_only_small_scans_is_an_error_with_the_sizes(tmp_path: Path) -> None:
     write(tmp_path / "scans" / "a.nii", shape=(4, 5, 6))
     with pytest.raises(UserError, match=r"a: 4x5x6 voxels .* 8x8x8"):

@@ -77,6 +77,16 @@ def test_help_explains_every_flag_with_its_default(capsys: pytest.CaptureFixture
         assert len(entry.split("(type")[0].split()) > 4, name
 
 
+def test_help_of_a_method_leaves_out_the_others_and_follows_the_size(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.main(["byol", "--size=small", "--help"])
+    text = capsys.readouterr().out
+    assert "--byol.hidden" in text
+    assert "default: 4096)" in text
+    assert "--dino." not in text
+    assert "--igpt." not in text
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "words"),
     [
@@ -91,6 +101,8 @@ def test_help_explains_every_flag_with_its_default(capsys: pytest.CaptureFixture
         (["--size=huge"], 2, "--size"),
         (["byol"], 2, "--views.local_views 1: byol has no local views; use 0"),
         (["byol", "--views.local_views=0", "--byol.norm=batch", "--batch_size=1"], 2, "BatchNorm needs 2 or more"),
+        (["byol", "--views.local_views=0", "--byol.norm=sync", "--batch_size=1"], 2, "--byol.norm sync with 1 scan"),
+        (["--dino.norm=batch", "--batch_size=1"], 2, "--dino.norm batch with 1 scan a step: BatchNorm needs 2 or more"),
         (["--dino.masked_patches=1"], 2, "needs --model.mask_token true"),
         (["--views.cutmix=0.1", "--batch_size=1"], 2, "--views.cutmix 0.1 needs"),
         (["--data.weights=1,2"], 2, "2 numbers for 1 roots"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -103,7 +104,7 @@ def test_reference_is_the_definition(eps, masked):
 @pytest.mark.parametrize("by_head", [False, True])
 def test_chunked_path_matches_reference_in_float64(monkeypatch, queries, keys, eps, masked, by_head):
     monkeypatch.setattr(chunked, "_TILE_VALUES", 48 * (1 if by_head else 4) * 20)  # chunks of 20 tokens
-    monkeypatch.setattr(chunked, "worth_a_call", lambda *_: by_head)
+    monkeypatch.setattr(chunked, "one_by_one", lambda *_: by_head)
     q, k, v = inputs(queries=queries, keys=keys)
     omega = orthogonal_features(48, 16, heads=2, dtype=torch.float64)
     mask = padding(2, keys) if masked else None
@@ -113,11 +114,12 @@ def test_chunked_path_matches_reference_in_float64(monkeypatch, queries, keys, e
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-def test_error_of_large_heads_is_at_most_twice_that_of_plain_pytorch():
+def test_error_of_large_heads_is_at_most_twice_that_of_plain_pytorch(monkeypatch):
     """Where their products are oneDNN's."""
     q, k, v = inputs(heads=1, queries=600, keys=700, width=64, dtype=torch.float32)
     omega = orthogonal_features(64, 64)
-    assert chunked.worth_a_call(600, 64, 64) == _products._ONEDNN
+    monkeypatch.setattr(_products, "_LEAST_OF_MANY", 1)  # however many threads
+    assert chunked.one_by_one(600, 64, 64) == _products._ONEDNN
     mask = padding(2, 700)
     plain = outputs_and_gradients(performer_attention_reference, q, k, v, omega, key_padding_mask=mask)
     out = outputs_and_gradients(performer_attention, q, k, v, omega, key_padding_mask=mask)
@@ -186,8 +188,10 @@ def test_kernel_gradient_of_omega_is_as_good_as_that_of_plain_pytorch(dtype, hea
     assert (actual - expected).abs().max() <= allowed
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [*itertools.product(BACKENDS, (torch.float32, torch.float16)), ("torch", torch.bfloat16)],
+)
 @pytest.mark.parametrize("std", [1.0, 10.0])
 def test_low_precision_stays_finite_at_large_inputs(backend, dtype, std):
     q, k, v = inputs(batch=1, queries=64, keys=64, width=64, width_v=64, dtype=dtype, std=std, device=DEVICE)
@@ -287,6 +291,24 @@ def test_features_never_reach_memory(backend, monkeypatch):
     with Largest() as largest:
         outputs_and_gradients(performer_attention, q, k, v, omega, backend=backend)
     assert 512 * 16 <= largest.values < 512 * 64 / 2
+
+
+@pytest.mark.parametrize(
+    ("backend", "causal", "width"),
+    [*itertools.product(["torch"], [False, True], [54, 66, 72]), ("triton", False, 66), ("triton", True, 54)],
+)
+def test_heads_of_rotary_widths_are_never_padded_in_memory(backend, causal, width):
+    tokens = 130
+    shape = {"queries": tokens, "keys": tokens, "width": width, "width_v": width, "dtype": torch.float32}
+    q, k, v = inputs(batch=1, heads=1, device=DEVICE, std=0.5, **shape)
+    omega = orthogonal_features(16, width, device=DEVICE)
+    with Largest() as largest:
+        out = outputs_and_gradients(performer_attention, q, k, v, omega, causal=causal, backend=backend)
+    assert tokens * width <= largest.values < tokens * (64 if width < 64 else 128)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    expected = outputs_and_gradients(performer_attention_reference, *exact, omega.double(), causal=causal)
+    for a, b in zip(out, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
 
 
 def test_unwritten_memory_is_never_read():

@@ -135,7 +135,7 @@ def test_documents_with_epsilon_run_in_the_kernels():
 @pytest.mark.parametrize("by_head", [False, True])
 def test_gradient_of_omega_matches_reference(monkeypatch, eps, heads, by_head):
     monkeypatch.setattr(chunked, "_TILE_VALUES", 20 * (1 if by_head else 8) * 16)  # chunks of 16 tokens
-    monkeypatch.setattr(chunked, "worth_a_call", lambda *_: by_head)
+    monkeypatch.setattr(chunked, "one_by_one", lambda *_: by_head)
     mask = torch.rand(2, 40, generator=torch.Generator().manual_seed(3)) > 0.3
     compare([*inputs(), omega_for(heads=heads)], eps=eps, key_padding_mask=mask)
 

@@ -11,29 +11,40 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["multiply", "product", "worth_a_call"]
+__all__ = ["multiply", "one_by_one", "product", "worth_a_call"]
 
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 # Multiplications of a product from which oneDNN's call costs less than it saves.
 _LEAST = 1 << 21
+# The same for each of a batch where there are threads: MKL wakes them once for all products, a loop once for each.
+_LEAST_OF_MANY = 1 << 25
 
 
 def worth_a_call(rows: int, inner: int, columns: int) -> bool:
-    """Whether products of this size are better made one by one than in a batch."""
+    """Whether a product of this size is better made by oneDNN."""
     return _ONEDNN and rows * inner * columns >= _LEAST
+
+
+def one_by_one(rows: int, inner: int, columns: int) -> bool:
+    """Whether products of this size are better made by oneDNN one by one than in a batch."""
+    return _ONEDNN and rows * inner * columns >= (_LEAST if _threads() == 1 else _LEAST_OF_MANY)
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace it
+def _threads() -> int:
+    return torch.get_num_threads()
 
 
 def product(x: Tensor, y: Tensor) -> Tensor:
     """x (..., n, k) times y (..., k, m); no autograd."""
     n, k, m = x.shape[-2], x.shape[-1], y.shape[-1]
-    if not (x.is_cpu and x.dtype == torch.float32 and worth_a_call(n, k, m)):
+    alone = x.numel() == n * k
+    if not (x.is_cpu and x.dtype == torch.float32 and (worth_a_call if alone else one_by_one)(n, k, m)):
         return x @ y
-    if x.numel() == n * k:
+    if alone:
         return _linear(x.reshape(n, k), y.reshape(k, m)).view(*x.shape[:-1], m)
-    out = x.new_empty((*x.shape[:-1], m))
-    for out_1, x_1, y_1 in zip(out.view(-1, n, m), x.reshape(-1, n, k), y.reshape(-1, k, m), strict=True):
-        out_1.copy_(_linear(x_1, y_1))
-    return out
+    pairs = zip(x.reshape(-1, n, k), y.reshape(-1, k, m), strict=True)
+    return torch.stack([_linear(*pair) for pair in pairs]).view(*x.shape[:-1], m)
 
 
 @torch.library.custom_op("medformer::product", mutates_args=())
@@ -49,7 +60,7 @@ def _(x, y):
 def multiply(x: Tensor, y: Tensor) -> Tensor:
     """`product` for code that torch.compile traces (one operator for all matrices) or autograd may follow (`@`)."""
     differentiable = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-    large = worth_a_call(x.shape[-2], x.shape[-1], y.shape[-1])
+    large = one_by_one(x.shape[-2], x.shape[-1], y.shape[-1])
     return _product(x, y) if x.is_cpu and large and not differentiable else x @ y
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from medformer_kernels._products import product, worth_a_call
+from medformer_kernels._products import one_by_one, product
 
 __all__ = ["attend_by_head", "attends_by_head"]
 
@@ -23,7 +23,7 @@ _LOG2E = math.log2(math.e)
 
 
 def attends_by_head(q: Tensor, k: Tensor) -> bool:
-    return q.is_cpu and q.dtype == torch.float32 and worth_a_call(q.shape[2], q.shape[3], k.shape[2])
+    return q.is_cpu and q.dtype == torch.float32 and one_by_one(q.shape[2], q.shape[3], k.shape[2])
 
 
 @torch.library.custom_op("medformer::attend_by_head", mutates_args=())

@@ -230,13 +230,8 @@ def start_backward(a: Tensor, dz: Tensor, da: Tensor) -> Tensor:
 
 
 def _plus_transpose(x: Tensor, factor: float = 1.0) -> Tensor:
-    """x + factor x^T. A CPU copies the transpose of one matrix in tiles, that of a batch element by element."""
-    if not x.is_cpu or torch.compiler.is_compiling():
-        return x.add(x.mT, alpha=factor)
-    out = torch.empty_like(x)
-    for out_1, x_1 in zip(out.flatten(0, -3), x.flatten(0, -3), strict=True):
-        out_1.copy_(x_1.mT)
-    return out.mul_(factor).add_(x) if factor != 1 else out.add_(x)
+    """x + factor x^T."""
+    return x.add(x.mT, alpha=factor)
 
 
 def _add_product(out: Tensor, x: Tensor, y: Tensor) -> Tensor:

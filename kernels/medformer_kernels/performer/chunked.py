@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medformer_kernels._products import product, worth_a_call
+from medformer_kernels._products import one_by_one, product
 
 __all__ = [
     "LOG2E",
@@ -63,7 +63,7 @@ def _heads(x: Tensor, omega: Tensor, key_padding_mask: Tensor | None) -> Iterato
     """(index of samples and heads, their omega and mask) of what is computed together: one head where its products are
     large, else all."""
     omega = omega.expand(*x.shape[:2], -1, -1)
-    if not (x.is_cpu and worth_a_call(x.shape[2], *omega.shape[-2:])):
+    if not (x.is_cpu and one_by_one(x.shape[2], *omega.shape[-2:])):
         yield ..., omega, key_padding_mask
         return
     for b, h in itertools.product(range(x.shape[0]), range(x.shape[1])):

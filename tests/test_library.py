@@ -255,6 +255,25 @@ def test_one_graph_without_breaks_matches_eager(attention: str, mlp: str) -> Non
     torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["tnt", "image_gpt"])
+def test_other_networks_are_one_graph_too(kind: str) -> None:
+    torch.manual_seed(0)
+    levels = tuple(TNTLevel(width=8, depth=1, heads=2, kernel=2, stride=2) for _ in range(2))
+    tnt: Any = TNTConfig(levels=levels, num_features=16)
+    gpt: Any = ImageGPTConfig(vocabulary=8, grid=(3, 4), width=8, depth=1, heads=2, attention="performer")
+    model = medformer.build(tnt if kind == "tnt" else gpt)
+    if kind == "image_gpt":
+        torch.nn.init.normal_(model.output)  # 0 at the start, which would hide all other gradients
+    x = volume(2, 1, 9, 8, 7).float() if kind == "tnt" else torch.arange(24).view(2, 12) % 8
+    torch._dynamo.reset()
+    gradients = []
+    for version in (torch.compile(model, fullgraph=True, backend="aot_eager"), model):
+        model.zero_grad()
+        version(x).logsumexp(-1).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_experts_compile_to_machine_code() -> None:
     model = build("softmax", "moe").float().eval()

@@ -21,7 +21,8 @@ def main(argv: list[str] | None = None) -> int:
     embed.add_argument("model", help=".safetensors file that medformer.save wrote")
     embed.add_argument("scan", help="NIfTI file, DICOM folder, ...: whatever read_volume reads")
     embed.add_argument("out", type=Path, help=".npy file for the tokens; grid, affine and class token go to .json")
-    embed.add_argument("--window", type=lambda text: [int(n) for n in text.split("x")], help="voxels, zyx: 64x64x64")
+    embed.add_argument("--window", type=lambda text: [int(n) for n in text.split("x")],
+                       help="voxels, zyx, as in training: 64x64x64")  # fmt: skip
     embed.add_argument("--overlap", type=float, default=0.5)
     embed.add_argument("--method", choices=["windows", "one_pass"], default="windows")
     embed.add_argument("--max-memory", default="4 GiB")

@@ -152,7 +152,8 @@ class TokenStream:
         result_held: bool = False,
     ) -> None:
         if not isinstance(model, Encoder):
-            raise TypeError(f"embed: {type(model).__name__} is not a Backbone, ResNet or TNT; give its backbone")
+            kind = type(model).__name__
+            raise TypeError(f"embed: {kind} is not a Backbone, ResNet or TNT; give one, or the one inside it")
         config = model.config
         transposed = getattr(config, "patch_transposed", False)
         if config.dims != 3 or config.in_channels != 1 or transposed:

@@ -62,7 +62,9 @@ def load_model(path: Path) -> tuple[Model, Path, dict[str, Any]]:
     file = sequence if sequence.is_file() else path / "backbone.safetensors" if path.is_dir() else path
     try:
         model = medformer.load(file)
-    except (FileNotFoundError, ValueError) as error:
+    except FileNotFoundError as error:
+        raise UserError(f"{error}; give the folder of a run, or its backbone.safetensors", 2) from error
+    except ValueError as error:
         raise UserError(str(error), 2) from error
     beside = file.parent / "config.yaml"
     return model, file, (yaml.safe_load(beside.read_text()) or {}) if beside.is_file() else {}

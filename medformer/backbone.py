@@ -43,13 +43,12 @@ class Backbone(nn.Module):
     Attributes:
         config: what it was built from.
         checkpoint_activations: in training, keep only each block's input and compute the rest again in
-            backward.
+            backward; in a stem too.
     """
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.config = config
-        self.checkpoint_activations = False
         width = config.width
         self.stem = None
         if config.stem is not None:
@@ -59,6 +58,7 @@ class Backbone(nn.Module):
                     stages=config.stem_stages or 2,
                 )
             )  # fmt: skip
+        self.checkpoint_activations = False
         self.patch_embed = PatchEmbed(
             config.in_channels if self.stem is None else self.stem.config.width,
             width,
@@ -91,6 +91,16 @@ class Backbone(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, config.classes) if config.classes else None
         self._init_weights()
+
+    @property
+    def checkpoint_activations(self) -> bool:
+        return self._checkpoint_activations
+
+    @checkpoint_activations.setter
+    def checkpoint_activations(self, value: bool) -> None:
+        self._checkpoint_activations = value
+        if self.stem is not None:
+            self.stem.checkpoint_activations = value
 
     def forward(self, x: Float[Tensor, "B Cin *size"]) -> Float[Tensor, "B C"]:
         """One vector per scan: `forward_features(x).cls`, or the head's outputs where there is one."""

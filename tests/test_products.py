@@ -28,6 +28,15 @@ def test_product_is_a_product(monkeypatch, batch, size, transposed):
     assert error <= 2 * ((x @ y).double() - exact).norm() / exact.norm() + 1e-7
 
 
+def test_operands_may_be_cut_out_of_larger_tensors():
+    qkv = torch.randn(400, 3, 4, 64)  # tokens, and heads of q, k and v as a projection lays them out
+    x, y = qkv[50:350, 0, 1], qkv[100:, 2, 3]
+    weights = torch.randn(400, 310)[:300, 5:305]
+    everywhere = torch.randn(1, 64).expand(300, 64)
+    for a, b in ((x, y.mT), (weights, y), (weights.mT, x), (y.mT, weights), (weights, everywhere), (everywhere, y.mT)):
+        torch.testing.assert_close(product(a, b), a @ b, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.skipif(not _products._ONEDNN, reason="this PyTorch holds no oneDNN")
 def test_small_products_and_other_dtypes_are_left_to_matmul(monkeypatch):
     monkeypatch.setattr(_products, "_linear", None)  # not callable: a use would raise

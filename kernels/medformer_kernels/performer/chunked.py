@@ -4,9 +4,8 @@ The same two passes and the same saved tensors as the Triton kernels (see `fused
 a backward pass of the other fit together. Arithmetic is float32, or float64 for float64 inputs.
 
 Whatever is added to, or summed over, a tile of chunk x M values rides in its matrix products as one more column or
-row, because a pass over the tile costs as much as half a product. What is left between the products is one
-exponential and, backward, one multiplication. Exponents are in base 2: `torch.exp2` on a CPU takes a third of the
-time of `torch.exp`.
+row, which spares a pass over the tile. What is left between the products is one exponential and, backward, one
+multiplication. Exponents are in base 2: `torch.exp2` on a CPU takes a third of the time of `torch.exp`.
 
 Cost, forward: 8 B H N M D FLOP in products and 2 B H N M exponentials; memory beyond inputs and outputs is two tiles
 of `_TILE_VALUES` values, whatever N is. Large heads go one after the other: a product of two matrices has a faster

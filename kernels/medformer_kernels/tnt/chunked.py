@@ -87,11 +87,12 @@ def forward(
     for first, chunk in _chunks(x):
         rows = slice(first, first + chunk.shape[0])
         mixed = _attention(block, block.linear(block.norm(chunk, "norm1")[0], "qkv"))
-        middle = _add(chunk, block.linear(mixed, "proj"), block.factor(ATTENTION, first, chunk))
+        middle = torch.empty_like(chunk) if kept is None else kept.middle[rows]
+        _add(chunk, block.linear(mixed, "proj"), block.factor(ATTENTION, first, chunk), out=middle)
         if kept is not None:
-            kept.middle[rows], kept.mixed[rows] = middle, mixed
-        before = block.linear(block.norm(middle, "norm2")[0], "fc1")
-        out[rows] = _add(middle, block.linear(F.gelu(before), "fc2"), block.factor(MLP, first, chunk))
+            kept.mixed[rows] = mixed
+        branch = block.linear(F.gelu(block.linear(block.norm(middle, "norm2")[0], "fc1")), "fc2")
+        _add(middle, branch, block.factor(MLP, first, chunk), out=out[rows])
     return out
 
 
@@ -103,8 +104,9 @@ def _chunks(x: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield first, x[first : first + length].to(exact).contiguous()
 
 
-def _add(x: Tensor, branch: Tensor, multiplier: Tensor | None) -> Tensor:
-    return x + branch if multiplier is None else torch.addcmul(x, branch.to(x.dtype), multiplier)
+def _add(x: Tensor, branch: Tensor, multiplier: Tensor | None, *, out: Tensor) -> None:
+    """out = x + multiplier branch."""
+    torch.add(x, branch if multiplier is None else branch * multiplier, out=out)
 
 
 def _attention(block: _Block, qkv: Tensor) -> Tensor:
@@ -188,11 +190,14 @@ def backward(
     for first, chunk in _chunks(x):
         rows = slice(first, first + chunk.shape[0])
         part = Kept(kept.middle[rows], kept.mixed[rows])
-        dx[rows] = _backward(block, chunk, dout[rows].to(exact), first, part, sums)
+        _backward(block, chunk, dout[rows].to(exact), first, part, sums, dx[rows])
     return dx, sums
 
 
-def _backward(block: _Block, x: Tensor, dout: Tensor, first: int, kept: Kept, sums: dict[str, Tensor]) -> Tensor:
+def _backward(
+    block: _Block, x: Tensor, dout: Tensor, first: int, kept: Kept, sums: dict[str, Tensor], dx: Tensor
+) -> None:
+    """Fills dx and adds to `sums`."""
     low = block.w.qkv_weight.dtype
     middle, mixed = kept
     factor1, factor2 = block.factor(ATTENTION, first, x), block.factor(MLP, first, x)
@@ -219,7 +224,7 @@ def _backward(block: _Block, x: Tensor, dout: Tensor, first: int, kept: Kept, su
     dq, dk = heads.product(dscores, k, heads.scale), heads.product(dscores.mT, q, heads.scale)
     dqkv = heads.merge(dq, dk, dv).to(low)
     dnormed = _linear_backward(block, "qkv", dqkv, normed, sums)
-    return dmiddle + _norm_backward(block, "norm1", dnormed, x, mean, rstd, sums)
+    torch.add(dmiddle, _norm_backward(block, "norm1", dnormed, x, mean, rstd, sums), out=dx)
 
 
 def _linear_backward(block: _Block, name: str, dy: Tensor, x: Tensor, sums: dict[str, Tensor]) -> Tensor:

@@ -137,6 +137,7 @@ def _setup(ctx, inputs, output):
     seed, *ctx.settings, _, ctx.backend = inputs[1 + len(NAMES) :]
     ctx.save_for_backward(x, *output[1:], *tensors, seed)
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else what is kept would get gradients of its size, full of zeros
 
 
 def _autograd(ctx, dout, *_):

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 import cutmix
 from collapse import VectorWatch
 from dino_loss import koleo
-from ema import update_average
 from medformer import auxiliary_loss
-from norms import SyncBatchNorm
+from optim import update_average
+from peers import SyncBatchNorm
 from schedules import cosine
 
 if TYPE_CHECKING:

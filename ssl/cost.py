@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import medformer_kernels.performer.ops  # noqa: F401 - so that its operators exist below
-from norms import SyncBatchNorm
+from peers import SyncBatchNorm
 from sharding import blocks
 
 __all__ = ["MACHINES", "Counted", "Estimate", "Machine", "counting", "estimate", "here", "table"]

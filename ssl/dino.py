@@ -23,9 +23,9 @@ from torch import Tensor, nn
 import cutmix
 from collapse import CollapseWatch
 from dino_loss import Centre, DinoLoss, koleo, masked_patch_loss
-from ema import update_average
 from medformer import auxiliary_loss
-from norms import SyncBatchNorm
+from optim import update_average
+from peers import SyncBatchNorm
 from schedules import cosine, linear
 
 if TYPE_CHECKING:

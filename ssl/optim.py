@@ -1,4 +1,4 @@
-"""The optimiser: AdamW or LARS, what is decayed and at which rate it learns, and two ways to clip gradients.
+"""What moves weights: AdamW or LARS, what is decayed and at which rate it learns, two ways to clip, moving averages.
 
 Sources: You et al. 2017 (LARS), google-deepmind/deepmind-research `byol` for its exclusions; Brock et al. 2021
 (adaptive gradient clipping); facebookresearch/dino and dinov2 for the groups.
@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 import sharding
 
-__all__ = ["Lars", "OptimConfig", "adaptive_clip", "clip_per_tensor", "make_optimiser", "parameter_groups"]
+__all__ = [
+    "Lars",
+    "OptimConfig",
+    "adaptive_clip",
+    "clip_per_tensor",
+    "make_optimiser",
+    "parameter_groups",
+    "update_average",
+]
 
 # Parameters of the input: the first layer of layer decay.
 _INPUT = (
@@ -145,6 +153,22 @@ class Lars(torch.optim.Optimizer):
                 m = sharding.own(self.state[p]["m"])
                 m.mul_(group["momentum"]).add_(g)
                 w.sub_(group["lr"] * m)
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, momentum: float) -> None:
+    """average = momentum * average + (1 - momentum) * model, parameters only; call after the optimiser step.
+
+    Buffers (Performer's random features) are copied: the mean of two random bases is no basis. Those of batch norms
+    are left alone: the average has statistics of its own.
+    """
+    old: list[Tensor] = [sharding.own(p) for p in average.parameters()]
+    new: list[Tensor] = [sharding.own(p) for p in model.parameters()]
+    torch._foreach_lerp_(old, new, 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
+    for kept, fresh in zip(average.modules(), model.modules(), strict=True):
+        if not isinstance(kept, nn.modules.batchnorm._BatchNorm):
+            for a, b in zip(kept.buffers(recurse=False), fresh.buffers(recurse=False), strict=True):
+                a.copy_(b)
 
 
 @torch.no_grad()

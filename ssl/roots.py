@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from crops import sample_scan
 from images import prepare_images
-from prepare import DataConfig, Prepared, prepare, sample_scan
+from prepare import DataConfig, Prepared, prepare
 from runs import UserError
 from views import ViewsConfig
 

@@ -37,8 +37,9 @@ import report
 import runs
 import settings
 import sharding
+from crops import Ahead, Crops, loader
 from optim import adaptive_clip, clip_per_tensor, make_optimiser
-from prepare import Ahead, Crops, Prepared, loader
+from prepare import Prepared
 from roots import Order, gather, voxel_scale
 from runs import UserError
 from schedules import cosine

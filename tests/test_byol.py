@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from byol import Byol, ByolConfig, Seen, StandardisedLinear, byol_loss, head
 from collapse import VectorWatch
 from dino_loss import koleo
-from ema import update_average
 from medformer import Backbone, BackboneConfig, SwitchMLP
+from optim import update_average
 
 CONFIG = ByolConfig(hidden=16, projection=8, groups=4, momentum=0.9)
 
@@ -219,7 +219,7 @@ SYNC = """
 import sys
 sys.path[:0] = ["{root}/ssl", "{root}/kernels", "{root}"]
 import torch, torch.distributed as dist
-from norms import SyncBatchNorm
+from peers import SyncBatchNorm
 
 
 def check():

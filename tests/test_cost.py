@@ -49,7 +49,7 @@ def test_operations_of_a_backbone_follow_from_its_shape() -> None:
 
 
 def test_batch_norms_over_processes_exchange_twice_a_pass() -> None:
-    from norms import SyncBatchNorm
+    from peers import SyncBatchNorm
 
     method = Method(nn.Sequential(nn.Linear(8, 4), SyncBatchNorm(4)))
     with counting(method) as found:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from collapse import CollapseWatch
 from dino import Dino, DinoConfig, DinoHead, agreement, block_masks
 from dino_loss import Centre, DinoLoss, koleo, masked_patch_loss, sinkhorn
-from ema import update_average
 from medformer import Backbone, BackboneConfig, SwitchMLP
+from optim import update_average
 
 CONFIG = DinoConfig(prototypes=16, hidden=12, bottleneck=8, freeze_last=2, centre_momentum=0.9)
 

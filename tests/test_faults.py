@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+import crops
 import prepare
 import runs
 import train
@@ -146,14 +147,14 @@ def test_an_impossible_world_is_one_line(
 def test_a_read_that_hangs_ends_the_run_naming_the_scans(
     trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], workers: int
 ) -> None:
-    real = prepare.Crops.__getitem__
+    real = crops.Crops.__getitem__
 
-    def hang(self: prepare.Crops, sample: int) -> Any:
+    def hang(self: crops.Crops, sample: int) -> Any:
         if sample == 5:
             time.sleep(3)
         return real(self, sample)
 
-    monkeypatch.setattr(prepare.Crops, "__getitem__", hang)
+    monkeypatch.setattr(crops.Crops, "__getitem__", hang)
     assert trainer(tmp_path / "run", "--steps=9", "--save_every=1", f"--workers={workers}", "--loader_timeout=1") == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "no batch within --loader_timeout" in error
@@ -165,14 +166,14 @@ def test_a_read_that_hangs_ends_the_run_naming_the_scans(
 def test_a_dead_worker_ends_the_run(
     trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = prepare.Crops.__getitem__
+    real = crops.Crops.__getitem__
 
-    def die(self: prepare.Crops, sample: int) -> Any:
+    def die(self: crops.Crops, sample: int) -> Any:
         if sample == 5:
             os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does where memory runs out
         return real(self, sample)
 
-    monkeypatch.setattr(prepare.Crops, "__getitem__", die)
+    monkeypatch.setattr(crops.Crops, "__getitem__", die)
     assert trainer(tmp_path / "run", "--steps=9", "--workers=1") == 1
     assert "a worker of the loader died" in capsys.readouterr().err
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import prepare as module
-from prepare import Ahead, Crops, DataConfig, Prepared, loader, prepare, sample_scan
+from crops import Ahead, Crops, loader, sample_scan
+from prepare import DataConfig, Prepared, prepare
 from runs import UserError
 from views import ViewsConfig
 

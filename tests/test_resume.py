@@ -11,8 +11,8 @@ import pytest
 import safetensors.torch
 import torch
 
+import crops
 import medformer
-import prepare
 import runs
 import train
 
@@ -168,8 +168,8 @@ def test_another_batch_size_goes_on_with_the_next_sample(
     trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[int] = []
-    real = prepare.Crops.__getitem__
-    monkeypatch.setattr(prepare.Crops, "__getitem__", lambda self, sample: drawn.append(sample) or real(self, sample))
+    real = crops.Crops.__getitem__
+    monkeypatch.setattr(crops.Crops, "__getitem__", lambda self, sample: drawn.append(sample) or real(self, sample))
     assert trainer(tmp_path / "run", "--steps=3") == 0
     assert drawn == [0, 1, *range(6)]  # the first step is shown to the teacher beforehand
     drawn.clear()

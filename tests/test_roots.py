@@ -17,9 +17,10 @@ from torch import nn
 import medformer
 import settings
 import train
+from crops import sample_scan
 from images import prepare_images
 from online import OnlineConfig, features, linear_accuracy, measure, read_labelled
-from prepare import DataConfig, load, sample_scan
+from prepare import DataConfig, load
 from roots import Order, gather, voxel_scale
 from runs import UserError
 from views import ViewsConfig

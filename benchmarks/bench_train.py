@@ -88,7 +88,7 @@ def stepping(implementation: Callable[[], nn.Module]) -> Callable[[], float]:
         optimiser.step()
         method.after_step(1)
         optimiser.zero_grad(set_to_none=True)
-        return float(loss)
+        return loss.item()
 
     return step
 

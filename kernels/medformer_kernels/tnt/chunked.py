@@ -28,7 +28,7 @@ __all__ = ["Kept", "backward", "forward"]
 
 # Up to so many tokens a head is laid out in columns.
 _COLUMNS = 32
-# Numbers of x in a chunk, for each thread.
+# Numbers of x in a chunk, for each thread; twice that where there are threads, as every operation has to wake them.
 _CHUNK = 1 << 17
 
 
@@ -98,7 +98,8 @@ def forward(
 
 def _chunks(x: Tensor) -> Iterator[tuple[int, Tensor]]:
     exact = torch.promote_types(x.dtype, torch.float32)
-    count = max(1, round(x.numel() / (_CHUNK * torch.get_num_threads())))  # even: no short one at the end
+    threads = torch.get_num_threads()
+    count = max(1, round(x.numel() / (_CHUNK * threads * min(2, threads))))  # even: no short one at the end
     length = max(1, -(-x.shape[0] // count))
     for first in range(0, x.shape[0], length):
         yield first, x[first : first + length].to(exact).contiguous()

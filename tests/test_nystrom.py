@@ -377,6 +377,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "two choices": ({"num_landmarks": 2, "grid": (3, 4), "landmark_grid": (1, 2)}, "exactly one of num_landmarks"),
     "grid does not multiply": ({"grid": (5, 3), "landmark_grid": (1, 2)}, r"grid=\(5, 3\) must be .* of 12 tokens"),
     "landmark grid without grid": ({"landmark_grid": (1, 2)}, "landmark_grid needs grid"),
+    "landmark grid of other axes": ({"grid": (1, 3, 4), "landmark_grid": (1, 2)}, r"each axis of grid=\(1, 3, 4\)"),
     "landmark grid of nothing": ({"grid": (3, 4), "landmark_grid": (0, 2)}, "at least 1 block"),
     "half the landmarks": ({"q_landmarks": torch.zeros(2, 3, 2, 8)}, "must be given together"),
     "wrong landmarks": (

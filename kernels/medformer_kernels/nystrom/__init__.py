@@ -242,8 +242,8 @@ def _prepare(
         blocks = (*(1,) * (3 - len(landmark_grid)), *(int(b) for b in landmark_grid))
         if grid is None:
             fail("landmark_grid needs grid, the tokens by axis")
-        if len(blocks) != 3 or min(blocks) < 1:
-            fail(f"landmark_grid={tuple(landmark_grid)} must hold at least 1 block on each of the axes of grid")
+        if len(landmark_grid) != len(grid) or min(blocks) < 1:
+            fail(f"landmark_grid={tuple(landmark_grid)} must hold at least 1 block on each axis of grid={tuple(grid)}")
         blocks = (min(blocks[0], shape[0]), min(blocks[1], shape[1]), min(blocks[2], shape[2]))
     if k.shape[2] != tokens and (not given or conv_weight is not None):
         fail(f"k has {k.shape[2]} tokens and q has {tokens}; they may differ only with landmarks given, no conv_weight")

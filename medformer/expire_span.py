@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from medformer.linear import Linear
+
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
@@ -70,8 +72,8 @@ class ExpireSpanAttention(nn.Module):
         if not 0 < initial_span < 1:
             raise ValueError(f"ExpireSpanAttention: initial_span={initial_span} must lie between 0 and 1 (of max_span)")
         self.heads, self.max_span, self.ramp, self.chunk = heads, max_span, ramp, chunk
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
         # No nn.Linear: a model that draws all its linear layers again would scatter the spans.
         self.span_weight = nn.Parameter(torch.zeros(width))
         self.span_bias = nn.Parameter(torch.tensor(-math.log(1 / initial_span - 1)))

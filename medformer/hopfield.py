@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from medformer.attention import SelfAttention, masked_attention
+from medformer.linear import Linear
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -119,9 +120,9 @@ class HopfieldLayer(nn.Module):
         super().__init__()
         _check(type(self).__name__, steps=steps, tolerance=tolerance, beta=beta, width=width, heads=heads)
         self.heads, self.steps, self.tolerance = heads, steps, tolerance
-        self.state = nn.Linear(width, width)
-        self.stored = nn.Linear(width if stored_width is None else stored_width, 2 * width)
-        self.proj = nn.Linear(width, width)
+        self.state = Linear(width, width)
+        self.stored = Linear(width if stored_width is None else stored_width, 2 * width)
+        self.proj = Linear(width, width)
         self.log_beta = nn.Parameter(_log_beta(heads, width // heads, beta))
 
     def forward(

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from medformer.checks import check, check_choice, check_whole, is_whole
 from medformer.codebook import Codebook, morton_order
 from medformer.expire_span import ExpireSpanAttention
+from medformer.linear import Linear
 from medformer_kernels import default_num_features, orthogonal_features, performer_attention
 from medformer_kernels.performer import performer_prefill, performer_step
 
@@ -132,8 +133,8 @@ class _Attention(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.causal = config.objective == "autoregressive"
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
-        self.proj = nn.Linear(config.width, config.width, bias=False)
+        self.qkv = Linear(config.width, 3 * config.width, bias=False)
+        self.proj = Linear(config.width, config.width, bias=False)
         self.omega: Tensor | None
         omega = None
         if config.attention == "performer":
@@ -185,8 +186,8 @@ class _Block(nn.Module):
         else:
             self.attention = _Attention(config, layer)
         self.norm2 = _Norm(config.width)
-        self.fc1 = nn.Linear(config.width, 4 * config.width, bias=False)
-        self.fc2 = nn.Linear(4 * config.width, config.width, bias=False)
+        self.fc1 = Linear(config.width, 4 * config.width, bias=False)
+        self.fc2 = Linear(4 * config.width, config.width, bias=False)
 
     def forward(self, x: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
         x = x + self.attention(self.norm1(x))

@@ -146,7 +146,7 @@ def closing(run: Path, steps: int, weights: str, picture: str | None, say: Calla
   {weights:21} {what}{look}
   config.yaml           every setting, ready for --config
   metrics.jsonl         one line a step; tensorboard/ has the same
-  checkpoints/          the last two, to go on from
+  checkpoints/          the newest, to go on from
 Next:
   on your own scans     python ssl/train.py --data.root DIR
   go on for longer      python ssl/train.py --resume {run} --steps {2 * steps}

@@ -119,7 +119,7 @@ def test_error_of_large_heads_is_at_most_twice_that_of_plain_pytorch(monkeypatch
     q, k, v = inputs(heads=1, queries=600, keys=700, width=64, dtype=torch.float32)
     omega = orthogonal_features(64, 64)
     monkeypatch.setattr(_products, "_LEAST_OF_MANY", 1)  # however many threads
-    assert chunked.one_by_one(600, 64, 64) == _products._ONEDNN
+    assert chunked.one_by_one(600, 64, 64) == (_products.ONEDNN is not None)
     mask = padding(2, 700)
     plain = outputs_and_gradients(performer_attention_reference, q, k, v, omega, key_padding_mask=mask)
     out = outputs_and_gradients(performer_attention, q, k, v, omega, key_padding_mask=mask)

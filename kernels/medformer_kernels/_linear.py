@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from medformer_kernels._products import worth_a_call
+from medformer_kernels._products import ONEDNN, worth_a_call
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -44,7 +44,8 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _onednn(x, weight, bias, "none", [], "")
+        assert ONEDNN is not None
+        return ONEDNN(x, weight, bias, "none", [], "")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
@@ -62,9 +63,8 @@ class _Linear(torch.autograd.Function):
         )
 
 
-if torch.backends.mkldnn.is_available():
-    _onednn = torch.ops.mkldnn._linear_pointwise
+if ONEDNN is not None:
 
-    @register_flop_formula(_onednn)
+    @register_flop_formula(ONEDNN)
     def _flop(x_shape: tuple[int, ...], weight_shape: tuple[int, ...], *_: object, **__: object) -> int:
         return 2 * math.prod(x_shape) * weight_shape[0]

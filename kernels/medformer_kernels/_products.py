@@ -11,9 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["multiply", "one_by_one", "product", "worth_a_call"]
+__all__ = ["ONEDNN", "multiply", "one_by_one", "product", "worth_a_call"]
 
-_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+# (x, weight, bias, "none", [], "") to a linear layer's output; None where PyTorch was built without it.
+ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 # Multiplications of a product from which oneDNN's call costs less than it saves.
 _LEAST = 1 << 21
 # The same for each of a batch where there are threads: MKL wakes them once for all products, a loop once for each.
@@ -22,12 +23,12 @@ _LEAST_OF_MANY = 1 << 25
 
 def worth_a_call(rows: int, inner: int, columns: int) -> bool:
     """Whether a product of this size is better made by oneDNN."""
-    return _ONEDNN and rows * inner * columns >= _LEAST
+    return ONEDNN is not None and rows * inner * columns >= _LEAST
 
 
 def one_by_one(rows: int, inner: int, columns: int) -> bool:
     """Whether products of this size are better made by oneDNN one by one than in a batch."""
-    return _ONEDNN and rows * inner * columns >= (_LEAST if _threads() == 1 else _LEAST_OF_MANY)
+    return ONEDNN is not None and rows * inner * columns >= (_LEAST if _threads() == 1 else _LEAST_OF_MANY)
 
 
 @torch.compiler.assume_constant_result  # torch.compile cannot trace it
@@ -67,7 +68,7 @@ def multiply(x: Tensor, y: Tensor) -> Tensor:
 def _linear(x: Tensor, y: Tensor) -> Tensor:
     """x y as a linear layer, whose weights may have any strides while x must be contiguous: where x is the transpose of
     a large matrix, (y^T x^T)^T costs less than a copy of it."""
-    linear = torch.ops.mkldnn._linear_pointwise
+    assert ONEDNN is not None
     if not x.is_contiguous() and x.mT.is_contiguous() and y.shape[1] < x.shape[0]:
-        return linear(y.mT, x, None, "none", [], "").mT
-    return linear(x, y.mT, None, "none", [], "")
+        return ONEDNN(y.mT, x, None, "none", [], "").mT
+    return ONEDNN(x, y.mT, None, "none", [], "")

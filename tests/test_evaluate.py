@@ -368,6 +368,29 @@ def test_scratch_starts_from_other_weights_and_the_same_shape(checkpoint: Path, 
     assert not torch.allclose(fresh.blocks[0].mlp.fc1.weight, model.blocks[0].mlp.fc1.weight, atol=1e-3)
 
 
+def test_a_rate_is_chosen_by_three_seeds_and_no_run_is_repeated(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = tasks.read_task(an_npz(tmp_path / "t.npz"), 2, None, 0, list)
+    config = evaluate.DownstreamConfig(task="t", steps=1, batch_size=2, lrs=[1e-3, 1e-2], seeds=5)
+    bench = evaluate.Bench(task, medformer.load(checkpoint), config, (16, 16), torch.device("cpu"), tmp_path / "out")
+    (tmp_path / "out" / "cells").mkdir(parents=True)
+    on_validation = {1e-3: (0.6, 0.8, 0.8, 0.0, 0.0), 1e-2: (0.9, 0.5, 0.5, 1.0, 1.0)}
+    ran = []
+
+    def train(_method: str, _index: np.ndarray, lr: float, seed: int, _what: str) -> tuple[float, int]:
+        ran.append((lr, seed))
+        return lr, seed
+
+    monkeypatch.setattr(bench, "_trained", train)
+    monkeypatch.setattr(bench, "_predict", lambda run, _index: np.array(run))
+    monkeypatch.setattr(evaluate.scores, "point", lambda _metric, run, _truth: on_validation[run[0]][int(run[1])])
+    setting = evaluate.Setting("50%", 0.5, 0)
+    cells = [bench.cell(setting, "scratch", seed) for seed in (0, 4, 4)]
+    assert [tuple(cell["predictions"]) for cell in cells] == [(1e-3, 0), (1e-3, 4), (1e-3, 4)]
+    assert sorted(ran) == [*((1e-3, seed) for seed in (0, 1, 2, 4)), *((1e-2, seed) for seed in (0, 1, 2))]
+
+
 def test_dense_head_reaches_every_voxel_of_any_size() -> None:
     model = medformer.tiny_3d(width=24, depth=1, heads=2)
     for method in ("linear", "decoder"):

@@ -19,6 +19,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shape of every product that oneDNN makes."""
     found: list[tuple[int, ...]] = []
     onednn = _linear.ONEDNN
+    assert onednn is not None
 
     def watched(x: Tensor, weight: Tensor, *rest: object) -> Tensor:
         found.append((*x.shape, weight.shape[0]))

@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train.py
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -50,6 +50,7 @@ _FRESH = 7_000_003
 # A learning rate is the one with the best mean score on validation over so many seeds: by one seed alone a rate that
 # suits one draw of labels was taken for all (misc/LOG.md).
 _RATE_SEEDS = 3
+_CLAIM = "evaluation.json"  # in the folder of the results: what they are of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,9 @@ class DownstreamConfig:
     """Folder or .npz that the checkpoint was trained on, for the leak check; default: as its config.yaml says."""
     leaks: Literal["drop", "keep"] = "drop"
     """What becomes of held-out cases that training has seen: out of the test, or only reported."""
+    scratch_of: str | None = None
+    """Folder of another checkpoint's evaluation whose results from scratch are taken, not trained again: of the same
+    architecture, on the same task, with the same settings."""
     resamples: int = 2000
     """Bootstrap resamples of an interval."""
     device: str = "auto"
@@ -218,7 +222,9 @@ def evaluate(checkpoint: Path, config: DownstreamConfig) -> dict[str, Any]:
     labelled = {s.key: [len(s.cases(task, seed)) for seed in seeds] for s in settings}  # errors come now
     name = file.parent.name if file.stem in ("backbone", "image_gpt") else file.stem
     out = Path(config.out or Path("runs") / f"eval-{name}-{task.name}")
-    _claim(out, config, file)
+    mine = _claim(out, config, file, model, task)
+    if config.scratch_of:
+        _take_scratch(Path(config.scratch_of), out, mine)
     bench = Bench(task, model, config, size, device, out)
     print(
         f"{task.name}: {task.kind}, {', '.join(task.names[:8])}; {len(task.where('train'))} training, "
@@ -306,31 +312,59 @@ def _pretraining(config: DownstreamConfig, run: dict[str, Any]) -> set[str]:
     return found
 
 
-def _claim(out: Path, config: DownstreamConfig, file: Path) -> None:
-    """Make or take up the folder; UserError where it holds another evaluation."""
-    with open(file, "rb") as opened:
-        weights = hashlib.file_digest(opened, "sha256").hexdigest()
-    with open(config.task, "rb") as opened:
-        labels = hashlib.file_digest(opened, "sha256").hexdigest()
+def _claim(out: Path, config: DownstreamConfig, file: Path, model: Model, task: tasks.Task) -> dict[str, Any]:
+    """Make or take up the folder and say what it holds; UserError where it holds another evaluation."""
     # These may change: finished cells stay true.
-    free = ("resamples", "methods", "fractions", "shots", "seeds", "scale")
+    free = ("resamples", "methods", "fractions", "shots", "seeds", "scale", "scratch_of")
     mine = {k: v for k, v in _plain(config).items() if k not in free}
-    mine |= {"checkpoint_sha256": weights, "task_sha256": labels}
+    held_out = "".join(task.hashes[i] for i in task.where("test")).encode()
+    mine |= {
+        "architecture": json.loads(json.dumps(asdict(model.config))),  # as it is read again, tuples as lists
+        "checkpoint_sha256": _sha256(file), "task_sha256": _sha256(config.task),
+        "held_out_sha256": hashlib.sha256(held_out).hexdigest(),
+    }  # fmt: skip
     try:
         (out / "cells").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}; give a folder that can be written") from error
-    claim = out / "evaluation.json"
+    claim = out / _CLAIM
     if claim.exists():
-        theirs = json.loads(claim.read_text())
-        other = [k for k in mine if theirs.get(k) != mine[k]]
-        if other:
-            raise UserError(
-                f"--out {out} holds another evaluation ({other[0]} is {theirs.get(other[0])} there, {mine[other[0]]} "
-                "here); give another --out", 2,
-            )  # fmt: skip
+        if other := _difference(mine, json.loads(claim.read_text())):
+            raise UserError(f"--out {out} holds another evaluation ({other}); give another --out", 2)
         print(f"going on in {out}: {len(list((out / 'cells').glob('*.npz')))} results are there")
     runs.write_whole(claim, lambda opened: opened.write(json.dumps(mine, indent=1).encode()))
+    return mine
+
+
+def _sha256(file: str | Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _take_scratch(other: Path, out: Path, mine: dict[str, Any]) -> None:
+    """Copy the cells from scratch of another evaluation; UserError where they would differ from those made here."""
+    if not (other / _CLAIM).is_file():
+        raise UserError(f"--scratch_of {other}: no evaluation there; give the --out of one", 2)
+    shared = {k: v for k, v in mine.items() if k not in ("checkpoint_sha256", "pretraining")}
+    if differs := _difference(shared, json.loads((other / _CLAIM).read_text())):
+        raise UserError(f"--scratch_of {other}: {differs}; leave it out to train from scratch again", 2)
+    there = sorted((other / "cells").glob("*-scratch-*.npz"))
+    for cell in there:
+        data, place = cell.read_bytes(), out / "cells" / cell.name
+        runs.write_whole(place, lambda file, data=data: file.write(data))
+    print(f"{len(there)} results from scratch taken from {other}")
+
+
+def _difference(mine: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> str | None:
+    """The first thing that differs, in words."""
+    for name, value in mine.items():
+        other = theirs.get(name)
+        if isinstance(value, dict) and isinstance(other, dict):
+            if inner := _difference(value, other, f"{name}."):
+                return inner
+        elif value != other:
+            return f"{prefix}{name} is {other} there, {value} here"
+    return None
 
 
 class Bench:
@@ -414,7 +448,8 @@ class Bench:
         images = [self.task.images[i] for i in index]
         if not self.dense:
             return tuning.predict(network, images, self.task.kind, 2 * self.budget.batch, self.run)
-        guesses = [tuning.predict_dense(network, image, self.size, self.classes, self.run) for image in images]
+        several = 2 * self.budget.batch
+        guesses = [tuning.predict_dense(network, x, self.size, self.classes, several, self.run) for x in images]
         return tuning.dense_scores(guesses, [self.task.targets[i] for i in index], self.classes)
 
     def _probe(self, method: str, setting: Setting, seed: int) -> dict[str, Any]:

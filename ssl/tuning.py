@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, cast
 
 import numpy as np
@@ -263,9 +264,9 @@ def _dense_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 @torch.no_grad()
 def predict_dense(
-    network: Network, image: Tensor, size: tuple[int, ...], classes: int, run: Callable[..., Any]
+    network: Network, image: Tensor, size: tuple[int, ...], classes: int, batch: int, run: Callable[..., Any]
 ) -> np.ndarray:
-    """Label map of one image [1, *any]: tiles of `size` with half overlap, logits averaged."""
+    """Label map of one image [1, *any]: tiles of `size` with half overlap, `batch` at a time, logits averaged."""
     device = network.device
     whole = tuple(image.shape[1:])
     x = _padded(image, size, -2.0)
@@ -273,12 +274,16 @@ def predict_dense(
     total = torch.zeros(classes + 1, *shape)
     count = torch.zeros(shape)
     starts = [sorted({*range(0, n - s + 1, max(1, s // 2)), n - s}) for n, s in zip(shape, size, strict=True)]
-    for corner in np.array(np.meshgrid(*starts, indexing="ij")).reshape(len(size), -1).T.tolist():
-        at = tuple(slice(a, a + n) for a, n in zip(corner, size, strict=True))
+    tiles = [
+        (slice(None), *(slice(a, a + n) for a, n in zip(corner, size, strict=True))) for corner in product(*starts)
+    ]
+    for first in range(0, len(tiles), batch):
+        some = tiles[first : first + batch]
         with run():
-            logits = network(x[(slice(None), *at)][None].to(device).float())
-        total[(slice(None), *at)] += logits[0].float().cpu()
-        count[at] += 1
+            logits = network(torch.stack([x[at] for at in some]).to(device).float())
+        for at, found in zip(some, logits.float().cpu(), strict=True):
+            total[at] += found
+            count[at[1:]] += 1
     label = (total / count).argmax(0)
     return label[tuple(slice(0, n) for n in whole)].numpy().astype(np.uint8)
 

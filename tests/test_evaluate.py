@@ -368,6 +368,37 @@ def test_scratch_starts_from_other_weights_and_the_same_shape(checkpoint: Path, 
     assert not torch.allclose(fresh.blocks[0].mlp.fc1.weight, model.blocks[0].mlp.fc1.weight, atol=1e-3)
 
 
+def test_scratch_is_taken_from_another_checkpoints_evaluation(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second checkpoint trains nothing from scratch, and has the numbers it would have had."""
+    task, flags = an_npz(tmp_path / "t.npz"), ("--fractions=0.5", *QUICK)
+    torch.manual_seed(1)
+    other = medformer.build(medformer.load(checkpoint).config)
+    medformer.save(other, tmp_path / "other.safetensors")
+    assert run(checkpoint, task, tmp_path / "first", "--methods=scratch", *flags) == 0
+    alone = tmp_path / "alone"
+    assert run(tmp_path / "other.safetensors", task, alone, "--methods=scratch", *flags) == 0
+    reused = (f"--scratch_of={tmp_path / 'first'}", *flags)
+    assert run(tmp_path / "other.safetensors", task, tmp_path / "second", "--methods=knn,scratch", *reused) == 0
+    assert "2 results from scratch taken" in capsys.readouterr().out
+    cells = sorted(cell.name for cell in (alone / "cells").glob("*-scratch-*.npz"))
+    assert len(cells) == 2
+    for cell in cells:
+        taken = tmp_path / "second" / "cells" / cell
+        assert taken.read_bytes() == (tmp_path / "first" / "cells" / cell).read_bytes()
+        with np.load(taken) as found, np.load(alone / "cells" / cell) as expected:
+            np.testing.assert_array_equal(found["predictions"], expected["predictions"])
+    assert run(checkpoint, task, tmp_path / "third", "--methods=scratch", *reused, "--steps=4") == 2
+    assert "steps is 3 there, 4 here; leave it out" in capsys.readouterr().err
+    wide = medformer.tiny_2d(width=32, depth=2, heads=2, patch_size=4, patch_stride=4, patch_padding=0)
+    medformer.save(wide, tmp_path / "wide.safetensors")
+    assert run(tmp_path / "wide.safetensors", task, tmp_path / "fourth", *reused) == 2
+    assert "architecture.width is 24 there, 32 here" in capsys.readouterr().err
+    assert run(checkpoint, task, tmp_path / "fifth", f"--scratch_of={tmp_path}", *flags) == 2
+    assert "no evaluation there" in capsys.readouterr().err
+
+
 def test_a_rate_is_chosen_by_three_seeds_and_no_run_is_repeated(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -405,5 +436,7 @@ def test_tiles_cover_an_image_below_and_above_the_crop() -> None:
     model = medformer.tiny_3d(width=24, depth=1, heads=2, patch_size=4, patch_stride=4, patch_padding=0)
     network = tuning.Network(model, "linear", 2, dense=True)
     for shape in ((5, 9, 30), (8, 8, 8)):
-        guess = tuning.predict_dense(network, torch.randn(1, *shape), (8, 8, 8), 2, torch.no_grad)
+        image = torch.randn(1, *shape)
+        guess, one_by_one = (tuning.predict_dense(network, image, (8, 8, 8), 2, n, torch.no_grad) for n in (5, 1))
         assert guess.shape == shape
+        assert (guess == one_by_one).mean() > 0.999  # a tie may fall either way

@@ -43,8 +43,9 @@ from runs import UserError
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 PROBES = ("knn", "linear")  # of frozen features
-CLASSIFY = ("knn", "linear", "attentive", "fpt", "finetune", "scratch")
-SEGMENT = ("linear", "decoder", "finetune", "scratch")
+# untrained: the linear probe of fresh weights, which is what the architecture brings by itself.
+CLASSIFY = (*PROBES, "attentive", "fpt", "finetune", "untrained", "scratch")
+SEGMENT = ("linear", "decoder", "finetune", "untrained", "scratch")
 # Far from the seeds of pretraining: scratch must not begin where the checkpoint began.
 _FRESH = 7_000_003
 # A learning rate is the one with the best mean score on validation over so many seeds: by one seed alone a rate that
@@ -60,8 +61,8 @@ class DownstreamConfig:
     task: str
     """.npz in MedMNIST's layout, or a .csv with the column path and label, mask or one column a label."""
     methods: list[str] = field(default_factory=list)
-    """Any of knn, linear, attentive, fpt, finetune, scratch; for masks linear, decoder, finetune, scratch; default:
-    all."""
+    """Any of knn, linear, attentive, fpt, finetune, untrained, scratch; for masks linear, decoder, finetune, untrained,
+    scratch; default: all."""
     fractions: list[float] = field(default_factory=lambda: [0.01, 0.1, 1.0])
     """Shares of the training labels, each above 0 and at most 1."""
     shots: list[int] = field(default_factory=list)
@@ -87,8 +88,8 @@ class DownstreamConfig:
     leaks: Literal["drop", "keep"] = "drop"
     """What becomes of held-out cases that training has seen: out of the test, or only reported."""
     scratch_of: str | None = None
-    """Folder of another checkpoint's evaluation whose results from scratch are taken, not trained again: of the same
-    architecture, on the same task, with the same settings."""
+    """Folder of another checkpoint's evaluation, of the same architecture, task and settings, whose results of scratch
+    and untrained are taken, not computed again."""
     resamples: int = 2000
     """Bootstrap resamples of an interval."""
     device: str = "auto"
@@ -342,17 +343,18 @@ def _sha256(file: str | Path) -> str:
 
 
 def _take_scratch(other: Path, out: Path, mine: dict[str, Any]) -> None:
-    """Copy the cells from scratch of another evaluation; UserError where they would differ from those made here."""
+    """Copy another evaluation's cells that know nothing of its checkpoint; UserError where those made here would
+    differ."""
     if not (other / _CLAIM).is_file():
         raise UserError(f"--scratch_of {other}: no evaluation there; give the --out of one", 2)
     shared = {k: v for k, v in mine.items() if k not in ("checkpoint_sha256", "pretraining")}
     if differs := _difference(shared, json.loads((other / _CLAIM).read_text())):
         raise UserError(f"--scratch_of {other}: {differs}; leave it out to train from scratch again", 2)
-    there = sorted((other / "cells").glob("*-scratch-*.npz"))
+    there = [c for c in sorted((other / "cells").glob("*.npz")) if re.search("-(scratch|untrained)-", c.name)]
     for cell in there:
         data, place = cell.read_bytes(), out / "cells" / cell.name
         runs.write_whole(place, lambda file, data=data: file.write(data))
-    print(f"{len(there)} results from scratch taken from {other}")
+    print(f"{len(there)} results without the checkpoint taken from {other}")
 
 
 def _difference(mine: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> str | None:
@@ -389,7 +391,7 @@ class Bench:
         self.run: Callable[..., Any] = partial(
             torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda"
         )
-        self._frozen: probes.Frozen | None = None
+        self._features: dict[int | None, probes.Frozen] = {}
 
     def _truth(self, index: np.ndarray) -> np.ndarray:
         # Of a segmentation the predictions already are each case's Dice.
@@ -397,7 +399,7 @@ class Bench:
 
     def cell(self, setting: Setting, method: str, seed: int) -> dict[str, Any]:
         """Held-out predictions of one run, and what was chosen for it."""
-        if method in PROBES and not self.dense:
+        if method in (*PROBES, "untrained") and not self.dense:
             return self._once(f"{setting.key}-{method}-{seed}", lambda: self._probe(method, setting, seed))
         rates, seeds = self.config.lrs or [], range(min(_RATE_SEEDS, self.config.seeds or 1))
 
@@ -428,12 +430,17 @@ class Bench:
 
         return self._once(f"{setting.key}-{method}-{lr:g}-{seed}", result)
 
-    def _trained(self, method: str, index: np.ndarray, lr: float, seed: int, what: str) -> tuning.Network:
+    def _fresh(self, seed: int) -> Model:
+        """The architecture with weights that know nothing."""
         torch.manual_seed(_FRESH + seed)
-        backbone = medformer.build(self.model.config)
-        if method != "scratch":
+        return medformer.build(self.model.config)
+
+    def _trained(self, method: str, index: np.ndarray, lr: float, seed: int, what: str) -> tuning.Network:
+        backbone = self._fresh(seed)
+        if method not in ("scratch", "untrained"):
             backbone.load_state_dict(self.model.state_dict())
-        network = tuning.Network(backbone, method, self.classes, self.dense).to(self.device)
+        head = "linear" if method == "untrained" else method
+        network = tuning.Network(backbone, head, self.classes, self.dense).to(self.device)
         images = [self.task.images[i] for i in index]
         targets = [self.task.targets[i] for i in index]
         bar = partial(_bar, what=what)
@@ -453,11 +460,13 @@ class Bench:
         return tuning.dense_scores(guesses, [self.task.targets[i] for i in index], self.classes)
 
     def _probe(self, method: str, setting: Setting, seed: int) -> dict[str, Any]:
-        index = setting.cases(self.task, seed)
-        if self._frozen is None:
+        index, val, test = setting.cases(self.task, seed), self.task.where("val"), self.task.where("test")
+        whose = seed if method == "untrained" else None
+        if whose not in self._features:
+            model = self.model if whose is None else self._fresh(whose).to(self.device)
             bar = partial(_bar, what="features")
-            self._frozen = probes.extract(self.model, self.task.images, 2 * self.budget.batch, self.run, bar)
-        frozen, val, test = self._frozen, self.task.where("val"), self.task.where("test")
+            self._features[whose] = probes.extract(model, self.task.images, 2 * self.budget.batch, self.run, bar)
+        frozen = self._features[whose]
         target = torch.stack([self.task.targets[i] for i in index])
         truth = self.task.labels(val)
 
@@ -475,7 +484,7 @@ class Bench:
             return scores.point(self.metric, probes.probabilities(probe(part(val)), self.task.kind), truth)
 
         probe = probes.linear_sweep(part(index), target, self.classes, self.config.probe_steps or 1, seed, better)
-        if seed == 0:
+        if method == "linear" and seed == 0:
             self._keep(probe)
         chosen = f"last {probe.last}{' + mean' if probe.pool else ''}, lr {probe.lr:g}"
         return {"predictions": probes.probabilities(probe(part(test)), self.task.kind), "chosen": chosen}

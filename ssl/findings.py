@@ -17,7 +17,7 @@ __all__ = ["gather", "plot", "table", "write"]
 BASELINE = "scratch"
 _COLOURS = {
     "scratch": "#444444", "finetune": "#d1495b", "fpt": "#edae49", "attentive": "#66a182", "linear": "#2e86ab",
-    "decoder": "#66a182", "knn": "#8d6a9f",
+    "decoder": "#66a182", "knn": "#8d6a9f", "untrained": "#aaaaaa",
 }  # fmt: skip
 
 

@@ -368,27 +368,33 @@ def test_scratch_starts_from_other_weights_and_the_same_shape(checkpoint: Path, 
     assert not torch.allclose(fresh.blocks[0].mlp.fc1.weight, model.blocks[0].mlp.fc1.weight, atol=1e-3)
 
 
-def test_scratch_is_taken_from_another_checkpoints_evaluation(
+def test_what_knows_no_checkpoint_is_taken_from_another_evaluation(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The second checkpoint trains nothing from scratch, and has the numbers it would have had."""
+    """The second checkpoint computes neither scratch nor untrained, and has the numbers it would have had."""
     task, flags = an_npz(tmp_path / "t.npz"), ("--fractions=0.5", *QUICK)
     torch.manual_seed(1)
     other = medformer.build(medformer.load(checkpoint).config)
     medformer.save(other, tmp_path / "other.safetensors")
-    assert run(checkpoint, task, tmp_path / "first", "--methods=scratch", *flags) == 0
+    assert run(checkpoint, task, tmp_path / "first", "--methods=untrained,scratch", *flags) == 0
     alone = tmp_path / "alone"
-    assert run(tmp_path / "other.safetensors", task, alone, "--methods=scratch", *flags) == 0
+    assert run(tmp_path / "other.safetensors", task, alone, "--methods=untrained,scratch", *flags) == 0
     reused = (f"--scratch_of={tmp_path / 'first'}", *flags)
-    assert run(tmp_path / "other.safetensors", task, tmp_path / "second", "--methods=knn,scratch", *reused) == 0
-    assert "2 results from scratch taken" in capsys.readouterr().out
-    cells = sorted(cell.name for cell in (alone / "cells").glob("*-scratch-*.npz"))
-    assert len(cells) == 2
+    assert (
+        run(tmp_path / "other.safetensors", task, tmp_path / "second", "--methods=linear,untrained,scratch", *reused)
+        == 0
+    )
+    assert "4 results without the checkpoint taken" in capsys.readouterr().out
+    cells = sorted(cell.name for cell in (alone / "cells").glob("*.npz"))
+    assert [cell.split("-")[1] for cell in cells] == ["scratch"] * 2 + ["untrained"] * 2
     for cell in cells:
         taken = tmp_path / "second" / "cells" / cell
         assert taken.read_bytes() == (tmp_path / "first" / "cells" / cell).read_bytes()
         with np.load(taken) as found, np.load(alone / "cells" / cell) as expected:
             np.testing.assert_array_equal(found["predictions"], expected["predictions"])
+    answers = [np.load(tmp_path / "second" / "cells" / f"50%-{m}.npz")["predictions"] for m in
+               ("linear-0", "untrained-0", "untrained-1")]  # fmt: skip
+    assert all(np.abs(answers[i] - answers[j]).max() > 1e-3 for i, j in ((0, 1), (1, 2)))  # other weights each
     assert run(checkpoint, task, tmp_path / "third", "--methods=scratch", *reused, "--steps=4") == 2
     assert "steps is 3 there, 4 here; leave it out" in capsys.readouterr().err
     wide = medformer.tiny_2d(width=32, depth=2, heads=2, patch_size=4, patch_stride=4, patch_padding=0)

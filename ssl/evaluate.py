@@ -430,7 +430,7 @@ class Bench:
 
         return self._once(f"{setting.key}-{method}-{lr:g}-{seed}", result)
 
-    def _fresh(self, seed: int) -> Model:
+    def _fresh(self, seed: int) -> Any:
         """The architecture with weights that know nothing."""
         torch.manual_seed(_FRESH + seed)
         return medformer.build(self.model.config)

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from runs import write_whole
-from scores import difference, estimate
+from scores import difference, estimate, point
 
 __all__ = ["gather", "plot", "table", "write"]
 
 BASELINE = "scratch"
+_COLUMNS = 12  # more classes than these are in results.json only
 _COLOURS = {
     "scratch": "#444444", "finetune": "#d1495b", "fpt": "#edae49", "attentive": "#66a182", "linear": "#2e86ab",
     "decoder": "#66a182", "knn": "#8d6a9f", "untrained": "#aaaaaa",
@@ -38,8 +39,24 @@ def gather(
             row[metric] = estimate(metric, stack, truth, groups, resamples).as_dict()
             if base is not None and method != BASELINE:
                 row[f"{metric}_over_scratch"] = difference(metric, stack, base, truth, groups, resamples).as_dict()
+        row["by_class"] = _by_class(metrics[0], stack, truth)
         rows.append(row)
     return {"metrics": list(metrics), "rows": rows}
+
+
+def _by_class(metric: str, stack: np.ndarray, truth: np.ndarray) -> list[float | None]:
+    """Mean over seeds of each class's own score; None where the held-out cases cannot tell."""
+    if metric == "dice":
+        known = ~np.isnan(stack)
+        sums, counts = np.where(known, stack, 0).sum((0, 1)), known.sum((0, 1))
+        return [float(s / n) if n else None for s, n in zip(sums, counts, strict=True)]
+    found: list[float | None] = []
+    for c in range(stack.shape[2]):
+        own = (truth == c).astype(float) if truth.ndim == 1 else truth[:, c]
+        both = {0.0, 1.0} <= set(own[~np.isnan(own)].tolist())
+        values = [point(metric, guess[:, c : c + 1], own[:, None]) for guess in stack] if both else []
+        found.append(float(np.mean(values)) if values else None)
+    return found
 
 
 def _range(value: dict[str, Any], signed: bool = False) -> str:
@@ -63,12 +80,24 @@ def table(results: dict[str, Any]) -> str:
             cells += [_range(row[metric])]
             cells += ["", ""] if gain is None else [_range(gain, True), "" if gain["p"] is None else f"{gain['p']:.3f}"]
         lines.append("| " + " | ".join(cells) + " |")
+    if 1 < len(results["classes"]) <= _COLUMNS:
+        lines += ["", *_classes(results)]
     unit = "patients" if results["patients"] else "cases"
     lines.append(
         f"\nMean over {len(results['rows'][0]['chosen'])} seeds on {results['cases']['test']} held-out cases; 95% "
         f"intervals by bootstrap over {unit} and seeds, paired; p: predictions of {unit} swapped at random, two-sided."
     )
     return "\n".join(lines)
+
+
+def _classes(results: dict[str, Any]) -> list[str]:
+    """A table of each class by itself."""
+    names = [str(name) for name in results["classes"]]
+    lines = ["| " + " | ".join([f"{results['metrics'][0]} of", "", *names]) + " |", "|" + "---|" * (2 + len(names))]
+    for row in results["rows"]:
+        cells = ["" if value is None else f"{value:.3f}" for value in row["by_class"]]
+        lines.append("| " + " | ".join([row["setting"], row["method"], *cells]) + " |")
+    return lines
 
 
 def plot(results: dict[str, Any], path: Path) -> None:

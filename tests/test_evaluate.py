@@ -100,7 +100,12 @@ def test_every_method_runs_resumes_and_is_compared(
     linear = next(r for r in first["rows"] if (r["setting"], r["method"]) == ("100%", "linear"))
     assert linear["auroc"]["mean"] > 0.95
     assert Image.open(out / "plot.png").size[0] > 600
-    assert "| 20% | 9 | knn |" in (out / "table.md").read_text()
+    table = (out / "table.md").read_text()
+    assert "| 20% | 9 | knn |" in table
+    assert "| auroc of |  | plain | rows | columns |" in table
+    assert np.mean(linear["by_class"]) == pytest.approx(
+        linear["auroc"]["mean"], abs=1e-4
+    )  # macro is the mean of the classes
     capsys.readouterr()
 
     for path in (out / "cells").glob("100%-finetune-1.npz"):
@@ -126,6 +131,7 @@ def test_masks_are_segmented_in_three_dimensions(volumes: Path, tmp_path: Path) 
     assert values["decoder"] > 0.5
     assert all(0 <= v <= 1 for v in values.values())
     assert results["rows"][0]["dice"]["low"] is None  # one held-out scan has no interval
+    assert results["rows"][1]["by_class"] == pytest.approx([values["decoder"]], abs=1e-4)  # of one class
 
 
 def test_several_labels_with_unknown_ones(checkpoint: Path, tmp_path: Path) -> None:

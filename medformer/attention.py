@@ -20,9 +20,12 @@ from medformer_kernels import default_num_features, orthogonal_features, perform
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
-__all__ = ["PerformerAttention", "SelfAttention", "SoftmaxAttention", "masked_attention"]
+__all__ = ["PerformerAttention", "SelfAttention", "SoftmaxAttention", "exact_attention", "masked_attention"]
 
 HAS_XFORMERS = importlib.util.find_spec("xformers") is not None
+# Keys times head width up to which PyTorch's gradient takes a CPU longer in 16 bits than in 32: 2 to 9 times as
+# long at 64 keys and below (misc/LOG.md).
+_SHORT = 16_384
 # Odd, and 2^32 over the golden ratio: seeds of successive draws lie far apart in the 32 bits that CPU generators keep.
 _GOLDEN = 0x9E3779B1
 
@@ -251,14 +254,32 @@ def masked_attention(
 ) -> Float[Tensor, "B H N Dv"]:
     """softmax(scale q k^T) v over the real keys, `scale` 1 / sqrt(D) if None; 0 in a sample without any."""
     if key_padding_mask is None:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+        return exact_attention(q, k, v, scale=scale)
     # Not only weight 0: a masked key may hold anything, and 0 * nan is nan.
     padding = ~key_padding_mask[:, None, :, None]
     k, v = k.masked_fill(padding, 0.0), v.masked_fill(padding, 0.0)
     # Backends disagree about a row without any key: it reads all of them, and is cleared.
     empty = ~key_padding_mask.any(dim=1)[:, None, None, None]
     mask = (key_padding_mask[:, None, None] | empty).expand(-1, -1, q.shape[2], -1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).masked_fill(empty, 0.0)
+    return exact_attention(q, k, v, mask=mask, scale=scale).masked_fill(empty, 0.0)
+
+
+def exact_attention(
+    q: Float[Tensor, "B H N D"],
+    k: Float[Tensor, "B H S D"],
+    v: Float[Tensor, "B H S Dv"],
+    *,
+    mask: Bool[Tensor, "B 1 N S"] | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Float[Tensor, "B H N Dv"]:
+    """softmax(scale q k^T) v by PyTorch, in float32 where 16 bits are slower: on a CPU, the gradient of few keys."""
+    learning = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if q.is_cpu and learning and q.dtype.itemsize == 2 and k.shape[2] * k.shape[3] <= _SHORT:
+        with torch.autocast("cpu", enabled=False):  # which would make it 16 bits again
+            wide = (q.float(), k.float(), v.float())
+            return F.scaled_dot_product_attention(*wide, mask, is_causal=causal, scale=scale).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
 
 
 def _use_xformers(q: Tensor, key_padding_mask: Tensor | None) -> bool:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from medformer.attention import exact_attention
 from medformer.checks import check, check_choice, check_whole, is_whole
 from medformer.codebook import Codebook, morton_order
 from medformer.expire_span import ExpireSpanAttention
@@ -151,7 +152,7 @@ class _Attention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.omega is not None:
             return performer_attention(q, k, v, self.omega, causal=self.causal)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return exact_attention(q, k, v, causal=self.causal)
 
     def prefill(self, x: Float[Tensor, "B S C"]) -> tuple[Tensor, Any]:
         """Output of a prompt and what has to be kept of it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from medformer import PerformerAttention, SoftmaxAttention
@@ -125,6 +126,22 @@ def test_autocast_stays_near_double(kind: type[Attention], qk_norm: bool) -> Non
     assert out.dtype == torch.bfloat16
     assert row.dtype == torch.float32
     assert (out.double() - exact).abs().max() < 16 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_short_gradients_of_a_cpu_are_those_of_float32(causal: bool) -> None:
+    q, k, v = (tokens(2, 3, 40, 8, dtype=torch.bfloat16, scale=1.0).roll(i, 2).requires_grad_() for i in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention_module.exact_attention(q, k, v, causal=causal)
+    assert out.dtype == torch.bfloat16
+    found = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    single = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=causal)
+    wanted = torch.autograd.grad(single, (q, k, v), torch.ones_like(single))
+    for ours, exact in zip(found, wanted, strict=True):
+        assert ours.equal(exact)
+    narrow = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    others = torch.autograd.grad(narrow, (q, k, v), torch.ones_like(narrow))
+    assert not all(ours.equal(other) for ours, other in zip(found, others, strict=True)), "nothing was told apart"
 
 
 def test_random_features_follow_the_seed_and_are_saved() -> None:

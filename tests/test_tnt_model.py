@@ -209,7 +209,7 @@ def test_intermediate_layers_are_the_ends_of_shorter_models() -> None:
     torch.testing.assert_close(first.cls, model(x))
 
 
-@pytest.mark.parametrize("name", ["tnt_s_legacy_patch16_224", "tnt_s_patch16_224"])
+@pytest.mark.parametrize("name", ["tnt_s_legacy_patch16_224", "tnt_s_patch16_224", "tnt_b_patch16_224"])
 def test_timm_weights_load_and_outputs_agree(name: str) -> None:
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)

@@ -43,6 +43,11 @@ def test_no_script_in_ssl_shadows_a_module():
     assert {path.stem for path in (ROOT / "ssl").glob("*.py")} & taken == set()
 
 
+def test_every_file_in_ssl_is_on_its_map():
+    text = (ROOT / "ssl" / "README.md").read_text()
+    assert [path.name for path in sorted((ROOT / "ssl").glob("*.*")) if f"`{path.name}`" not in text] == ["README.md"]
+
+
 @pytest.mark.parametrize(
     ("folder", "forbidden"),
     [

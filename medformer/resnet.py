@@ -202,7 +202,7 @@ class ResNet(nn.Module):
         voxels = real_at(1)
         x = x if voxels is None else torch.where(voxels, x, 0.0)
         x = F.relu(_normed(self.bn1, self.conv1(x), real_at(2)), inplace=True)
-        x = (F.max_pool3d if dims == 3 else F.max_pool2d)(x, 3, 2, 1)
+        x = _pooled(x)
         step, before = 4, real_at(4)
         x = x if before is None else torch.where(before, x, 0.0)
         maps, reals = [], []
@@ -279,9 +279,18 @@ class _StandardConv3d(nn.Conv3d):
 def _standardise(weight: Tensor) -> Tensor:
     """Mean 0 and variance 1 / fan-in for every output channel. Source: Qiao et al. 2019, section 3."""
     exact = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
-    variance, mean = torch.var_mean(exact, dim=1, keepdim=True, correction=0)
-    scaled = (exact - mean) * torch.rsqrt((variance * exact.shape[1]).clamp(min=1e-8))
-    return scaled.view_as(weight).to(weight.dtype)
+    exact = exact - exact.mean(dim=1, keepdim=True)
+    squares = exact.square().sum(dim=1, keepdim=True)  # var_mean takes a CPU five times as long
+    return (exact * torch.rsqrt(squares.clamp(min=1e-8))).view_as(weight).to(weight.dtype)
+
+
+def _pooled(x: Tensor) -> Tensor:
+    """The largest of 3 x 3 (x 3) neighbours, at every second place."""
+    pool, last = (F.max_pool3d, torch.channels_last_3d) if x.ndim == 5 else (F.max_pool2d, torch.channels_last)
+    if x.is_cpu and not (x.requires_grad and torch.is_grad_enabled()):
+        # Channels last are a vector to a CPU: 4 to 5 times as fast. The gradient gains nothing, in 3D it loses.
+        return pool(x.contiguous(memory_format=last), 3, 2, 1).contiguous()
+    return pool(x, 3, 2, 1)
 
 
 def _conv(

@@ -27,7 +27,8 @@ class OnlineConfig:
     """Evaluation during training on labelled cases; nothing of it reaches the weights."""
 
     task: str | None = None
-    """Labelled cases, one class each: an .npz file in MedMNIST's layout, or a .csv with the columns path and label."""
+    """Labelled cases, one class each: an .npz file in MedMNIST's layout, or a .csv with the columns path and label. Its
+    validation cases are scored, or a fifth of the training cases; never the test split."""
     every: int = 0
     """Optimiser steps between evaluations; 0: before the first step and after the last only."""
     neighbours: int = 20
@@ -49,7 +50,7 @@ class Labelled(NamedTuple):
 
 
 def read_labelled(config: OnlineConfig, views: ViewsConfig, dims: int) -> Labelled:
-    """The task's test split, and all its other cases to learn from.
+    """The task's training and validation cases; never the test split, which what is chosen here may be tested on.
 
     Raises:
         UserError: the task cannot be read, or does not hold one class a case.
@@ -58,13 +59,12 @@ def read_labelled(config: OnlineConfig, views: ViewsConfig, dims: int) -> Labell
     task = read_task(Path(config.task or ""), dims, size, 0, iter)
     if task.kind != "classes":
         raise UserError(f"--online.task {config.task}: holds {task.kind}, one class a case is needed")
-    test = task.split == "test"
 
     def part(index: np.ndarray) -> tuple[Tensor, Tensor]:
         images = torch.stack([task.images[i].float() for i in index])
         return images, torch.stack([task.targets[i] for i in index])
 
-    return Labelled(*part(np.flatnonzero(~test)), *part(np.flatnonzero(test)))
+    return Labelled(*part(task.where("train")), *part(task.where("val")))
 
 
 @torch.no_grad()

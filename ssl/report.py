@@ -135,12 +135,15 @@ def list_skipped(skipped: list[tuple[str, str]], run: Path, say: Callable[[str],
         say(f"  and {len(skipped) - _LISTED} more, in {run / 'skipped.txt'}")
 
 
-def closing(run: Path, steps: int, weights: str, picture: str | None, say: Callable[[str], None]) -> None:
+def closing(
+    run: Path, steps: int, weights: str, picture: str | None, best: str | None, say: Callable[[str], None]
+) -> None:
     """What the run left, and what to do with it."""
     backbone = weights == "backbone.safetensors"
     what = "weights of the backbone" if backbone else "weights and codebook"
     shows = "where the class token looks in a scan" if backbone else "scans, the half that was shown, completions"
     look = f"\n  {picture:21} {shows}" if picture else ""
+    look += f"\n  best/                 {best}" if best else ""
     say(f"""\
 {run}/
   {weights:21} {what}{look}

@@ -458,7 +458,27 @@ def _finish(config: TrainConfig, prepared: Prepared, run: Path, method: methods.
     report.list_skipped(prepared.skipped, run, print)
     if loss is not None:
         print(f"loss {loss:.3f} at the end; {method.summary}")
-    report.closing(run, config.steps, weights, picture.name if drawn else None, print)
+    best = _save_best(config, run, method)
+    report.closing(run, config.steps, weights, picture.name if drawn else None, best, print)
+
+
+def _save_best(config: TrainConfig, run: Path, method: methods.Method) -> str | None:
+    """The weights with the highest kNN accuracy as a folder like the run's, unless they are the last; what they are."""
+    if not (kept := run / "checkpoints" / "best.pt").is_file():
+        return None
+    try:
+        state = runs.load_checkpoint(kept, print)[1]
+        if state["step"] == config.steps:
+            return None
+        method.load_state_dict(state["method"])
+        folder = run / "best"
+        folder.mkdir(exist_ok=True)
+        method.save(folder)
+        runs.write_whole(folder / "config.yaml", lambda file: file.write((run / "config.yaml").read_bytes()))
+    except (UserError, OSError) as error:
+        print(f"WARNING: the best weights were not written: {error}")
+        return None
+    return f"the weights after step {state['step']}, whose kNN accuracy was highest ({state['best']:.3f})"
 
 
 def _seed(*numbers: int) -> int:

@@ -21,6 +21,7 @@ from crops import sample_scan
 from images import prepare_images
 from online import OnlineConfig, features, linear_accuracy, measure, read_labelled
 from prepare import DataConfig, load
+from probes import load_model
 from roots import Order, gather, voxel_scale
 from runs import UserError
 from views import ViewsConfig
@@ -135,6 +136,31 @@ def test_all_methods_train_on_images(
     assert (run / "pictures" / "step-00000002.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(("scores", "step"), [((0.5, 0.25, 0.75, 0.5), 2), ((0.25, 0.5, 0.5, 0.75), None)])
+def test_the_weights_that_scored_best_are_kept_beside_the_last(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    scores: tuple[float, ...], step: int | None,
+) -> None:  # fmt: skip
+    run, npz, left = tmp_path / "run", folder / "set.npz", iter(scores)
+    monkeypatch.setattr(train.online, "measure", lambda *_: {"knn_accuracy": next(left)})
+    flags = [f"--data.root={npz}", f"--online.task={npz}", "--online.every=1", f"--out={run}", "--steps=3", "--keep=9"]
+    assert train.main(["byol", *FLAT, "--save_every=1", *flags]) == 0
+    said = capsys.readouterr().out
+    if step is None:  # the last is the best
+        assert not (run / "best").exists()
+        assert "best/" not in said
+        return
+    assert f"best/                 the weights after step {step}, whose kNN accuracy was highest (0.750)" in said
+    saved = torch.load(run / "checkpoints" / f"step-0000000{step}.pt", weights_only=True)["method"]
+    model, file, settings = load_model(run / "best")
+    assert file == run / "best" / "backbone.safetensors"
+    assert settings["method"] == "byol"
+    for name, value in model.state_dict().items():
+        assert value.equal(saved[f"student.backbone.{name}"])
+    last = medformer.load(run / "backbone.safetensors").state_dict()
+    assert any(not value.equal(last[name]) for name, value in model.state_dict().items())
+
+
 def test_without_weights_an_epoch_is_a_permutation_of_all() -> None:
     order = Order(3, (4, 6))
     assert sorted(order(s) for s in range(10)) == list(range(10))
@@ -177,8 +203,8 @@ def test_two_roots_train_in_one_run(trainer: Any, tmp_path: Path, capsys: pytest
 
 def test_labelled_cases_are_read_whole_and_split(folder: Path) -> None:
     data = read_labelled(OnlineConfig(task=str(folder / "set.npz")), VIEWS, 2)
-    assert data.train.shape == (28, 1, 16, 16)
-    assert data.held.shape == (12, 1, 16, 16)
+    assert data.train.shape == (23, 1, 16, 16)
+    assert data.held.shape == (5, 1, 16, 16)  # a fifth of the 28 training cases, none of the 12 of the test
     assert data.train.mean().abs() < 1.5
 
 

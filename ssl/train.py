@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 
 # Before torch loads OpenMP: threads that wait must sleep, not spin. On a shared CPU spinning made a step ten times
 # slower (2 threads on 2 busy cores: 5 s against 0.5 s).
@@ -467,11 +468,11 @@ def _save_best(config: TrainConfig, run: Path, method: methods.Method) -> str | 
     if not (kept := run / "checkpoints" / "best.pt").is_file():
         return None
     try:
-        state = runs.load_checkpoint(kept, print)[1]
+        state, folder = runs.load_checkpoint(kept, print)[1], run / "best"
         if state["step"] == config.steps:
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was shorter and has gone on
             return None
         method.load_state_dict(state["method"])
-        folder = run / "best"
         folder.mkdir(exist_ok=True)
         method.save(folder)
         runs.write_whole(folder / "config.yaml", lambda file: file.write((run / "config.yaml").read_bytes()))

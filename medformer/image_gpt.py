@@ -24,6 +24,7 @@ from medformer.attention import exact_attention
 from medformer.checks import check, check_choice, check_whole, is_whole
 from medformer.codebook import Codebook, morton_order
 from medformer.expire_span import ExpireSpanAttention
+from medformer.features import Features
 from medformer.linear import Linear
 from medformer_kernels import default_num_features, orthogonal_features, performer_attention
 from medformer_kernels.performer import performer_prefill, performer_step
@@ -291,6 +292,16 @@ class ImageGPT(nn.Module):
         if tuple(size) != wanted:
             raise ValueError(f"ImageGPT: size={tuple(size)} must be {wanted}, the voxels of grid={self.config.grid}")
         return self.config.grid
+
+    def forward_features(self, x: Float[Tensor, "B 1 *size"]) -> Features:
+        """What a classifier reads that moves all weights: the last block's stream of scans, after the last norm.
+
+        `cls` is the mean over the sequence, `patches` the tokens in raster order; with objective autoregressive each
+        has seen only the patches before its own. Source: section 2, "Fine-tuning"; `features` reads frozen weights.
+        """
+        grid = self.grid_of(x.shape[2:])
+        tokens = self.norm(self.hidden(self.codebook.encode(x)))[:, self.places]
+        return Features(cls=tokens.mean(1), registers=tokens[:, :0], patches=tokens, grid=grid)
 
     @torch.no_grad()
     def features(self, tokens: Int[Tensor, "B N"], layer: int | None = None) -> Float[Tensor, "B C"]:

@@ -205,16 +205,13 @@ def evaluate(checkpoint: Path, config: DownstreamConfig) -> dict[str, Any]:
     model, file, run = probes.load_model(checkpoint)
     task, size, leaks = _task(config, model, file, run)
     choices = SEGMENT if task.kind == "segmentation" else CLASSIFY
-    if isinstance(model, ImageGPT):
-        if task.kind == "segmentation":
-            raise UserError(f"{file} is an Image-GPT, whose features are of whole images; give a task of classes", 2)
-        choices = PROBES
+    if isinstance(model, ImageGPT) and task.kind == "segmentation":
+        raise UserError(f"{file} is an Image-GPT, whose features are of whole images; give a task of classes", 2)
     if task.kind == "segmentation" and getattr(model.config, "patch_transposed", False):
         raise UserError(f"{file} has several tokens a voxel (patch_transposed); give a task of classes", 2)
     wrong = sorted(set(config.methods) - set(choices))
     if wrong:
-        whose = "an Image-GPT" if isinstance(model, ImageGPT) else f"a {task.kind} task"
-        raise UserError(f"--methods {wrong[0]}: {whose} takes {', '.join(choices)}", 2)
+        raise UserError(f"--methods {wrong[0]}: a {task.kind} task takes {', '.join(choices)}", 2)
     methods = [m for m in choices if not config.methods or m in config.methods]
     settings = [Setting(f"{s}-shot", 0, s) for s in sorted(config.shots)] or [
         Setting(f"{100 * f:g}%", f, 0) for f in sorted(config.fractions)
@@ -278,14 +275,10 @@ def _task(
     elif len(size) != dims:
         raise UserError(f"--size must give the {dims} voxels (zyx) of a crop: {file} has no config.yaml beside it", 2)
     shown = "x".join(map(str, size))
-    if isinstance(model, ImageGPT):
-        if size != trained:
-            raise UserError(f"--size {shown}: this Image-GPT takes {'x'.join(map(str, trained))} and nothing else", 2)
-    else:
-        try:
-            model.grid_of(size)
-        except ValueError as error:
-            raise UserError(f"--size {shown}: {error}", 2) from error
+    try:
+        model.grid_of(size)
+    except ValueError as error:
+        raise UserError(f"--size {shown}: {error}", 2) from error
     task, leaks = tasks.drop_leaks(task, _pretraining(config, run), config.leaks == "keep")
     for line in (*leaks, *task.notes):
         print(line)
@@ -324,6 +317,8 @@ def _claim(out: Path, config: DownstreamConfig, file: Path, model: Model, task: 
         "checkpoint_sha256": _sha256(file), "task_sha256": _sha256(config.task),
         "held_out_sha256": hashlib.sha256(held_out).hexdigest(),
     }  # fmt: skip
+    if isinstance(model, ImageGPT):  # scratch reads the same tokens
+        mine["codebook_sha256"] = hashlib.sha256(model.codebook.centres.cpu().numpy().tobytes()).hexdigest()
     try:
         (out / "cells").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -431,9 +426,12 @@ class Bench:
         return self._once(f"{setting.key}-{method}-{lr:g}-{seed}", result)
 
     def _fresh(self, seed: int) -> Any:
-        """The architecture with weights that know nothing."""
+        """The architecture with weights that know nothing; an Image-GPT keeps its codebook, so reads the same tokens."""
         torch.manual_seed(_FRESH + seed)
-        return medformer.build(self.model.config)
+        fresh = medformer.build(self.model.config)
+        if isinstance(self.model, ImageGPT):
+            fresh.codebook.load_state_dict(self.model.codebook.state_dict())
+        return fresh
 
     def _trained(self, method: str, index: np.ndarray, lr: float, seed: int, what: str) -> tuning.Network:
         backbone = self._fresh(seed)

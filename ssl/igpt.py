@@ -119,7 +119,7 @@ def igpt_loss(
         autoregressive: -mean(log p(x[i] | x[0], ..., x[i - 1]) for all i)     # x in the model's order
         bert:           -mean(log p(x[i] | x without masked) for i in mask)
 
-    Source: Chen et al. 2020, section 2.2, eq. (1) and (2). Computed in float32, also under autocast.
+    Source: Chen et al. 2020, section 2, "Pre-training". Computed in float32, also under autocast.
     """
     with torch.autocast(logits.device.type, enabled=False):
         if mask is not None:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medformer import footprint, freeze_for_transfer
-from medformer.models import Encoder
+from medformer.models import Encoder, ImageGPT, Model
 from medformer_kernels import patch_unembed
 from probes import AttentiveHead, balance_of, loss_of, probabilities
 from schedules import cosine
@@ -44,11 +44,12 @@ class Budget:
 class Network(nn.Module):
     """Backbone and head. The head of a classifier reads the summary and the mean patch token."""
 
-    def __init__(self, backbone: Encoder, method: str, classes: int, dense: bool) -> None:
+    def __init__(self, backbone: Model, method: str, classes: int, dense: bool) -> None:
         super().__init__()
         self.backbone, self.method, self.dense = backbone, method, dense
         width = backbone.config.width
         if dense:
+            assert not isinstance(backbone, ImageGPT)
             self.head: nn.Module = DenseHead(backbone, classes + 1, light=method != "linear")
         elif method == "attentive":
             self.head = AttentiveHead(width, classes, getattr(backbone.config, "heads", _heads(width)))

@@ -290,28 +290,59 @@ def test_features_of_the_last_layer_are_the_backbones(checkpoint: Path) -> None:
     assert len(frozen.layers) == 2  # a model of two blocks has no four last layers
 
 
-def test_image_gpt_is_probed_in_its_middle_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def sequence_model(tmp_path: Path) -> ImageGPT:
+    """An Image-GPT with a codebook, in `run/`."""
     torch.manual_seed(0)
-    config = ImageGPTConfig(vocabulary=16, grid=(4, 4), patch=(4, 4), width=16, depth=4, heads=2)
-    model = ImageGPT(config)
-    images = [torch.randn(1, 16, 16) for _ in range(40)]
-    model.codebook.fit(model.codebook.patches(torch.stack(images)).flatten(0, 1))
+    model = ImageGPT(ImageGPTConfig(vocabulary=16, grid=(4, 4), patch=(4, 4), width=16, depth=4, heads=2))
+    model.codebook.fit(model.codebook.patches(torch.randn(40, 1, 16, 16)).flatten(0, 1))
     (tmp_path / "run").mkdir()
     medformer.save(model, tmp_path / "run" / "image_gpt.safetensors")
-    frozen = probes.extract(model, images[:5], 2, torch.no_grad, list)
-    expected = model.features(model.codebook.encode(torch.stack(images[:5])), 2)
+    return model
+
+
+def test_image_gpt_is_probed_in_its_middle_and_learns_at_its_end(
+    sequence_model: ImageGPT, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = [torch.randn(1, 16, 16) for _ in range(5)]
+    frozen = probes.extract(sequence_model, images, 2, torch.no_grad, list)
+    expected = sequence_model.features(sequence_model.codebook.encode(torch.stack(images)), 2)
     torch.testing.assert_close(frozen.layers[-1], expected)
 
     task = an_npz(tmp_path / "set.npz")
     assert run(tmp_path / "run", task, tmp_path / "out", "--fractions=1.0") == 0
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
-    assert [row["method"] for row in rows] == ["knn", "linear"]
-    assert rows[1]["auroc"]["mean"] > 0.8
+    assert [row["method"] for row in rows] == list(evaluate.CLASSIFY)
+    assert next(row for row in rows if row["method"] == "linear")["auroc"]["mean"] > 0.8
     capsys.readouterr()
-    assert run(tmp_path / "run", task, tmp_path / "out2", "--methods=scratch") == 2
-    assert "an Image-GPT takes knn, linear" in error_of(capsys)
     assert run(tmp_path / "run", task, tmp_path / "out3", "--size=8x8") == 2
-    assert "this Image-GPT takes 16x16" in error_of(capsys)
+    assert "size=(8, 8) must be (16, 16), the voxels of grid=(4, 4)" in error_of(capsys)
+
+
+def test_scratch_of_an_image_gpt_keeps_the_codebook_and_nothing_else(
+    sequence_model: ImageGPT, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = tasks.read_task(an_npz(tmp_path / "t.npz"), 2, (16, 16), 0, list)
+    config = evaluate.DownstreamConfig(task="t", steps=1, batch_size=2)
+    bench = evaluate.Bench(task, sequence_model, config, (16, 16), torch.device("cpu"), tmp_path)
+    fresh = bench._fresh(0)
+    torch.testing.assert_close(fresh.codebook.centres, sequence_model.codebook.centres, rtol=0, atol=0)
+    assert not torch.equal(fresh.token_embed, sequence_model.token_embed)
+    before = {name: value.clone() for name, value in sequence_model.state_dict().items()}
+    network = bench._trained("finetune", np.arange(6), 1e-2, 0, "")
+    assert all(torch.equal(value, before[name]) for name, value in sequence_model.state_dict().items())
+    moved = {name for name, value in network.backbone.named_parameters() if not torch.equal(value, before[name])}
+    assert moved == {name for name, _ in sequence_model.named_parameters()} - {"output"}  # which no classifier asks
+
+    quick = ("--fractions=1.0", "--seeds=1", "--methods=scratch")
+    assert run(tmp_path / "run", tmp_path / "t.npz", tmp_path / "out", *quick) == 0
+    sequence_model.codebook.centres.neg_()
+    (tmp_path / "other").mkdir()
+    medformer.save(sequence_model, tmp_path / "other" / "image_gpt.safetensors")
+    capsys.readouterr()
+    other = (tmp_path / "other", tmp_path / "t.npz", tmp_path / "out2")
+    assert run(*other, *quick, f"--scratch_of={tmp_path / 'out'}") == 2
+    assert "codebook_sha256" in error_of(capsys)
 
 
 @pytest.mark.parametrize("kind", ["resnet", "tnt", "stem"])

@@ -179,6 +179,19 @@ def test_features_come_from_the_middle() -> None:
         model.features(tokens, 4)
 
 
+@pytest.mark.parametrize("order", ["raster", "morton"])
+def test_features_to_learn_from_are_those_that_the_output_reads(order: str) -> None:
+    model = make(grid=(4, 4), patch=(2, 3), order=order)
+    model.codebook.centres.normal_()
+    x = torch.randn(3, 1, 8, 12)
+    found = model.forward_features(x)
+    assert (found.grid, tuple(found.registers.shape)) == ((4, 4), (3, 0, 16))
+    torch.testing.assert_close(found.patches @ model.output.T, model(model.codebook.encode(x)))
+    torch.testing.assert_close(found.cls, found.patches.mean(1))
+    with pytest.raises(ValueError, match=r"size=\(8, 13\) must be \(8, 12\)"):
+        model.forward_features(torch.randn(1, 1, 8, 13))
+
+
 @pytest.mark.parametrize("grid", [(4, 4), (3, 5), (4, 4, 4), (2, 3, 5)])
 def test_morton_order_visits_all_and_interleaves_bits(grid: tuple[int, ...]) -> None:
     order = morton_order(grid)

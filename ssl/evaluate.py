@@ -426,7 +426,7 @@ class Bench:
         return self._once(f"{setting.key}-{method}-{lr:g}-{seed}", result)
 
     def _fresh(self, seed: int) -> Any:
-        """The architecture with weights that know nothing; an Image-GPT reads the same tokens, so keeps its codebook."""
+        """The architecture with weights that know nothing; of an Image-GPT the codebook stays, for the same tokens."""
         torch.manual_seed(_FRESH + seed)
         fresh = medformer.build(self.model.config)
         if isinstance(self.model, ImageGPT):

@@ -93,7 +93,9 @@ class DownstreamConfig:
     resamples: int = 2000
     """Bootstrap resamples of an interval."""
     device: str = "auto"
-    """auto (a GPU where there is one), cpu, cuda or cuda:N; a GPU computes in bf16."""
+    """auto (a GPU where there is one), cpu, cuda or cuda:N."""
+    precision: Literal["fp32", "bf16"] | None = None
+    """What networks compute in; heads of frozen features always in fp32 [a CPU fp32, a GPU bf16]."""
     out: str | None = None
     """Folder of the results; a stopped evaluation goes on in its own. Default: runs/eval-<checkpoint>-<task>."""
 
@@ -201,7 +203,8 @@ def evaluate(checkpoint: Path, config: DownstreamConfig) -> dict[str, Any]:
     began = time.monotonic()
     device = _device(config.device)
     scale = config.scale if config.scale != "auto" else "full" if device.type == "cuda" else "quick"
-    config = replace(config, scale=scale, **{n: v for n, v in _SCALES[scale].items() if getattr(config, n) is None})
+    defaults = {**_SCALES[scale], "precision": "bf16" if device.type == "cuda" else "fp32"}
+    config = replace(config, scale=scale, **{n: v for n, v in defaults.items() if getattr(config, n) is None})
     model, file, run = probes.load_model(checkpoint)
     task, size, leaks = _task(config, model, file, run)
     choices = SEGMENT if task.kind == "segmentation" else CLASSIFY
@@ -227,7 +230,8 @@ def evaluate(checkpoint: Path, config: DownstreamConfig) -> dict[str, Any]:
     print(
         f"{task.name}: {task.kind}, {', '.join(task.names[:8])}; {len(task.where('train'))} training, "
         f"{len(task.where('val'))} validation, {len(task.where('test'))} held-out cases; {scale}: {config.steps} steps "
-        f"of {config.batch_size}, {len(config.lrs or [])} learning rates, {len(seeds)} seeds, on {device}"
+        f"of {config.batch_size}, {len(config.lrs or [])} learning rates, {len(seeds)} seeds, "
+        f"{config.precision} on {device}"
     )
     stacks: dict[tuple[str, str], np.ndarray] = {}
     chosen: dict[tuple[str, str], list[str]] = {}
@@ -384,7 +388,7 @@ class Bench:
         self.classes = len(task.names)
         self.budget = tuning.Budget(steps=config.steps or 1, batch=config.batch_size or 1)
         self.run: Callable[..., Any] = partial(
-            torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda"
+            torch.autocast, device.type, torch.bfloat16, enabled=config.precision == "bf16"
         )
         self._features: dict[int | None, probes.Frozen] = {}
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any, cast
 
@@ -130,11 +131,12 @@ def _fit(
     budget: Budget,
     lr: float,
     seed: int,
-    loss_at: Callable[[np.random.Generator], Tensor],
+    batch_at: Callable[[np.random.Generator], tuple[Tensor, Tensor]],
+    loss_at: Callable[[Tensor, Tensor], Tensor],
     run: Callable[..., Any],
     progress: Callable[[Any], Any],
 ) -> None:
-    """The loop: AdamW, linear warm-up, half cosine to 0, gradient norm clipped."""
+    """The loop: AdamW, linear warm-up, half cosine to 0, gradient norm clipped; `run` is entered for the loss alone."""
     optimiser = _optimiser(network, lr, budget.weight_decay)
     rng = np.random.default_rng((seed, 31))
     torch.manual_seed(seed)
@@ -142,8 +144,9 @@ def _fit(
     for step in progress(range(budget.steps)):
         for group in optimiser.param_groups:
             group["lr"] = cosine(step, budget.steps, lr, 0.0, warmup=round(budget.warmup * budget.steps))
+        x, y = batch_at(rng)
         with run():
-            loss = loss_at(rng)
+            loss = loss_at(network(x), y)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(network.parameters(), budget.clip)
@@ -168,12 +171,12 @@ def train_classifier(
     balance = balance_of(target, classes)
     balance = None if balance is None else balance.to(device)
 
-    def loss_at(rng: np.random.Generator) -> Tensor:
+    def batch_at(rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         pick = rng.integers(len(images), size=budget.batch)
         x = torch.stack([images[i] for i in pick]).to(device, non_blocking=True).float()
-        return loss_of(network(_augment(x, rng)), target[torch.from_numpy(pick)].to(device), balance)
+        return _augment(x, rng), target[torch.from_numpy(pick)].to(device)
 
-    _fit(network, budget, lr, seed, loss_at, run, progress)
+    _fit(network, budget, lr, seed, batch_at, partial(loss_of, balance=balance), run, progress)
 
 
 def _augment(x: Tensor, rng: np.random.Generator) -> Tensor:
@@ -216,15 +219,15 @@ def train_dense(
     device = network.device
     places = [torch.nonzero(mask).numpy() for mask in masks]
 
-    def loss_at(rng: np.random.Generator) -> Tensor:
+    def batch_at(rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         crops = [_crop(images, masks, places, size, rng) for _ in range(budget.batch)]
         x = torch.stack([c[0] for c in crops]).to(device).float()
         y = torch.stack([c[1] for c in crops]).to(device).long()
         change = torch.from_numpy(rng.uniform(-0.1, 0.1, (2, len(x))).astype(np.float32)).to(device)
         gain, shift = change.view(2, len(x), *[1] * (x.ndim - 1))
-        return _dense_loss(network(x * (1 + gain) + shift), y)
+        return x * (1 + gain) + shift, y
 
-    _fit(network, budget, lr, seed, loss_at, run, progress)
+    _fit(network, budget, lr, seed, batch_at, _dense_loss, run, progress)
 
 
 def _crop(
@@ -280,8 +283,9 @@ def predict_dense(
     ]
     for first in range(0, len(tiles), batch):
         some = tiles[first : first + batch]
+        crops = torch.stack([x[at] for at in some]).to(device).float()
         with run():
-            logits = network(torch.stack([x[at] for at in some]).to(device).float())
+            logits = network(crops)
         for at, found in zip(some, logits.float().cpu(), strict=True):
             total[at] += found
             count[at[1:]] += 1

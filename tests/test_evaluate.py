@@ -290,6 +290,28 @@ def test_features_of_the_last_layer_are_the_backbones(checkpoint: Path) -> None:
     assert len(frozen.layers) == 2  # a model of two blocks has no four last layers
 
 
+def test_bf16_reaches_images_and_scans_and_says_nearly_the_same(
+    checkpoint: Path, volumes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--fractions=1.0", "--seeds=1", "--steps=2", "--methods=linear,finetune")
+    for name, model, task in (
+        ("images", checkpoint, an_npz(tmp_path / "stripes.npz")),
+        ("scans", volumes / "model3d.safetensors", volumes / "masks.csv"),
+    ):
+        more = ("--size=8x8x8",) if name == "scans" else ()
+        found = {}
+        for precision in ("fp32", "bf16"):
+            out = tmp_path / f"{name}-{precision}"
+            assert run(model, task, out, *flags, *more, f"--precision={precision}") == 0
+            assert f"{precision} on cpu" in capsys.readouterr().out
+            found[precision] = [np.load(cell)["predictions"] for cell in sorted((out / "cells").glob("*.npz"))]
+        assert len(found["bf16"]) == len(found["fp32"]) >= 2
+        for exact, rounded in zip(found["fp32"], found["bf16"], strict=True):
+            np.testing.assert_allclose(rounded, exact, atol=0.1)
+        if name == "images":
+            assert not all(np.array_equal(a, b) for a, b in zip(*found.values(), strict=True))
+
+
 @pytest.fixture
 def sequence_model(tmp_path: Path) -> ImageGPT:
     """An Image-GPT with a codebook, in `run/`."""

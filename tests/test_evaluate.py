@@ -17,6 +17,7 @@ import evaluate
 import medformer
 import probes
 import tasks
+import trials
 import tuning
 from medformer.image_gpt import ImageGPT, ImageGPTConfig
 from runs import UserError
@@ -94,7 +95,7 @@ def test_every_method_runs_resumes_and_is_compared(
     task, out = an_npz(tmp_path / "stripes.npz"), tmp_path / "out"
     assert run(checkpoint, task, out, "--fractions=0.2,1.0") == 0
     first = json.loads((out / "results.json").read_text())
-    assert [r["method"] for r in first["rows"]] == list(evaluate.CLASSIFY) * 2
+    assert [r["method"] for r in first["rows"]] == list(trials.CLASSIFY) * 2
     assert first["labelled"] == {"20%": [9, 9], "100%": [48, 48]}  # a fifth of 60 went to validation
     assert all(("auroc_over_scratch" in r) == (r["method"] != "scratch") for r in first["rows"])
     linear = next(r for r in first["rows"] if (r["setting"], r["method"]) == ("100%", "linear"))
@@ -125,7 +126,7 @@ def test_masks_are_segmented_in_three_dimensions(volumes: Path, tmp_path: Path) 
     flags = ("--fractions=1.0", "--size=8x8x8", "--steps=25", "--lrs=5e-3", "--seeds=1")
     assert run(volumes / "model3d.safetensors", volumes / "masks.csv", tmp_path / "out", *flags) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert [r["method"] for r in results["rows"]] == list(evaluate.SEGMENT)
+    assert [r["method"] for r in results["rows"]] == list(trials.SEGMENT)
     assert results["kind"] == "segmentation"
     values = {r["method"]: r["dice"]["mean"] for r in results["rows"]}
     assert values["decoder"] > 0.5
@@ -334,7 +335,7 @@ def test_image_gpt_is_probed_in_its_middle_and_learns_at_its_end(
     task = an_npz(tmp_path / "set.npz")
     assert run(tmp_path / "run", task, tmp_path / "out", "--fractions=1.0") == 0
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
-    assert [row["method"] for row in rows] == list(evaluate.CLASSIFY)
+    assert [row["method"] for row in rows] == list(trials.CLASSIFY)
     assert next(row for row in rows if row["method"] == "linear")["auroc"]["mean"] > 0.8
     capsys.readouterr()
     assert run(tmp_path / "run", task, tmp_path / "out3", "--size=8x8") == 2
@@ -346,7 +347,7 @@ def test_scratch_of_an_image_gpt_keeps_the_codebook_and_nothing_else(
 ) -> None:
     task = tasks.read_task(an_npz(tmp_path / "t.npz"), 2, (16, 16), 0, list)
     config = evaluate.DownstreamConfig(task="t", steps=1, batch_size=2)
-    bench = evaluate.Bench(task, sequence_model, config, (16, 16), torch.device("cpu"), tmp_path)
+    bench = trials.Bench(task, sequence_model, config, (16, 16), torch.device("cpu"), tmp_path)
     fresh = bench._fresh(0)
     torch.testing.assert_close(fresh.codebook.centres, sequence_model.codebook.centres, rtol=0, atol=0)
     assert not torch.equal(fresh.token_embed, sequence_model.token_embed)
@@ -383,7 +384,7 @@ def test_other_networks_are_compared_too(kind: str, volumes: Path, tmp_path: Pat
     flags = ("--fractions=1.0", "--seeds=1", "--batch_size=2", "--probe_steps=5")
     with open(volumes / "labels.csv", "w") as file:
         file.write("path,label\n" + "".join(f"scan{i}.nii,{i % 2}\n" for i in range(6)))
-    for task, methods, more in (("labels", evaluate.CLASSIFY, ()), ("masks", evaluate.SEGMENT, ("--size=12x12x12",))):
+    for task, methods, more in (("labels", trials.CLASSIFY, ()), ("masks", trials.SEGMENT, ("--size=12x12x12",))):
         out = tmp_path / task
         assert run(model, volumes / f"{task}.csv", out, *flags, *more) == 0
         rows = json.loads((out / "results.json").read_text())["rows"]
@@ -418,7 +419,7 @@ def test_scratch_starts_from_other_weights_and_the_same_shape(checkpoint: Path, 
     task = tasks.read_task(an_npz(tmp_path / "t.npz"), 2, None, 0, list)
     model = medformer.load(checkpoint)
     config = evaluate.DownstreamConfig(task="t", steps=1, batch_size=2, lrs=[1e-12], seeds=1, probe_steps=1)
-    bench = evaluate.Bench(task, model, config, (16, 16), torch.device("cpu"), tmp_path)
+    bench = trials.Bench(task, model, config, (16, 16), torch.device("cpu"), tmp_path)
     index = task.where("train")
     tuned = bench._trained("finetune", index, 1e-12, 0, "").backbone
     fresh = bench._trained("scratch", index, 1e-12, 0, "").backbone
@@ -469,7 +470,7 @@ def test_a_rate_is_chosen_by_three_seeds_and_no_run_is_repeated(
 ) -> None:
     task = tasks.read_task(an_npz(tmp_path / "t.npz"), 2, None, 0, list)
     config = evaluate.DownstreamConfig(task="t", steps=1, batch_size=2, lrs=[1e-3, 1e-2], seeds=5)
-    bench = evaluate.Bench(task, medformer.load(checkpoint), config, (16, 16), torch.device("cpu"), tmp_path / "out")
+    bench = trials.Bench(task, medformer.load(checkpoint), config, (16, 16), torch.device("cpu"), tmp_path / "out")
     (tmp_path / "out" / "cells").mkdir(parents=True)
     on_validation = {1e-3: (0.6, 0.8, 0.8, 0.0, 0.0), 1e-2: (0.9, 0.5, 0.5, 1.0, 1.0)}
     ran = []
@@ -480,8 +481,8 @@ def test_a_rate_is_chosen_by_three_seeds_and_no_run_is_repeated(
 
     monkeypatch.setattr(bench, "_trained", train)
     monkeypatch.setattr(bench, "_predict", lambda run, _index: np.array(run))
-    monkeypatch.setattr(evaluate.scores, "point", lambda _metric, run, _truth: on_validation[run[0]][int(run[1])])
-    setting = evaluate.Setting("50%", 0.5, 0)
+    monkeypatch.setattr(trials.scores, "point", lambda _metric, run, _truth: on_validation[run[0]][int(run[1])])
+    setting = trials.Setting("50%", 0.5, 0)
     cells = [bench.cell(setting, "scratch", seed) for seed in (0, 4, 4)]
     assert [tuple(cell["predictions"]) for cell in cells] == [(1e-3, 0), (1e-3, 4), (1e-3, 4)]
     assert sorted(ran) == [*((1e-3, seed) for seed in (0, 1, 2, 4)), *((1e-2, seed) for seed in (0, 1, 2))]

@@ -1,4 +1,4 @@
-"""What the loop in `train.py` asks of a method, and how each is made."""
+"""What the loop in `loop.py` asks of a method, and how each is made."""
 
 from __future__ import annotations
 

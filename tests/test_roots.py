@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 import medformer
+import online
 import settings
 import train
 from crops import sample_scan
@@ -142,7 +143,7 @@ def test_the_weights_that_scored_best_are_kept_beside_the_last(
     scores: tuple[float, ...], step: int | None,
 ) -> None:  # fmt: skip
     run, npz, left = tmp_path / "run", folder / "set.npz", iter(scores)
-    monkeypatch.setattr(train.online, "measure", lambda *_: {"knn_accuracy": next(left)})
+    monkeypatch.setattr(online, "measure", lambda *_: {"knn_accuracy": next(left)})
     flags = [f"--data.root={npz}", f"--online.task={npz}", "--online.every=1", f"--out={run}", "--steps=3", "--keep=9"]
     assert train.main(["byol", *FLAT, "--save_every=1", *flags]) == 0
     said = capsys.readouterr().out

@@ -17,6 +17,7 @@ import yaml
 from torch.utils._pytree import tree_leaves
 
 import dino
+import loop
 import medformer
 import methods
 import replay
@@ -250,7 +251,7 @@ def test_the_optimiser_sees_clipped_gradients(
 ) -> None:
     students: list[torch.nn.Module] = []
     seen: list[dict[str, tuple[float, float]]] = []
-    real, step = train.make_optimiser, torch.optim.AdamW.step
+    real, step = loop.make_optimiser, torch.optim.AdamW.step
 
     def make(module: torch.nn.Module, config: Any) -> torch.optim.Optimizer:
         students.append(module)
@@ -261,7 +262,7 @@ def test_the_optimiser_sees_clipped_gradients(
         seen.append({n: (p.grad.norm().item(), p.norm().item()) for n, p in named if p.grad is not None})
         return step(self, *rest)
 
-    monkeypatch.setattr(train, "make_optimiser", make)
+    monkeypatch.setattr(loop, "make_optimiser", make)
     monkeypatch.setattr(torch.optim.AdamW, "step", look)
     limits = {"clip": ["--optim.clip=1e-3"], "agc": ["--optim.clip=0", "--optim.agc=1e-4"]}
     assert trainer(tmp_path / "run", "--steps=2", "--dino.freeze_last=0", *limits[kind]) == 0

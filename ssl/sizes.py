@@ -56,9 +56,15 @@ _CROPS: dict[int, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 # Images, of any size: a zoom is a share of the image, and views differ in grey values by less than scans' do, whose
 # untrained features they would swamp; texture tells images apart, so neither noise nor blur (misc/LOG.md). Batch norm
-# in the head and KoLeo are what keeps small sets from collapsing.
+# in the head and KoLeo are what keeps small sets from collapsing; with a centre DINO ends at five prototypes of 1024.
 _IMAGES: dict[str, dict[str, Any]] = {
-    "dino": {"dino.norm": "batch", "dino.koleo": 0.1, "dino.momentum": 0.996, "views.local_views": 0},
+    "dino": {
+        "dino.norm": "batch",
+        "dino.balance": "sinkhorn",
+        "dino.koleo": 0.1,
+        "dino.momentum": 0.996,
+        "views.local_views": 0,
+    },
     "byol": {"byol.norm": "sync", "byol.koleo": 0.1, "byol.momentum": 0.996},
     "igpt": {"igpt.patch": (1, 3, 3)},
 }

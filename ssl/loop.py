@@ -34,7 +34,7 @@ from roots import Order, voxel_scale
 from runs import UserError
 from schedules import cosine
 from settings import TrainConfig
-from views import Plan, render
+from views import Plan, fitting, render
 
 __all__ = ["Loop", "Place", "Stop", "silent"]
 
@@ -383,8 +383,8 @@ class Loop:
         self.writer.start(partial(_write, self.metrics, self.folder, content, keep=self.config.keep, best=better))
 
     def _views(self, plans: Plan) -> list[Tensor]:
-        views = render(plans, self.config.views, self.place.device)
-        return [v.squeeze(2) for v in views] if self.config.model.dims == 2 else views
+        dims = self.config.model.dims
+        return [fitting(v, dims) for v in render(plans, self.config.views, self.place.device)]
 
     def _names(self, samples: range) -> str:
         """The scans of some samples."""

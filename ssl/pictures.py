@@ -18,7 +18,7 @@ from prepare import Prepared, load
 from runs import Metrics, write_whole
 from settings import TrainConfig
 from views import draw as draw_views
-from views import render
+from views import fitting, render
 
 __all__ = ["complete", "draw", "to_board"]
 
@@ -73,7 +73,7 @@ def _views(config: TrainConfig, prepared: Prepared, count: int, device: torch.de
         for i, s in enumerate(scans)
     ]
     views = render(default_collate(plans), config.views, device)[0][: len(scans)]
-    return views.squeeze(2) if config.model.dims == 2 else views
+    return fitting(views, config.model.dims)
 
 
 def complete(model: ImageGPT, tokens: Tensor, known: int, seed: int) -> Tensor:

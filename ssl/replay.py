@@ -19,7 +19,7 @@ import settings
 from optim import make_optimiser
 from runs import UserError
 from settings import TrainConfig
-from views import Plan, render
+from views import Plan, fitting, render
 
 __all__ = ["dry_run", "run", "save"]
 
@@ -60,7 +60,7 @@ def run(path: Path, device: str) -> int:
     print(f"weights that are not finite: {', '.join(weights) or 'none'}")
     for number, parts in enumerate(state["plans"]):
         plans = Plan(*parts)
-        views = [_fitting(v, config) for v in render(plans, config.views, place)]
+        views = [fitting(v, config.model.dims) for v in render(plans, config.views, place)]
         regions = [i for i, region in enumerate(plans.region) if not torch.as_tensor(region).isfinite().all()]
         print(f"micro-batch {number}: scans that are not finite: {regions or 'none'}")
         bad = [i for i, v in enumerate(views) if not v.isfinite().all()]
@@ -73,10 +73,6 @@ def run(path: Path, device: str) -> int:
     broken = [n for n, p in method.student.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     print(f"gradients that are not finite: {len(broken)}" + (f", for instance {broken[-1]}" if broken else ""))
     return 0
-
-
-def _fitting(view: Tensor, config: TrainConfig) -> Tensor:
-    return view.squeeze(2) if config.model.dims == 2 else view
 
 
 def _watch(method: Any) -> list[str]:
@@ -110,7 +106,7 @@ def dry_run(config: TrainConfig, device: torch.device) -> int:
     cuts = config.views
     groups = [(cuts.global_views, cuts.global_size), (cuts.local_views, cuts.local_size)]
     shapes = [(count * config.batch_size, 1, *size) for count, size in groups if count]
-    views = [_fitting(torch.randn(shape, device=device), config) for shape in shapes]
+    views = [fitting(torch.randn(shape, device=device), config.model.dims) for shape in shapes]
     for _ in range(method.look_steps):
         with autocast:
             method.look([torch.randn_like(v) for v in views])

@@ -25,7 +25,7 @@ import augment
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["Plan", "ViewsConfig", "draw", "region_size", "render", "through_plane_axis"]
+__all__ = ["Plan", "ViewsConfig", "draw", "fitting", "region_size", "render", "through_plane_axis"]
 
 _TRIES = 4  # boxes drawn in search of one that holds more than air
 _CT_RANGE = (-2.0, 2.0)  # of normalised CT: HU -1000 to 1000 over 500
@@ -258,6 +258,11 @@ def _box(
         if share >= config.min_foreground:
             break
     return best
+
+
+def fitting(view: Float[Tensor, "N 1 Z Y X"], dims: int) -> Float[Tensor, "N 1 *size"]:
+    """A rendered view as a model of `dims` axes takes it: an image is a scan of one slice."""
+    return view.squeeze(2) if dims == 2 else view
 
 
 def render(plans: Plan, config: ViewsConfig, device: torch.device) -> list[Float[Tensor, "N 1 Z Y X"]]:

@@ -1,5 +1,6 @@
-"""Fused Triton kernels for long sequences of tokens, each with a plain PyTorch reference beside it."""
+"""Fused Triton kernels for long sequences of tokens, each with a plain PyTorch reference."""
 
+from medformer_kernels import _versions  # noqa: F401  # first: an old PyTorch ends the import in one line
 from medformer_kernels._linear import linear
 from medformer_kernels.disentangled import (
     axis_expansion,
@@ -30,15 +31,17 @@ from medformer_kernels.patch_embed import (
 )
 from medformer_kernels.performer import (
     PerformerState,
-    approximation_error,
     default_num_features,
     orthogonal_features,
     performer_attention,
     performer_attention_reference,
+    performer_block_attention,
+    performer_block_attention_reference,
     performer_features,
     performer_prefill,
     performer_step,
 )
+from medformer_kernels.performer.accuracy import approximation_error
 from medformer_kernels.tnt import (
     TNTInnerWeights,
     tnt_inner_block,
@@ -73,6 +76,8 @@ __all__ = [
     "patch_voxels",
     "performer_attention",
     "performer_attention_reference",
+    "performer_block_attention",
+    "performer_block_attention_reference",
     "performer_features",
     "performer_prefill",
     "performer_step",

@@ -13,21 +13,29 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from medformer_kernels._tracing import constant
+
 __all__ = [
+    "AttentionPlan",
     "Chip",
     "Plan",
     "assume_chip",
     "block",
     "chip_of",
+    "cut",
     "launch_plan",
     "load_configs",
-    "mask_arguments",
     "nearest_arch",
+    "parts_for",
+    "precision",
     "resolve_backend",
+    "tf32x3",
     "tile",
+    "tiles",
 ]
 
 _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -42,8 +50,17 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
+@constant
+def interprets_bfloat16() -> bool:
+    """False for the interpreter that Triton ships: it holds bfloat16 as bits in uint16 and computes with those."""
+    import triton.language as tl
+    from triton.runtime import interpreter  # not at the top: only where kernels are interpreted
+
+    return interpreter._get_np_dtype(tl.bfloat16) != np.uint16
+
+
 def resolve_backend(function: str, backend: str, x: Tensor, unsupported: str | None = None) -> str:
-    """'auto' to 'triton' on a GPU and 'torch' elsewhere; an explicit choice is kept or refused, never changed.
+    """'auto' to 'triton' on a GPU and 'torch' elsewhere; an explicit choice is kept or raises, never changed.
 
     `unsupported` names what the kernels do not take in this call, if anything.
 
@@ -56,21 +73,24 @@ def resolve_backend(function: str, backend: str, x: Tensor, unsupported: str | N
         return "torch"
     if backend == "auto":
         return "triton" if x.is_cuda and HAS_TRITON and x.dtype in _TRITON_DTYPES and not unsupported else "torch"
-    if unsupported:
-        raise ValueError(f"{function}: backend='triton' has no kernel for {unsupported}; use 'auto' or 'torch'")
     if not HAS_TRITON:
         raise ValueError(f"{function}: backend='triton' needs the triton package; pip install triton, or use 'torch'")
     if x.dtype not in _TRITON_DTYPES:
         raise ValueError(
             f"{function}: backend='triton' does not take {x.dtype}; use float16, bfloat16, float32 or backend='torch'"
         )
+    if unsupported:
+        raise ValueError(f"{function}: backend='triton' has no kernel for {unsupported}; use 'auto' or 'torch'")
     if not x.is_cuda and not interpreting():
         raise ValueError(
             f"{function}: backend='triton' cannot run on {x.device}; move the tensors to a GPU, use backend='torch', "
             "or set TRITON_INTERPRET=1 before Python starts to run the kernel in the (slow) interpreter"
         )
-    if not x.is_cuda and x.dtype == torch.bfloat16:
-        raise ValueError(f"{function}: Triton's interpreter is wrong for bfloat16; use float16 or float32 there")
+    if not x.is_cuda and x.dtype == torch.bfloat16 and not interprets_bfloat16():
+        raise ValueError(
+            f"{function}: Triton's interpreter computes bfloat16 as 16-bit integers, wrongly; use float16 or float32 "
+            "there, or backend='torch'"
+        )
     return "triton"
 
 
@@ -133,30 +153,71 @@ def block(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
+def tiles(family: str, kernel: str, chip: Chip) -> list[dict[str, int]]:
+    """The tuned tiles of a kernel for the newest tuned architecture that is not newer than the chip's."""
+    table = load_configs(family)[kernel]
+    return table[nearest_arch(chip.arch, tuple(table))]
+
+
 def tile(family: str, kernel: str, chip: Chip, width: int, itemsize: int) -> dict[str, int]:
     """The tuned tile of a kernel for heads of `width`: that of the next width up which has one.
 
     Raises:
         ValueError: no tile is that wide.
     """
-    table = load_configs(family)[kernel]
-    entries = table[nearest_arch(chip.arch, tuple(table))]
+    entries = tiles(family, kernel, chip)
     fitting = [entry for entry in entries if entry["itemsize"] == itemsize and entry["width"] >= block(width)]
     if not fitting:
         raise ValueError(f"{family}: {kernel} has no tile for heads of width {width} on {chip.arch}; use 'torch'")
     return min(fitting, key=lambda entry: entry["width"])
 
 
+def tf32x3(chip: Chip) -> str:
+    """float32 products run as three tf32 products on NVIDIA (24 bits), exactly elsewhere."""
+    return "tf32x3" if chip.arch.startswith("sm_") else "ieee"
+
+
+def precision(x: Tensor) -> str:
+    """Of products of tensors like `x`."""
+    return tf32x3(chip_of(x)) if x.dtype == torch.float32 else "ieee"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Tiles of one launch: `block_m` features or landmarks x `block_n` tokens, the latter axis cut into `slices`."""
+    """How a kernel is launched: what all families plan. Each adds the extents of its tiles."""
+
+    num_warps: int
+    num_stages: int
+    slice_length: int = 0
+    slices: int = 1
+    """Parts that an axis is cut into where programs share out another: their results are summed, or merged."""
+
+    @property
+    def launch(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def parts_for(chip: Chip, programs: int) -> int:
+    """Parts to cut an axis into where there are so few programs: for two a multiprocessor, or fewer, but not more.
+
+    The few beyond that would start when all others end, and take as long again.
+    """
+    return max(1, 2 * chip.units // max(1, programs))
+
+
+def cut(length: int, block: int, slices: int) -> tuple[int, int]:
+    """(slice_length, slices) of a plan: about `slices` of whole blocks, but none shorter than 8 of them."""
+    slices = max(1, min(slices, length // (8 * block)))
+    slice_length = max(1, -(-length // (slices * block))) * block
+    return slice_length, max(1, -(-length // slice_length))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionPlan(Plan):
+    """Tiles of `block_m` features or landmarks x `block_n` tokens, the latter axis cut into slices."""
 
     block_m: int
     block_n: int
-    num_warps: int
-    num_stages: int
-    slice_length: int
-    slices: int
     columns: int
     """Columns of a head that a program holds at once: all, unless the tile says less."""
 
@@ -170,33 +231,21 @@ def launch_plan(
     batch_heads: int,
     sliced: bool,
     rows_per_program: int | None = None,
-) -> Plan:
+) -> AttentionPlan:
     """Tiles of `entry` for `rows` features or landmarks a head.
 
-    Where programs share out the rows and not the tokens (`sliced`), tokens are cut too: until there are two programs
-    a multiprocessor, and into no less than 8 tiles a program. `rows_per_program`: by default those of a tile.
+    Where programs share out the rows and not the tokens (`sliced`), tokens are cut too: into up to two programs a
+    multiprocessor, and into no less than 8 tiles a program. `rows_per_program`: by default those of a tile.
     """
     block_m, block_n = min(entry["block_m"], block(rows)), entry["block_n"]
-    slices = 1
-    if sliced:
-        programs = batch_heads * -(-rows // (rows_per_program or block_m))
-        slices = max(1, min(-(-2 * chip.units // programs), tokens // (8 * block_n)))
-    slice_length = -(-tokens // slices)
-    slice_length = max(1, -(-slice_length // block_n)) * block_n
-    return Plan(
+    programs = batch_heads * -(-rows // (rows_per_program or block_m))
+    slice_length, slices = cut(tokens, block_n, parts_for(chip, programs) if sliced else 1)
+    return AttentionPlan(
         block_m=block_m,
         block_n=block_n,
         num_warps=entry["num_warps"],
         num_stages=entry["num_stages"],
-        slice_length=slice_length,
-        slices=max(1, -(-tokens // slice_length)),
         columns=entry.get("columns", entry["width"]),
+        slice_length=slice_length,
+        slices=slices,
     )
-
-
-def mask_arguments(mask: Tensor | None, unused: Tensor) -> tuple[Tensor, int, int]:
-    """(mask as bytes, its strides) as kernels take them; without a mask, of what they do not read."""
-    if mask is None:
-        return unused, 0, 0
-    mask = mask.view(torch.uint8)
-    return mask, mask.stride(0), mask.stride(1)

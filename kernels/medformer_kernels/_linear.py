@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from medformer_kernels._products import ONEDNN, worth_a_call
 
@@ -51,6 +51,7 @@ class _Linear(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
         x, weight, _ = inputs
         ctx.save_for_backward(x, weight)
+        ctx.save_for_forward(x, weight)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -62,8 +63,20 @@ class _Linear(torch.autograd.Function):
             dout.sum(0) if dbias else None,
         )
 
+    @staticmethod
+    def jvp(ctx: Any, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None) -> Tensor:
+        x, weight = ctx.saved_tensors
+        parts = (
+            None if x_t is None else linear(x_t, weight),
+            None if weight_t is None else linear(x, weight_t),
+            bias_t,
+        )
+        tangent = sum(part for part in parts if part is not None)
+        assert isinstance(tangent, Tensor)
+        return tangent.expand(x.shape[0], -1)
 
-if ONEDNN is not None:
+
+if ONEDNN is not None and ONEDNN not in flop_registry:  # another build of this package may be loaded
 
     @register_flop_formula(ONEDNN)
     def _flop(x_shape: tuple[int, ...], weight_shape: tuple[int, ...], *_: object, **__: object) -> int:

@@ -11,6 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from medformer_kernels._operators import followed, operator
+from medformer_kernels._tracing import certain, constant
+
 __all__ = ["ONEDNN", "multiply", "one_by_one", "product", "worth_a_call"]
 
 # (x, weight, bias, "none", [], "") to a linear layer's output; None where PyTorch was built without it.
@@ -22,16 +25,21 @@ _LEAST_OF_MANY = 1 << 25
 
 
 def worth_a_call(rows: int, inner: int, columns: int) -> bool:
-    """Whether a product of this size is better made by oneDNN."""
-    return ONEDNN is not None and rows * inner * columns >= _LEAST
+    """Whether a product of this size is better made by oneDNN.
+
+    False for sizes that a graph leaves open: a graph with a branch by their product would serve one side of it only.
+    """
+    return ONEDNN is not None and certain(rows * inner * columns >= _LEAST)
 
 
 def one_by_one(rows: int, inner: int, columns: int) -> bool:
-    """Whether products of this size are better made by oneDNN one by one than in a batch."""
-    return ONEDNN is not None and rows * inner * columns >= (_LEAST if _threads() == 1 else _LEAST_OF_MANY)
+    """Whether products of this size are better made by oneDNN one by one than in a batch; see `worth_a_call`."""
+    if ONEDNN is None:
+        return False
+    return certain(rows * inner * columns >= (_LEAST if _threads() == 1 else _LEAST_OF_MANY))
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace it
+@constant  # torch.compile cannot trace it
 def _threads() -> int:
     return torch.get_num_threads()
 
@@ -48,21 +56,19 @@ def product(x: Tensor, y: Tensor) -> Tensor:
     return torch.stack([_linear(*pair) for pair in pairs]).view(*x.shape[:-1], m)
 
 
-@torch.library.custom_op("medformer::product", mutates_args=())
-def _product(x: Tensor, y: Tensor) -> Tensor:
-    return product(x, y)
-
-
-@_product.register_fake
-def _(x, y):
+def _product_fake(x, y):
     return x.new_empty((*x.shape[:-1], y.shape[-1]))
+
+
+@operator("product", _product_fake, public="nystrom_pinv", definition="x @ y", samples=("x", "y"))
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    return product(x, y).contiguous()
 
 
 def multiply(x: Tensor, y: Tensor) -> Tensor:
     """`product` for code that torch.compile traces (one operator for all matrices) or autograd may follow (`@`)."""
-    differentiable = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
     large = one_by_one(x.shape[-2], x.shape[-1], y.shape[-1])
-    return _product(x, y) if x.is_cpu and large and not differentiable else x @ y
+    return _product(x, y) if x.is_cpu and large and not followed(x, y) else x @ y
 
 
 def _linear(x: Tensor, y: Tensor) -> Tensor:

@@ -7,9 +7,8 @@ chunked        PyTorch, flat memory            bias           tables added to bl
 wide           PyTorch's fused attention over wider queries and keys
 fused          Triton launches                 kernels        the Triton kernels, of device code in `tiles`
 ops            `torch.library` operators over these, with their gradients
-prefix         class and register tokens beside the kernels
+prefix         class and register tokens, outside the kernels
 maps           attention maps and the share of each term
-dropout        which weights are kept
 """
 
 from __future__ import annotations
@@ -21,13 +20,15 @@ import torch
 from torch import Tensor
 
 from medformer_kernels._dispatch import resolve_backend
+from medformer_kernels._operators import first_order
+from medformer_kernels._tracing import standard
 from medformer_kernels.disentangled.arguments import Call, prepare
 from medformer_kernels.disentangled.buckets import axis_expansion, axis_rows, log_buckets
 from medformer_kernels.disentangled.maps import Maps, maps
 from medformer_kernels.disentangled.ops import disentangled_forward
 from medformer_kernels.disentangled.prefix import attend_with_prefix
 from medformer_kernels.disentangled.reference import reference
-from medformer_kernels.disentangled.tables import operands
+from medformer_kernels.disentangled.tables import Operands, operands
 from medformer_kernels.disentangled.terms import DEFAULT_TERMS, TERMS
 from medformer_kernels.disentangled.wide import wide
 
@@ -64,7 +65,7 @@ def disentangled_attention(
     prefix_q: Float[Tensor, "H 2 P D"] | None = None,
     causal: bool = False,
     key_padding_mask: Bool[Tensor, "B S"] | None = None,
-    cu_seqlens: Int[Tensor, " docs+1"] | None = None,
+    cu_seqlens: Int[Tensor, " docs+1"] | Sequence[int] | None = None,
     dropout: float = 0.0,
     seed: int | Tensor | None = None,
     scale: float | None = None,
@@ -90,7 +91,7 @@ def disentangled_attention(
         pos_k: absolute position vectors of the keys.
         buckets: the row of `rel_k` and `rel_q` for each distance i - j, from 1 - S to N - 1 (`log_buckets`).
         terms: any of c2c, c2p, p2c, p2p, cp2c, c2cp, cp2cp, cp2p, p2cp.
-        prefix_tokens: class and register tokens in front of the grid (of each grid), which lie nowhere.
+        prefix_tokens: class and register tokens in front of the grid (of each grid), without a position.
         prefix_k: their key-side position vectors: [:, 0] where the key is the prefix token, [:, 1] where the query is
             and the key lies on the grid. None: zero.
         prefix_q: the same on the query side.
@@ -98,9 +99,11 @@ def disentangled_attention(
         key_padding_mask: True = a real key; what the others hold, nan or inf too, is never read. A query without a
             key gives 0.
         cu_seqlens: boundaries of sequences laid end to end, 0 first and N last, for `buckets` or absolute positions;
-            `buckets` then has an odd number of entries, enough for the longest.
+            `buckets` then has an odd number of entries, enough for the longest. A tensor is read on the host, which
+            waits for its device; a list or tuple of int is not.
         dropout: share of the weights that are dropped, the others scaled up.
-        seed: of the dropout: equal seeds drop equal weights, whatever computes them. None: drawn from torch's.
+        seed: of the dropout, 0 to 2^63 - 1, as a number or an int64 tensor of one element on the device of q: equal
+            seeds drop equal weights, whatever computes them. None: drawn from torch's generator.
         scale: None for 1 / sqrt(D * number of terms).
         backend: 'triton', 'torch', or 'auto': Triton on an NVIDIA GPU, for heads up to 128 wide (float32: 64).
 
@@ -131,8 +134,13 @@ def _attend(call: Call, backend: str) -> Tensor:
         unsupported = "AMD GPUs"
     backend = resolve_backend("disentangled_attention", backend, call.q, unsupported)
     buckets = call.buckets if x.t is not None or x.u is not None else None
-    if backend == "torch" and call.q.is_cuda and buckets is None and call.dropout == 0:
-        return wide(x, call.v, call.grid, scale=call.scale, causal=call.causal, key_padding_mask=call.mask)
+    standalone = standard() or (backend == "torch" and call.q.is_cuda)
+    if standalone and buckets is None and call.dropout == 0:
+        tensors = (x.q, x.k, x.t, x.u, call.v)
+        q, k, t, u, v = first_order("disentangled_attention", "disentangled_attention_reference", *tensors)
+        return wide(
+            Operands(q=q, k=k, t=t, u=u), v, call.grid, scale=call.scale, causal=call.causal, key_padding_mask=call.mask
+        )
     if backend == "triton" and call.grid is not None and call.grid.prefix:
         return attend_with_prefix(call, x)
     grid = [] if call.grid is None else [call.grid.prefix, *call.grid.size]

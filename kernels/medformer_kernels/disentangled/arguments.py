@@ -11,6 +11,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from medformer_kernels._arguments import boundaries, order_hint
+from medformer_kernels._dropout import seed_tensor
 from medformer_kernels.disentangled.tables import Grid
 from medformer_kernels.disentangled.terms import Weights, check_terms
 
@@ -70,7 +72,7 @@ def prepare(
     prefix_q: Tensor | None = None,
     causal: bool = False,
     key_padding_mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
     dropout: float = 0.0,
     seed: int | Tensor | None = None,
     scale: float | None = None,
@@ -87,8 +89,8 @@ def prepare(
     chosen = check_terms(function, terms)
     weights = Weights.of(chosen)
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4 or 0 in x.shape:
-            fail(f"{name} has shape {tuple(x.shape)}; it must be (B, H, tokens, width), none of them 0")
+        if x.ndim != 4 or 0 in x.shape[1:]:
+            fail(f"{name} has shape {tuple(x.shape)}; it must be (B, H, tokens, width), none of them 0 but B")
         if not x.is_floating_point() or x.dtype != q.dtype or x.device != q.device:
             fail(f"{name} is {x.dtype} on {x.device}; q, k and v must share a floating-point dtype and a device")
     batch, heads, tokens, width = q.shape
@@ -100,7 +102,8 @@ def prepare(
     if key_padding_mask is not None:
         if key_padding_mask.dtype != torch.bool or key_padding_mask.shape != (batch, keys):
             given = f"{key_padding_mask.dtype} {tuple(key_padding_mask.shape)}"
-            fail(f"key_padding_mask is {given}; it must be bool {(batch, keys)}, True = a real key")
+            hint = order_hint(k, key_padding_mask.shape[-1])
+            fail(f"key_padding_mask is {given}; it must be bool {(batch, keys)}, True = a real key{hint}")
         if key_padding_mask.device != q.device:
             fail(f"key_padding_mask is on {key_padding_mask.device} but q is on {q.device}; move it there")
     if not 0 <= dropout < 1:
@@ -115,7 +118,7 @@ def prepare(
         fail(f"scale={scale} must be finite, or None for 1 / sqrt(D * number of terms)")
 
     grids = None if grid is None else _grids(grid, fail)
-    cuts = _cuts(cu_seqlens, tokens, fail)
+    cuts = boundaries(cu_seqlens, tokens, fail, empty=False)
     if grids is not None and isinstance(grid, Sequence) and isinstance(grid[0], Sequence):
         if cuts is not None:
             fail("give one grid a document, or cu_seqlens, not both")
@@ -134,7 +137,7 @@ def prepare(
         if inner + prefix_tokens != tokens:
             fail(
                 f"grid={grids[0]} holds {inner} tokens, but q has {tokens} with prefix_tokens={prefix_tokens}; "
-                f"the product must be {tokens - prefix_tokens}"
+                f"the product must be {tokens - prefix_tokens}{order_hint(q, inner + prefix_tokens)}"
             )
     if (grids is not None or cuts is not None) and keys != tokens:
         fail(f"grid and cu_seqlens need as many keys as queries, not {keys} and {tokens}")
@@ -175,16 +178,11 @@ def prepare(
     def cast_all(x: list[Tensor] | None) -> list[Tensor] | None:
         return None if x is None else [y.to(dtype) for y in x]
 
-    if dropout > 0 and not isinstance(seed, Tensor):
-        if seed is None:
-            seed = torch.randint(0, 2**31 - 1, (), device=q.device)
-        else:
-            seed = torch.full((), seed, dtype=torch.int64, device=q.device)
     call = Call(
         q=q.to(dtype), k=k.to(dtype), v=v.to(dtype), terms=chosen, rel_k=cast_all(rel_k), rel_q=cast_all(rel_q),
         pos_q=_four(cast(pos_q)), pos_k=_four(cast(pos_k)), prefix_k=cast(prefix_k), prefix_q=cast(prefix_q),
         buckets=buckets, grid=None if grids is None else Grid(size=grids[0], prefix=prefix_tokens), causal=causal,
-        mask=key_padding_mask, dropout=dropout, seed=seed if isinstance(seed, Tensor) and dropout > 0 else None,
+        mask=key_padding_mask, dropout=dropout, seed=seed_tensor(function, seed, q.device) if dropout > 0 else None,
         scale=(width * len(chosen)) ** -0.5 if scale is None else scale,
     )  # fmt: skip
     return [call] if cuts is None else documents(call, cuts, grids)
@@ -230,22 +228,11 @@ def _grids(grid: Sequence, fail: Fail) -> list[tuple[int, int, int]]:
     several = list(grid) if len(grid) and isinstance(grid[0], Sequence) else [grid]
     result = []
     for size in several:
-        full = (*(1,) * (3 - len(size)), *(int(g) for g in size))
-        if len(full) != 3 or len(size) < 1 or min(full) < 1:
+        full = (*(1,) * (3 - len(size)), *(torch.sym_int(g) for g in size))
+        if len(full) != 3 or len(size) < 1 or any(g < 1 for g in full):
             fail(f"grid={tuple(size)} must be (gz, gy, gx) or (gy, gx), each at least 1")
         result.append(full)
     return result
-
-
-def _cuts(cu_seqlens: Tensor | None, tokens: int, fail: Fail) -> list[int] | None:
-    if cu_seqlens is None:
-        return None
-    if cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point():
-        fail(f"cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}; it must be whole numbers (documents + 1,)")
-    cuts = cu_seqlens.tolist()
-    if len(cuts) < 2 or cuts[0] != 0 or cuts[-1] != tokens or any(a >= b for a, b in itertools.pairwise(cuts)):
-        fail(f"cu_seqlens={cuts} must rise from 0 to the number of tokens, {tokens}")
-    return cuts
 
 
 def _tables(

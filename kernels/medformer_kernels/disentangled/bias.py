@@ -29,7 +29,7 @@ class NoBias:
     most_rows: ClassVar[int] = 128
     """Of a block."""
     keys_first: ClassVar[bool] = False
-    """Whether a block of scores lies in memory key by key."""
+    """Whether a block of scores is stored key by key."""
 
     def blocks(self, rows: int) -> Iterator[tuple[int, int]]:
         """Query rows that are done together, about `rows` of them."""
@@ -77,7 +77,7 @@ class _GridBlock(NamedTuple):
 class BucketBias(NoBias):
     """bias(i, j) = T[i, buckets[i - j + S - 1]] + U[j, buckets[i - j + S - 1]].
 
-    Far keys, whose distances all lie in the first or the last run of equal buckets, take one column of the tables.
+    Far keys, whose distances all fall into the first or the last run of equal buckets, take one column of the tables.
     """
 
     buckets: Tensor

@@ -5,15 +5,16 @@ Float16 and bfloat16 are computed in float32. See `ops` for what it computes.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from medformer_kernels._dropout import kept
 from medformer_kernels.disentangled.bias import BucketBias, GridBias, NoBias
-from medformer_kernels.disentangled.dropout import keep_mask
-from medformer_kernels.disentangled.tables import Grid
+from medformer_kernels.disentangled.tables import Grid, Inputs
 
 __all__ = ["backward", "forward"]
 
@@ -23,38 +24,29 @@ _BLOCK = 1 << 18
 _LOG2E = 1 / math.log(2)
 
 
-def _bias(q: Tensor, buckets: Tensor | None, grid: list[int]) -> NoBias:
-    if buckets is not None:
-        return BucketBias.of(q.shape[2], buckets.long())
-    if grid:
-        prefix, gz, gy, gx = grid
-        return GridBias(queries=q.shape[2], grid=Grid(size=(gz, gy, gx), prefix=prefix))
-    return NoBias(queries=q.shape[2])
+def _bias(x: Inputs) -> NoBias:
+    queries = x.q.shape[2]
+    if x.buckets is not None:
+        return BucketBias.of(queries, x.buckets.long())
+    if x.grid:
+        prefix, gz, gy, gx = x.grid
+        return GridBias(queries=queries, grid=Grid(size=(gz, gy, gx), prefix=prefix))
+    return NoBias(queries=queries)
 
 
 class _Head:
     """One head of the inputs in the dtype of the sums, as its blocks read them."""
 
-    def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, t: Tensor | None, u: Tensor | None, mask: Tensor | None, scale: float,
-        bias: NoBias, index: int, causal: bool, dropout: float, seed: Tensor | None, offset: int,
-    ) -> None:  # fmt: skip
-        b, h = divmod(index, q.shape[1])
-        exact = torch.promote_types(q.dtype, torch.float32)
-        self.bias, self.index, self.causal, self.dropout, self.seed, self.offset = (
-            bias,
-            index,
-            causal,
-            dropout,
-            seed,
-            offset,
-        )
-        self.scale = scale * _LOG2E
-        self.q, self.k, self.v = q[b, h].to(exact), k[b, h].to(exact), v[b, h].to(exact)
-        self.t, self.u = (None if x is None else x[b, h].to(exact) for x in (t, u))
-        self.padded = None if mask is None else ~mask[b]
+    def __init__(self, x: Inputs, bias: NoBias, b: int, h: int) -> None:
+        exact = torch.promote_types(x.q.dtype, torch.float32)
+        self.bias, self.causal, self.dropout, self.offset = bias, x.causal, x.dropout, x.offset
+        self.place = None if x.seed is None else (x.seed, b, h)
+        self.scale = x.scale * _LOG2E
+        self.q, self.k, self.v = (y[b, h].to(exact) for y in (x.q, x.k, x.v))
+        self.t, self.u = (None if y is None else y[b, h].to(exact) for y in (x.t, x.u))
+        self.padded = None if x.mask is None else ~x.mask[b]
         if self.padded is not None:
-            self.k, self.v = (x.masked_fill(self.padded[:, None], 0) for x in (self.k, self.v))
+            self.k, self.v = (y.masked_fill(self.padded[:, None], 0) for y in (self.k, self.v))
             self.u = None if self.u is None else self.u.masked_fill(self.padded[:, None], 0)
         if self.u is not None and bias.columns_first:
             self.u = self.u.mT.contiguous()
@@ -77,17 +69,10 @@ class _Head:
 
     def dropped(self, s: Tensor, start: int) -> Tensor:
         """0 or 1 / (1 - dropout) for each weight of the block."""
-        assert self.seed is not None
-        keep = keep_mask(
-            self.seed,
-            self.dropout,
-            tuple(s.shape),
-            s.device,
-            head0=self.index,
-            row0=start + self.offset,
-            key0=self.offset,
-        )
-        return keep.to(s.dtype) / (1 - self.dropout)
+        assert self.place is not None
+        (seed, *head), rows, keys, first = self.place, *s.shape, self.offset
+        axes = ((first + start, first + start + rows), (first, first + keys))
+        return kept(seed, self.dropout, *head, *axes).to(s.dtype) / (1 - self.dropout)
 
 
 def _blocks(bias: NoBias, keys: int, causal: bool) -> list[tuple[int, int, int, Any]]:
@@ -104,20 +89,16 @@ def _weights(s: Tensor, lse: Tensor) -> Tensor:
     return s.sub_(lse.masked_fill(lse == -math.inf, 0).unsqueeze(1)).exp2_()
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, t: Tensor | None, u: Tensor | None, buckets: Tensor | None, mask: Tensor | None,
-    seed: Tensor | None, grid: list[int], scale: float, causal: bool, dropout: float, offset: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def forward(x: Inputs) -> tuple[Tensor, Tensor]:
     """(out in the dtype of q, lse): see `ops.disentangled_forward`."""
-    batch, heads, queries, _ = q.shape
-    exact = torch.promote_types(q.dtype, torch.float32)
-    out = q.new_empty((batch, heads, queries, v.shape[3]))
-    lse = q.new_empty((batch, heads, queries), dtype=exact)
-    bias = _bias(q, buckets, grid)
-    blocks = _blocks(bias, k.shape[2], causal)
-    for index in range(batch * heads):
-        b, h = divmod(index, heads)
-        head = _Head(q, k, v, t, u, mask, scale, bias, index, causal, dropout, seed, offset)
+    batch, heads, queries, _ = x.q.shape
+    exact = torch.promote_types(x.q.dtype, torch.float32)
+    out = x.q.new_empty((batch, heads, queries, x.v.shape[3]))
+    lse = x.q.new_empty((batch, heads, queries), dtype=exact)
+    bias = _bias(x)
+    blocks = _blocks(bias, x.k.shape[2], x.causal)
+    for b, h in itertools.product(range(batch), range(heads)):
+        head = _Head(x, bias, b, h)
         for start, stop, keys, block in blocks:
             s = head.scores(start, stop, keys, block)
             top = s.amax(1)
@@ -125,29 +106,26 @@ def forward(
             total = p.sum(1)
             lse[b, h, start:stop] = (top + total.log2()) / _LOG2E
             total = total.masked_fill_(total == 0, 1)
-            if dropout > 0:
+            if x.dropout > 0:
                 p *= head.dropped(p, start)
             out[b, h, start:stop] = (p @ head.v[:keys]).div_(total.unsqueeze(1))
     return out, lse
 
 
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, t: Tensor | None, u: Tensor | None, buckets: Tensor | None, mask: Tensor | None,
-    seed: Tensor | None, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, grid: list[int], scale: float,
-    causal: bool, dropout: float, offset: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    x: Inputs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """(dq, dk, dv, dt, du): see `ops.disentangled_backward`."""
-    batch, heads, *_ = q.shape
-    exact = torch.promote_types(q.dtype, torch.float32)
-    dq, dk, dv = (x.new_zeros(x.shape, dtype=exact) for x in (q, k, v))
-    dt, du = (None if x is None else x.new_zeros(x.shape, dtype=exact) for x in (t, u))
-    bias = _bias(q, buckets, grid)
+    batch, heads, *_ = x.q.shape
+    exact = torch.promote_types(x.q.dtype, torch.float32)
+    dq, dk, dv = (y.new_zeros(y.shape, dtype=exact) for y in (x.q, x.k, x.v))
+    dt, du = (None if y is None else y.new_zeros(y.shape, dtype=exact) for y in (x.t, x.u))
+    bias = _bias(x)
     if du is not None and bias.columns_first:
         du = du.mT.contiguous()
-    blocks = _blocks(bias, k.shape[2], causal)
-    for index in range(batch * heads):
-        b, h = divmod(index, heads)
-        head = _Head(q, k, v, t, u, mask, scale, bias, index, causal, dropout, seed, offset)
+    blocks = _blocks(bias, x.k.shape[2], x.causal)
+    for b, h in itertools.product(range(batch), range(heads)):
+        head = _Head(x, bias, b, h)
         dout_own = dout[b, h].to(exact)
         delta = (dout_own * out[b, h]).sum(1)
         if dlse is not None:
@@ -156,21 +134,21 @@ def backward(
             do = dout_own[start:stop]
             p = _weights(head.scores(start, stop, keys, block), lse[b, h, start:stop] * _LOG2E)
             dp = head.product(do, head.v[:keys])
-            if dropout > 0:
-                kept = head.dropped(p, start)
-                dp *= kept
-                dv[b, h, :keys].addmm_((p * kept).mT, do)
+            if x.dropout > 0:
+                factor = head.dropped(p, start)
+                dp *= factor
+                dv[b, h, :keys].addmm_((p * factor).mT, do)
             else:
                 dv[b, h, :keys].addmm_(p.mT, do)
-            ds = dp.sub_(delta[start:stop, None]).mul_(p).mul_(scale)
+            ds = dp.sub_(delta[start:stop, None]).mul_(p).mul_(x.scale)
             dq[b, h, start:stop] = ds @ head.k[:keys]
             dk[b, h, :keys].addmm_(ds.mT, head.q[start:stop])
             bias.take(ds, None if dt is None else dt[b, h, start:stop], None if du is None else du[b, h], block)
-        if mask is not None:
-            for x in (dk, dv):
-                x[b, h].masked_fill_(~mask[b, :, None], 0)
+        if x.mask is not None:
+            for y in (dk, dv):
+                y[b, h].masked_fill_(~x.mask[b, :, None], 0)
     if du is not None and bias.columns_first:
         du = du.mT
-    dq, dk, dv = (x.to(q.dtype) for x in (dq, dk, dv))
-    dt, du = (None if x is None else x.to(q.dtype).contiguous() for x in (dt, du))
+    dq, dk, dv = (y.to(x.q.dtype) for y in (dq, dk, dv))
+    dt, du = (None if y is None else y.to(x.q.dtype).contiguous() for y in (dt, du))
     return dq, dk, dv, dt, du

@@ -15,12 +15,13 @@ Products of float16 and bfloat16 run on the matrix units, those of float32 in pl
 exponents in base 2. No atomics: equal inputs give equal bits.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from medformer_kernels._triton import LOG2E, divide_rows, load_rows, store_rows
+from medformer_kernels._triton import LOG2E, divide_rows, load_rows, moved, of_head, store_rows
 from medformer_kernels.disentangled.tiles import (
-    LINES,
     bucket_index,
     by_x,
     exponents,
@@ -33,290 +34,276 @@ from medformer_kernels.disentangled.tiles import (
 
 # Lengths and grids never specialise a kernel: the first call on a new length compiles nothing (a new power of two of
 # the line, up to the tile, does).
-_RUNTIME = ["N", "S", "cols16", "cy16", "cx16", "GY", "GX", "lines", "own_lines", "own_tiles", "walk_tiles", "prefix",
-            "drop_below"]  # fmt: skip
-_LINES = tl.constexpr(LINES)
+_RUNTIME = ["N", "S", "cols16", "cy16", "cx16", "GY", "GX", "lines", "own_lines", "own_tiles", "walk_tiles"]
+_RUNTIME += ["prefix", "drop_below"]
+
+
+class Meta(NamedTuple):
+    """What a kernel of disentangled attention is compiled for: widths, tiles, and which terms there are."""
+
+    W: int
+    DV: int
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_D: int
+    BLOCK_DV: int
+    BLOCK_X: int
+    GRID: bool
+    """Tokens form a grid: tiles are lines of x."""
+    WALK_PART: bool
+    """A tile walked over is part of a line."""
+    BUCKET: bool
+    HAS_T: bool
+    HAS_U: bool
+    HAS_MASK: bool
+    CAUSAL: bool
+    DROPOUT: bool
+    PRECISION: str
+    HAS_DLSE: bool = False
+    HAS_DK: bool = False
+    HAS_DV: bool = False
+
+
+@triton.jit
+def _scores(tile, q, tx, K, V, TABLES, MASK, own, offs_n, offs_d, offs_dv, S, grid, exponent_scale, META: tl.constexpr):
+    """A tile of keys and its scores e + by_row in base 2, -inf where no key may be read: see `tiles.exponents`."""
+    T, U, BUCKETS = TABLES
+    first, line, ok, walk_x = walk_tile(tile, S, grid[4], offs_n, META)
+    if META.HAS_MASK:
+        mask_row = MASK.data + tl.cast(first, tl.int64) * MASK.n
+        ok &= tl.load(mask_row + offs_n * MASK.n, mask=ok, other=0) != 0
+    k = load_rows(K.data, first, K.n, offs_n, offs_d, K.d, ok, offs_d < META.W)  # [BLOCK_N, BLOCK_D]
+    v = load_rows(V.data, first, V.n, offs_n, offs_dv, V.d, ok, offs_dv < META.DV)  # [BLOCK_N, BLOCK_DV]
+    own_tokens = own[0] + own[4]
+    pair_ok = own[3][:, None] & ok[None, :]
+    index = offs_n  # not read without buckets
+    if META.BUCKET:
+        index = bucket_index(BUCKETS, own_tokens, first + offs_n, pair_ok, S, False)
+    walk = (first, line, ok, walk_x, offs_n)
+    e, by_row = exponents(q, k, tx, T, U, index, pair_ok, own, walk, grid, exponent_scale, META.HAS_T, META.HAS_U, META)
+    if META.HAS_MASK or META.WALK_PART or not META.GRID:
+        e += tl.where(ok, 0.0, float("-inf"))[None, :]
+    if META.CAUSAL:
+        e = tl.where(own_tokens[:, None] >= (first + offs_n)[None, :], e, float("-inf"))
+    return v, e, by_row, k, walk, pair_ok, index
+
+
+@triton.jit
+def _by_x_of_keys(T, own, offs_n, grid, exponent_scale, META: tl.constexpr):
+    """What T adds by x to the scores of every tile that is a whole line, -inf behind its end."""
+    tx = tl.zeros([1, META.BLOCK_N], tl.float32)
+    if META.GRID and not META.WALK_PART:
+        if META.HAS_T:
+            tx = by_x(T, own, grid, offs_n, offs_n < grid[4]).to(tl.float32) * exponent_scale
+        if not META.HAS_MASK:
+            tx += tl.where(offs_n < grid[4], 0.0, float("-inf"))[None, :]
+    return tx
+
+
+@triton.jit
+def _last_tile(own, GX, walk_tiles, META: tl.constexpr):
+    """Where a walk over keys ends."""
+    end = walk_tiles
+    if META.CAUSAL:
+        last = tl.max(tl.where(own[3], own[0] + own[4], 0), 0)
+        end = tile_walked(last, GX, META) + 1
+    return end
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def disentangled_fwd_kernel(
-    Q, K, V, T, U, BUCKETS, MASK, SEED, OUT, LSE,
-    q_stride_b, q_stride_h, q_stride_n, q_stride_d,
-    k_stride_b, k_stride_h, k_stride_n, k_stride_d,
-    v_stride_b, v_stride_h, v_stride_n, v_stride_d,
-    mask_stride_b, mask_stride_n,
-    H, N, S, cols16, cy16, cx16, GY, GX, lines, own_lines, own_tiles, walk_tiles,
-    prefix, drop_below, keep_scale, scale, W: tl.constexpr, DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_X: tl.constexpr,
-    GRID: tl.constexpr, WALK_PART: tl.constexpr, BUCKET: tl.constexpr, HAS_T: tl.constexpr, HAS_U: tl.constexpr,
-    HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    INPUTS, OUT, LSE, H, N, S, cols16, cy16, cx16, GY, GX, lines, own_lines, own_tiles, walk_tiles, prefix, drop_below,
+    keep_scale, scale, META: tl.constexpr,
 ):  # fmt: skip
     """out_i = sum_j softmax_j(scale (q_i k_j + bias)) v_j, and lse_i."""
+    Q, K, V, T, U, BUCKETS, MASK, SEED = INPUTS
     pid = tl.program_id(0)
     bh = (pid // own_tiles).to(tl.int64)
     b, h = bh // H, bh % H
-    dtype: tl.constexpr = Q.dtype.element_ty
-    cols, cy, cx = cols16 * 16, cy16 * 16, cx16 * 16
+    dtype: tl.constexpr = Q.data.dtype.element_ty
+    cols = cols16 * 16
+    grid = (cols, cy16 * 16, cx16 * 16, GY, GX, lines, own_lines)
     exponent_scale = scale * LOG2E
-    offs_n, offs_d, offs_dv = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    column, r = tl.arange(0, BLOCK_X), tl.arange(0, _LINES)
-    own_first, own_line, own_x0, offs_m, own_ok, own_lines_in, own_x = own_tile(
-        pid % own_tiles, N, GX, lines, own_lines, tl.arange(0, BLOCK_M), BLOCK_M, BLOCK_X, GRID
-    )
-    own_hot = (own_lines_in[:, None] == r[None, :]).to(dtype)
-    own_x_hot = (own_x[:, None] == column[None, :]).to(dtype)
-    Q += b * q_stride_b + h * q_stride_h
-    K += b * k_stride_b + h * k_stride_h
-    V += b * v_stride_b + h * v_stride_h
+    offs_n, offs_d, offs_dv = tl.arange(0, META.BLOCK_N), tl.arange(0, META.BLOCK_D), tl.arange(0, META.BLOCK_DV)
+    own = own_tile(pid % own_tiles, N, grid, dtype, META)
+    own_first, own_ok, offs_m = own[0], own[3], own[4]
+    Q = of_head(Q, b, h)
+    K = of_head(K, b, h)
+    V = of_head(V, b, h)
+    MASK = moved(MASK, b * MASK.b)
     T += bh * N * cols
     U += bh * S * cols
-    q = load_rows(Q, own_first, q_stride_n, offs_m, offs_d, q_stride_d, own_ok, offs_d < W)  # [BLOCK_M, BLOCK_D]
-    tx = tl.zeros([1, BLOCK_N], tl.float32)  # by x: the same for all tiles that are whole lines
-    if GRID and not WALK_PART:
-        if HAS_T:
-            tx = by_x(T, own_first, cols, offs_m, own_ok, cx, offs_n, offs_n < GX).to(tl.float32) * exponent_scale
-        if not HAS_MASK:
-            tx += tl.where(offs_n < GX, 0.0, float("-inf"))[None, :]
+    q = load_rows(Q.data, own_first, Q.n, offs_m, offs_d, Q.d, own_ok, offs_d < META.W)  # [BLOCK_M, BLOCK_D]
+    tx = _by_x_of_keys(T, own, offs_n, grid, exponent_scale, META)
 
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    end = walk_tiles
-    if CAUSAL:
-        last = tl.max(tl.where(own_ok, own_first + offs_m, 0), 0)
-        end = tile_walked(last, GX, BLOCK_N, GRID, WALK_PART) + 1
-    for tile in range(0, end):
-        first, line, ok, walk_x = walk_tile(tile, S, GX, offs_n, BLOCK_N, GRID, WALK_PART)
-        if HAS_MASK:
-            mask_row = MASK + b * mask_stride_b + tl.cast(first, tl.int64) * mask_stride_n
-            ok &= tl.load(mask_row + offs_n * mask_stride_n, mask=ok, other=0) != 0
-        k = load_rows(K, first, k_stride_n, offs_n, offs_d, k_stride_d, ok, offs_d < W)  # [BLOCK_N, BLOCK_D]
-        v = load_rows(V, first, v_stride_n, offs_n, offs_dv, v_stride_d, ok, offs_dv < DV)  # [BLOCK_N, BLOCK_DV]
-        pair_ok = own_ok[:, None] & ok[None, :]
-        index = 0
-        if BUCKET:
-            index = bucket_index(BUCKETS, own_first + offs_m, first + offs_n, pair_ok, S, False)
-        e, by_row = exponents(
-            q, k, tx, T, U, index, pair_ok, own_hot, own_x_hot,
-            own_first, own_line, own_x0, own_ok, first, line, ok, walk_x,
-            offs_m, offs_n, cols, cy, cx, GY, lines, own_lines, exponent_scale,
-            BLOCK_X, GRID, WALK_PART, BUCKET, HAS_T, HAS_U, PRECISION,
-        )  # fmt: skip
-        if HAS_MASK or WALK_PART or not GRID:
-            e += tl.where(ok, 0.0, float("-inf"))[None, :]
-        if CAUSAL:
-            e = tl.where((own_first + offs_m)[:, None] >= (first + offs_n)[None, :], e, float("-inf"))
+    top = tl.full([META.BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([META.BLOCK_M], tl.float32)
+    acc = tl.zeros([META.BLOCK_M, META.BLOCK_DV], tl.float32)
+    for tile in range(0, _last_tile(own, GX, walk_tiles, META)):
+        v, e, by_row, _k, walk, _pair_ok, _index = _scores(
+            tile, q, tx, K, V, (T, U, BUCKETS), MASK, own, offs_n, offs_d, offs_dv, S, grid, exponent_scale, META
+        )
         new_top = tl.maximum(top, tl.max(e, 1) + by_row)
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
         p = tl.exp2(e - (base - by_row)[:, None])
         decay = tl.exp2(top - base)
         total = total * decay + tl.sum(p, 1)
-        if DROPOUT:
-            kept = kept_by_dropout(SEED, bh, prefix + own_first + offs_m, prefix + first + offs_n, drop_below, False)
+        if META.DROPOUT:
+            kept = kept_by_dropout(
+                SEED, b, h, prefix + own_first + offs_m, prefix + walk[0] + offs_n, drop_below, False
+            )
             p = tl.where(kept, p * keep_scale, 0.0)
-        acc = tl.dot(p.to(dtype), v, acc * decay[:, None], input_precision=PRECISION)
+        acc = tl.dot(p.to(dtype), v, acc * decay[:, None], input_precision=META.PRECISION)
         top = new_top
     lse = top + tl.log2(tl.where(total == 0.0, 1.0, total))
-    out = OUT + bh * N * DV
-    store_rows(out, own_first, DV, offs_m, offs_dv, 1, own_ok, offs_dv < DV, divide_rows(acc, total))
+    out = OUT + bh * N * META.DV
+    store_rows(out, own_first, META.DV, offs_m, offs_dv, 1, own_ok, offs_dv < META.DV, divide_rows(acc, total))
     tl.store(LSE + bh * N + own_first + offs_m, lse / LOG2E, mask=own_ok)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def disentangled_dq_kernel(
-    Q, K, V, T, U, BUCKETS, MASK, SEED, OUT, LSE, DOUT, DLSE, DELTA, DQ, DT,
-    q_stride_b, q_stride_h, q_stride_n, q_stride_d,
-    k_stride_b, k_stride_h, k_stride_n, k_stride_d,
-    v_stride_b, v_stride_h, v_stride_n, v_stride_d,
-    do_stride_b, do_stride_h, do_stride_n, do_stride_d, mask_stride_b, mask_stride_n,
-    H, N, S, cols16, cy16, cx16, GY, GX, lines, own_lines, own_tiles, walk_tiles,
-    prefix, drop_below, keep_scale, scale, W: tl.constexpr, DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_X: tl.constexpr,
-    GRID: tl.constexpr, WALK_PART: tl.constexpr, BUCKET: tl.constexpr, HAS_T: tl.constexpr, HAS_U: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_DLSE: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    INPUTS, OUT, LSE, DOUT, DLSE, DELTA, DQ, DT, H, N, S, cols16, cy16, cx16, GY, GX, lines, own_lines, own_tiles,
+    walk_tiles, prefix, drop_below, keep_scale, scale, META: tl.constexpr,
 ):  # fmt: skip
     """dq_i = sum_j ds_ij k_j and dt_i = sums of ds_ij by column, ds_ij = scale p_ij (dout_i v_j - delta_i)."""
+    Q, K, V, T, U, BUCKETS, MASK, SEED = INPUTS
     pid = tl.program_id(0)
     bh = (pid // own_tiles).to(tl.int64)
     b, h = bh // H, bh % H
-    dtype: tl.constexpr = Q.dtype.element_ty
-    cols, cy, cx = cols16 * 16, cy16 * 16, cx16 * 16
+    dtype: tl.constexpr = Q.data.dtype.element_ty
+    cols = cols16 * 16
+    grid = (cols, cy16 * 16, cx16 * 16, GY, GX, lines, own_lines)
     exponent_scale = scale * LOG2E
-    offs_n, offs_d, offs_dv = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    column, r = tl.arange(0, BLOCK_X), tl.arange(0, _LINES)
-    own_first, own_line, own_x0, offs_m, own_ok, own_lines_in, own_x = own_tile(
-        pid % own_tiles, N, GX, lines, own_lines, tl.arange(0, BLOCK_M), BLOCK_M, BLOCK_X, GRID
-    )
-    own_hot = (own_lines_in[:, None] == r[None, :]).to(dtype)
-    own_x_hot = (own_x[:, None] == column[None, :]).to(dtype)
-    Q += b * q_stride_b + h * q_stride_h
-    K += b * k_stride_b + h * k_stride_h
-    V += b * v_stride_b + h * v_stride_h
-    DOUT += b * do_stride_b + h * do_stride_h
+    offs_n, offs_d, offs_dv = tl.arange(0, META.BLOCK_N), tl.arange(0, META.BLOCK_D), tl.arange(0, META.BLOCK_DV)
+    own = own_tile(pid % own_tiles, N, grid, dtype, META)
+    own_first, own_ok, offs_m = own[0], own[3], own[4]
+    Q = of_head(Q, b, h)
+    K = of_head(K, b, h)
+    V = of_head(V, b, h)
+    MASK = moved(MASK, b * MASK.b)
+    DOUT = of_head(DOUT, b, h)
     T += bh * N * cols
     U += bh * S * cols
     DT += bh * N * cols
-    q = load_rows(Q, own_first, q_stride_n, offs_m, offs_d, q_stride_d, own_ok, offs_d < W)  # [BLOCK_M, BLOCK_D]
-    do = load_rows(DOUT, own_first, do_stride_n, offs_m, offs_dv, do_stride_d, own_ok, offs_dv < DV)
-    out = load_rows(OUT + bh * N * DV, own_first, DV, offs_m, offs_dv, 1, own_ok, offs_dv < DV)
+    q = load_rows(Q.data, own_first, Q.n, offs_m, offs_d, Q.d, own_ok, offs_d < META.W)  # [BLOCK_M, BLOCK_D]
+    do = load_rows(DOUT.data, own_first, DOUT.n, offs_m, offs_dv, DOUT.d, own_ok, offs_dv < META.DV)
+    out = load_rows(OUT + bh * N * META.DV, own_first, META.DV, offs_m, offs_dv, 1, own_ok, offs_dv < META.DV)
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
-    if HAS_DLSE:
+    if META.HAS_DLSE:
         delta -= tl.load(DLSE + bh * N + own_first + offs_m, mask=own_ok, other=0.0)
     tl.store(DELTA + bh * N + own_first + offs_m, delta, mask=own_ok)
     lse = tl.load(LSE + bh * N + own_first + offs_m, mask=own_ok, other=0.0) * LOG2E
     base = tl.where(lse == float("-inf"), 0.0, lse)
-    tx = tl.zeros([1, BLOCK_N], tl.float32)
-    if GRID and not WALK_PART:
-        if HAS_T:
-            tx = by_x(T, own_first, cols, offs_m, own_ok, cx, offs_n, offs_n < GX).to(tl.float32) * exponent_scale
-        if not HAS_MASK:
-            tx += tl.where(offs_n < GX, 0.0, float("-inf"))[None, :]
+    tx = _by_x_of_keys(T, own, offs_n, grid, exponent_scale, META)
 
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    dtx = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    end = walk_tiles
-    if CAUSAL:
-        last = tl.max(tl.where(own_ok, own_first + offs_m, 0), 0)
-        end = tile_walked(last, GX, BLOCK_N, GRID, WALK_PART) + 1
-    for tile in range(0, end):
-        first, line, ok, walk_x = walk_tile(tile, S, GX, offs_n, BLOCK_N, GRID, WALK_PART)
-        if HAS_MASK:
-            mask_row = MASK + b * mask_stride_b + tl.cast(first, tl.int64) * mask_stride_n
-            ok &= tl.load(mask_row + offs_n * mask_stride_n, mask=ok, other=0) != 0
-        k = load_rows(K, first, k_stride_n, offs_n, offs_d, k_stride_d, ok, offs_d < W)  # [BLOCK_N, BLOCK_D]
-        v = load_rows(V, first, v_stride_n, offs_n, offs_dv, v_stride_d, ok, offs_dv < DV)  # [BLOCK_N, BLOCK_DV]
-        pair_ok = own_ok[:, None] & ok[None, :]
-        index = 0
-        if BUCKET:
-            index = bucket_index(BUCKETS, own_first + offs_m, first + offs_n, pair_ok, S, False)
-        e, by_row = exponents(
-            q, k, tx, T, U, index, pair_ok, own_hot, own_x_hot,
-            own_first, own_line, own_x0, own_ok, first, line, ok, walk_x,
-            offs_m, offs_n, cols, cy, cx, GY, lines, own_lines, exponent_scale,
-            BLOCK_X, GRID, WALK_PART, BUCKET, HAS_T, HAS_U, PRECISION,
-        )  # fmt: skip
-        if HAS_MASK or WALK_PART or not GRID:
-            e += tl.where(ok, 0.0, float("-inf"))[None, :]
-        if CAUSAL:
-            e = tl.where((own_first + offs_m)[:, None] >= (first + offs_n)[None, :], e, float("-inf"))
+    acc = tl.zeros([META.BLOCK_M, META.BLOCK_D], tl.float32)
+    dtx = tl.zeros([META.BLOCK_M, META.BLOCK_N], tl.float32)
+    for tile in range(0, _last_tile(own, GX, walk_tiles, META)):
+        v, e, by_row, k, walk, pair_ok, index = _scores(
+            tile, q, tx, K, V, (T, U, BUCKETS), MASK, own, offs_n, offs_d, offs_dv, S, grid, exponent_scale, META
+        )
         p = tl.exp2(e - (base - by_row)[:, None])
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        if DROPOUT:
-            kept = kept_by_dropout(SEED, bh, prefix + own_first + offs_m, prefix + first + offs_n, drop_below, False)
+        dp = tl.dot(do, tl.trans(v), input_precision=META.PRECISION)
+        if META.DROPOUT:
+            kept = kept_by_dropout(
+                SEED, b, h, prefix + own_first + offs_m, prefix + walk[0] + offs_n, drop_below, False
+            )
             dp = tl.where(kept, dp * keep_scale, 0.0)
         ds = p * (dp - delta[:, None])
-        acc = tl.dot(ds.to(dtype), k, acc, input_precision=PRECISION)
-        if HAS_T:
-            dtx = take(
-                ds, dtx, DT, index, pair_ok, own_first, own_ok, line, ok, walk_x, offs_m, cols, cy, cx, GY, scale,
-                GRID, WALK_PART, BUCKET,
-            )  # fmt: skip
-    store_rows(DQ + bh * N * W, own_first, W, offs_m, offs_d, 1, own_ok, offs_d < W, acc * scale)
-    if GRID and HAS_T and not WALK_PART:
-        store_rows(DT + cx, own_first, cols, offs_m, offs_n, 1, own_ok, offs_n < GX, dtx * scale)
+        acc = tl.dot(ds.to(dtype), k, acc, input_precision=META.PRECISION)
+        if META.HAS_T:
+            dtx = take(ds, dtx, DT, index, pair_ok, own, walk, grid, scale, META)
+    store_rows(DQ + bh * N * META.W, own_first, META.W, offs_m, offs_d, 1, own_ok, offs_d < META.W, acc * scale)
+    if META.GRID and META.HAS_T and not META.WALK_PART:
+        store_rows(DT + grid[2], own_first, cols, offs_m, offs_n, 1, own_ok, offs_n < GX, dtx * scale)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def disentangled_dkv_kernel(
-    Q, K, V, T, U, BUCKETS, MASK, SEED, LSE, DOUT, DELTA, DK, DV_OUT, DU,
-    q_stride_b, q_stride_h, q_stride_n, q_stride_d,
-    k_stride_b, k_stride_h, k_stride_n, k_stride_d,
-    v_stride_b, v_stride_h, v_stride_n, v_stride_d,
-    do_stride_b, do_stride_h, do_stride_n, do_stride_d, mask_stride_b, mask_stride_n,
-    H, N, S, cols16, cy16, cx16, GY, GX, lines, own_lines, own_tiles, walk_tiles,
-    prefix, drop_below, keep_scale, scale, W: tl.constexpr, DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_X: tl.constexpr,
-    GRID: tl.constexpr, WALK_PART: tl.constexpr, BUCKET: tl.constexpr, HAS_T: tl.constexpr, HAS_U: tl.constexpr,
-    HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    HAS_DK: tl.constexpr, HAS_DV: tl.constexpr,
+    INPUTS, LSE, DOUT, DELTA, DK, DV_OUT, DU, H, N, S, cols16, cy16, cx16, GY, GX, lines, own_lines, own_tiles,
+    walk_tiles, prefix, drop_below, keep_scale, scale, META: tl.constexpr,
 ):  # fmt: skip
     """dk_j = sum_i ds_ij q_i, du_j = sums of ds_ij by column (HAS_DK), dv_j = sum_i p_ij dout_i (HAS_DV)."""
+    Q, K, V, T, U, BUCKETS, MASK, SEED = INPUTS
     pid = tl.program_id(0)
     bh = (pid // own_tiles).to(tl.int64)
     b, h = bh // H, bh % H
-    dtype: tl.constexpr = Q.dtype.element_ty
-    cols, cy, cx = cols16 * 16, cy16 * 16, cx16 * 16
+    dtype: tl.constexpr = Q.data.dtype.element_ty
+    cols = cols16 * 16
+    grid = (cols, cy16 * 16, cx16 * 16, GY, GX, lines, own_lines)
     exponent_scale = scale * LOG2E
-    offs_n, offs_d, offs_dv = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    column, r = tl.arange(0, BLOCK_X), tl.arange(0, _LINES)
-    own_first, own_line, own_x0, offs_m, own_in, own_lines_in, own_x = own_tile(
-        pid % own_tiles, S, GX, lines, own_lines, tl.arange(0, BLOCK_M), BLOCK_M, BLOCK_X, GRID
-    )
-    own_hot = (own_lines_in[:, None] == r[None, :]).to(dtype)
-    own_x_hot = (own_x[:, None] == column[None, :]).to(dtype)
+    offs_n, offs_d, offs_dv = tl.arange(0, META.BLOCK_N), tl.arange(0, META.BLOCK_D), tl.arange(0, META.BLOCK_DV)
+    own = own_tile(pid % own_tiles, S, grid, dtype, META)
+    own_first, own_line, own_x0, own_in, offs_m, own_hot, own_x_hot = own
     own_ok = own_in
-    if HAS_MASK:
-        mask_row = MASK + b * mask_stride_b + tl.cast(own_first, tl.int64) * mask_stride_n
-        own_ok &= tl.load(mask_row + offs_m * mask_stride_n, mask=own_in, other=0) != 0
-    Q += b * q_stride_b + h * q_stride_h
-    K += b * k_stride_b + h * k_stride_h
-    V += b * v_stride_b + h * v_stride_h
-    DOUT += b * do_stride_b + h * do_stride_h
+    if META.HAS_MASK:
+        mask_row = MASK.data + b * MASK.b + tl.cast(own_first, tl.int64) * MASK.n
+        own_ok &= tl.load(mask_row + offs_m * MASK.n, mask=own_in, other=0) != 0
+    own = (own_first, own_line, own_x0, own_ok, offs_m, own_hot, own_x_hot)
+    Q = of_head(Q, b, h)
+    K = of_head(K, b, h)
+    V = of_head(V, b, h)
+    DOUT = of_head(DOUT, b, h)
     T += bh * N * cols
     U += bh * S * cols
     DU += bh * S * cols
-    k = load_rows(K, own_first, k_stride_n, offs_m, offs_d, k_stride_d, own_ok, offs_d < W)  # [BLOCK_M, BLOCK_D]
-    v = load_rows(V, own_first, v_stride_n, offs_m, offs_dv, v_stride_d, own_ok, offs_dv < DV)
-    ux = tl.zeros([1, BLOCK_N], tl.float32)
-    if GRID and HAS_U and not WALK_PART:
-        ux = by_x(U, own_first, cols, offs_m, own_ok, cx, offs_n, offs_n < GX).to(tl.float32) * exponent_scale
+    k = load_rows(K.data, own_first, K.n, offs_m, offs_d, K.d, own_ok, offs_d < META.W)  # [BLOCK_M, BLOCK_D]
+    v = load_rows(V.data, own_first, V.n, offs_m, offs_dv, V.d, own_ok, offs_dv < META.DV)
+    ux = tl.zeros([1, META.BLOCK_N], tl.float32)
+    if META.GRID and META.HAS_U and not META.WALK_PART:
+        ux = by_x(U, own, grid, offs_n, offs_n < GX).to(tl.float32) * exponent_scale
 
-    dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    dux = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    dk = tl.zeros([META.BLOCK_M, META.BLOCK_D], tl.float32)
+    dv = tl.zeros([META.BLOCK_M, META.BLOCK_DV], tl.float32)
+    dux = tl.zeros([META.BLOCK_M, META.BLOCK_N], tl.float32)
     start = 0
-    if CAUSAL:
-        start = tile_walked(own_first, GX, BLOCK_N, GRID, WALK_PART)
+    if META.CAUSAL:
+        start = tile_walked(own_first, GX, META)
     for tile in range(start, walk_tiles):
-        first, line, ok, walk_x = walk_tile(tile, N, GX, offs_n, BLOCK_N, GRID, WALK_PART)
-        q = load_rows(Q, first, q_stride_n, offs_n, offs_d, q_stride_d, ok, offs_d < W)  # [BLOCK_N, BLOCK_D]
-        do = load_rows(DOUT, first, do_stride_n, offs_n, offs_dv, do_stride_d, ok, offs_dv < DV)
+        first, line, ok, walk_x = walk_tile(tile, N, GX, offs_n, META)
+        q = load_rows(Q.data, first, Q.n, offs_n, offs_d, Q.d, ok, offs_d < META.W)  # [BLOCK_N, BLOCK_D]
+        do = load_rows(DOUT.data, first, DOUT.n, offs_n, offs_dv, DOUT.d, ok, offs_dv < META.DV)
         lse = tl.load(LSE + bh * N + first + offs_n, mask=ok, other=0.0) * LOG2E
         delta = tl.load(DELTA + bh * N + first + offs_n, mask=ok, other=0.0)
         base = tl.where(ok & (lse > float("-inf")), lse, float("inf"))  # p = 0 of queries that are not there
         pair_ok = own_ok[:, None] & ok[None, :]
         index = 0
-        if BUCKET:
+        if META.BUCKET:
             index = bucket_index(BUCKETS, own_first + offs_m, first + offs_n, pair_ok, S, True)
+        walk = (first, line, ok, walk_x, offs_n)
         e, by_row = exponents(
-            k, q, ux, U, T, index, pair_ok, own_hot, own_x_hot,
-            own_first, own_line, own_x0, own_ok, first, line, ok, walk_x,
-            offs_m, offs_n, cols, cy, cx, GY, lines, own_lines, exponent_scale,
-            BLOCK_X, GRID, WALK_PART, BUCKET, HAS_U, HAS_T, PRECISION,
-        )  # fmt: skip
-        if CAUSAL:
+            k, q, ux, U, T, index, pair_ok, own, walk, grid, exponent_scale, META.HAS_U, META.HAS_T, META
+        )
+        if META.CAUSAL:
             e = tl.where((own_first + offs_m)[:, None] <= (first + offs_n)[None, :], e, float("-inf"))
         p = tl.exp2(e + by_row[:, None] - base[None, :])
         kept = pair_ok
-        if DROPOUT:
-            kept = kept_by_dropout(SEED, bh, prefix + first + offs_n, prefix + own_first + offs_m, drop_below, True)
-        if HAS_DV:
+        if META.DROPOUT:
+            kept = kept_by_dropout(SEED, b, h, prefix + first + offs_n, prefix + own_first + offs_m, drop_below, True)
+        if META.HAS_DV:
             dropped = p
-            if DROPOUT:
+            if META.DROPOUT:
                 dropped = tl.where(kept, p * keep_scale, 0.0)
-            dv = tl.dot(dropped.to(dtype), do, dv, input_precision=PRECISION)
-        if HAS_DK:
-            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-            if DROPOUT:
+            dv = tl.dot(dropped.to(dtype), do, dv, input_precision=META.PRECISION)
+        if META.HAS_DK:
+            dp = tl.dot(v, tl.trans(do), input_precision=META.PRECISION)
+            if META.DROPOUT:
                 dp = tl.where(kept, dp * keep_scale, 0.0)
             ds = p * (dp - delta[None, :])
-            dk = tl.dot(ds.to(dtype), q, dk, input_precision=PRECISION)
-            if HAS_U:
-                dux = take(
-                    ds, dux, DU, index, pair_ok, own_first, own_ok, line, ok, walk_x, offs_m, cols, cy, cx, GY, scale,
-                    GRID, WALK_PART, BUCKET,
-                )  # fmt: skip
-    if HAS_MASK:  # a row holds one key's sums: those of padded keys are dropped here, not in each tile
+            dk = tl.dot(ds.to(dtype), q, dk, input_precision=META.PRECISION)
+            if META.HAS_U:
+                dux = take(ds, dux, DU, index, pair_ok, own, walk, grid, scale, META)
+    if META.HAS_MASK:  # a row holds one key's sums: those of padded keys are dropped here, not in each tile
         dk = tl.where(own_ok[:, None], dk, 0.0)
         dv = tl.where(own_ok[:, None], dv, 0.0)
-    if HAS_DV:
-        store_rows(DV_OUT + bh * S * DV, own_first, DV, offs_m, offs_dv, 1, own_in, offs_dv < DV, dv)
-    if HAS_DK:
-        store_rows(DK + bh * S * W, own_first, W, offs_m, offs_d, 1, own_in, offs_d < W, dk * scale)
-        if GRID and HAS_U and not WALK_PART:
-            store_rows(DU + cx, own_first, cols, offs_m, offs_n, 1, own_ok, offs_n < GX, dux * scale)
+    if META.HAS_DV:
+        store_rows(DV_OUT + bh * S * META.DV, own_first, META.DV, offs_m, offs_dv, 1, own_in, offs_dv < META.DV, dv)
+    if META.HAS_DK:
+        store_rows(DK + bh * S * META.W, own_first, META.W, offs_m, offs_d, 1, own_in, offs_d < META.W, dk * scale)
+        if META.GRID and META.HAS_U and not META.WALK_PART:
+            store_rows(DU + grid[2], own_first, cols, offs_m, offs_n, 1, own_ok, offs_n < GX, dux * scale)
 
 
 # Inside a kernel Triton's language, not Python's, gives operators and indexing their types.
-# pyright: reportOperatorIssue=false, reportArgumentType=false
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false

@@ -11,11 +11,14 @@ du[j, c] = scale sum of ds_ij over the queries i of column c. Dropout multiplies
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from medformer_kernels._operators import operator
 from medformer_kernels.disentangled import chunked
+from medformer_kernels.disentangled.tables import Inputs
 
 __all__ = ["disentangled_backward", "disentangled_forward"]
 
@@ -28,7 +31,20 @@ def _implementation(backend: str):
     return fused
 
 
-@torch.library.custom_op("medformer::disentangled_forward", mutates_args=())
+def _drops(arguments: dict[str, Any]) -> bool:
+    """Which weights are dropped depends on the sample's place in the batch."""
+    return arguments["seed"] is not None
+
+
+def _forward_fake(q, k, v, *_):
+    exact = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=exact)
+
+
+@operator(
+    "disentangled_forward", _forward_fake, public="disentangled_attention",
+    samples=("q", "k", "v", "t", "u", "key_padding_mask"), per_sample=_drops,
+)  # fmt: skip
 def disentangled_forward(
     q: Tensor,
     k: Tensor,
@@ -47,20 +63,26 @@ def disentangled_forward(
 ) -> tuple[Tensor, Tensor]:
     """(out (B, H, N, Dv), lse (B, H, N) in float32, or float64 for float64). A query without a key: 0 and -inf.
 
-    `offset` is the place of the first query and key among all tokens; dropout alone asks for it.
+    `offset` is the place of the first query and key among all tokens; only dropout needs it.
     """
-    return _implementation(backend).forward(
-        q, k, v, t, u, buckets, key_padding_mask, seed, list(grid), scale, causal, dropout, offset
+    x = Inputs(q, k, v, t, u, buckets, key_padding_mask, seed, list(grid), scale, causal, dropout, offset)
+    return _implementation(backend).forward(x)
+
+
+def _backward_fake(q, k, v, t, u, *_):
+    return (
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+        q.new_empty(0) if t is None else t.new_empty(t.shape),
+        k.new_empty(0) if u is None else u.new_empty(u.shape),
     )
 
 
-@disentangled_forward.register_fake
-def _(q, k, v, *_):
-    exact = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=exact)
-
-
-@torch.library.custom_op("medformer::disentangled_backward", mutates_args=())
+@operator(
+    "disentangled_backward", _backward_fake, public="disentangled_attention", gradient=True,
+    samples=("q", "k", "v", "t", "u", "key_padding_mask", "out", "lse", "dout", "dlse"), per_sample=_drops,
+)  # fmt: skip
 def disentangled_backward(
     q: Tensor,
     k: Tensor,
@@ -82,21 +104,9 @@ def disentangled_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dt, du); the last two empty for tables that are not there."""
-    dq, dk, dv, dt, du = _implementation(backend).backward(
-        q, k, v, t, u, buckets, key_padding_mask, seed, out, lse, dout, dlse, list(grid), scale, causal, dropout, offset
-    )
+    x = Inputs(q, k, v, t, u, buckets, key_padding_mask, seed, list(grid), scale, causal, dropout, offset)
+    dq, dk, dv, dt, du = _implementation(backend).backward(x, out, lse, dout, dlse)
     return dq, dk, dv, q.new_empty(0) if dt is None else dt, k.new_empty(0) if du is None else du
-
-
-@disentangled_backward.register_fake
-def _(q, k, v, t, u, *_):
-    return (
-        q.new_empty(q.shape),
-        k.new_empty(k.shape),
-        v.new_empty(v.shape),
-        q.new_empty(0) if t is None else t.new_empty(t.shape),
-        k.new_empty(0) if u is None else u.new_empty(u.shape),
-    )
 
 
 def _setup(ctx, inputs, output):
@@ -115,13 +125,3 @@ def _autograd(ctx, dout, dlse):
 
 
 disentangled_forward.register_autograd(_autograd, setup_context=_setup)
-
-
-def _refuse_double_backward(ctx, *_):
-    raise RuntimeError(
-        "disentangled_attention: double backward is not implemented; use disentangled_attention_reference, or "
-        "torch.no_grad around the first gradient"
-    )
-
-
-disentangled_backward.register_autograd(_refuse_double_backward)

@@ -1,4 +1,4 @@
-"""Class and register tokens beside the kernels, which know the grid only: few rows and columns, in plain PyTorch.
+"""Class and register tokens: few rows and columns, in plain PyTorch; the kernels handle the grid only.
 
 The prefix queries read every key through a dense matrix of P x S; what the queries of the grid read from the prefix
 keys (N x P) is merged with the kernel's result by log-sum-exp.
@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from medformer_kernels import _dropout
 from medformer_kernels.disentangled.arguments import Call
-from medformer_kernels.disentangled.dropout import keep_mask
 from medformer_kernels.disentangled.ops import disentangled_forward
 from medformer_kernels.disentangled.tables import Operands
 
@@ -28,9 +28,9 @@ def attend_with_prefix(call: Call, x: Operands) -> Tensor:
     t, u = (None if y is None else y.to(exact) for y in (x.t, x.u))
     kept = None
     if call.dropout > 0 and call.seed is not None:
-        shape = (*q.shape[:3], k.shape[2])
-        rows = keep_mask(call.seed, call.dropout, (*shape[:2], p, shape[3]), q.device)
-        columns = keep_mask(call.seed, call.dropout, (*shape[:3], p), q.device)[:, :, p:]
+        batch, heads, tokens = ((0, n) for n in q.shape[:3])
+        rows = _dropout.kept(call.seed, call.dropout, batch, heads, (0, p), tokens)
+        columns = _dropout.kept(call.seed, call.dropout, batch, heads, (p, tokens[1]), (0, p))
         kept = tuple(y.to(exact) / (1 - call.dropout) for y in (rows, columns))
 
     # prefix queries, all keys

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from medformer_kernels.disentangled.dropout import keep_mask
+from medformer_kernels._dropout import kept
 from medformer_kernels.disentangled.tables import Grid
 
 __all__ = ["reference", "term_scores"]
@@ -38,7 +38,7 @@ def reference(
     scores = scores.masked_fill(~allowed, -math.inf).masked_fill(without_key, 0)
     p = scores.softmax(-1).masked_fill(~allowed, 0)
     if dropout > 0 and seed is not None:
-        p = p * keep_mask(seed, dropout, p.shape, p.device) / (1 - dropout)
+        p = p * kept(seed, dropout, *((0, n) for n in p.shape)) / (1 - dropout)
     return p @ v
 
 

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from medformer_kernels.disentangled.terms import Weights
 
-__all__ = ["Grid", "Operands", "operands"]
+__all__ = ["Grid", "Inputs", "Operands", "operands"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Tokens of a volume, x fastest, behind `prefix` tokens that lie nowhere."""
+    """Tokens of a volume, x fastest, behind `prefix` tokens without a position."""
 
     size: tuple[int, int, int]
     """(gz, gy, gx)"""
@@ -53,7 +53,11 @@ class Grid:
 
     def one_hot(self, like: Tensor) -> Tensor:
         """(prefix + tokens, columns): 1 in every column of a token."""
-        parts = [F.one_hot(c, g) for c, g in zip(self.coordinates(like.device), self.size, strict=True)]
+        # Compared, not F.one_hot, which ONNX fixes to the size at hand.
+        parts = [
+            (c[:, None] == torch.arange(g, device=like.device)).to(torch.int64)
+            for c, g in zip(self.coordinates(like.device), self.size, strict=True)
+        ]
         inner = F.pad(torch.cat(parts, -1), (self.prefix, 0))
         own = F.pad(torch.eye(self.prefix, device=like.device, dtype=inner.dtype), (0, sum(self.size)))
         return torch.cat((own, inner)).to(like.dtype)
@@ -70,6 +74,25 @@ class Operands:
     """(B, H, N, columns or buckets)"""
     u: Tensor | None
     """(B, H, S, columns or buckets)"""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arguments of the operators, as their implementations take them: see `ops.disentangled_forward`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    t: Tensor | None
+    u: Tensor | None
+    buckets: Tensor | None
+    mask: Tensor | None
+    seed: Tensor | None
+    grid: list[int]
+    scale: float
+    causal: bool
+    dropout: float
+    offset: int
 
 
 def operands(
@@ -178,14 +201,12 @@ def _grid_table(
     parts = []
     for axis, table in enumerate(tables):
         size = grid.size[axis]
-        if keys:
-            table = table.flip(1)
         part = None
         if inner is not None:
-            window = table.unfold(1, size, 1).flip(-1)  # (H, g own, D, g other)
+            window = _windows((table if keys else table.flip(1)).mT, size).transpose(1, 2)  # (H, g own, D, g other)
             part = _along(inner, window, axis)
         if own is not None:
-            values = own[axis].unfold(1, size, 1).flip(-1)  # (H, g own, g other)
+            values = _windows(own[axis].flip(1), size)  # (H, g own, g other)
             shape = [1] * 3
             shape[axis] = size
             values = values.view(heads, *shape, size)
@@ -196,6 +217,17 @@ def _grid_table(
     if p == 0:
         return table
     return _with_prefix(table, vectors, prefix_table, own_prefix, grid, keys=keys)
+
+
+def _windows(x: Tensor, size: int) -> Tensor:
+    """(..., 2 size - 1) to (..., size, size): entry [i, j] is x[size - 1 - i + j].
+
+    In rows one longer than x, laid end to end, these lie at size - 1 + i (2 size - 1) + j. `unfold` is made for this,
+    and ties an exported program to one size.
+    """
+    rows = F.pad(x, (0, 1)).unsqueeze(-2).expand(*x.shape[:-1], size, 2 * size).flatten(-2)
+    rows = rows[..., size - 1 : size - 1 + size * (2 * size - 1)]
+    return rows.unflatten(-1, (size, 2 * size - 1))[..., :size]
 
 
 def _along(inner: Tensor, window: Tensor, axis: int) -> Tensor:

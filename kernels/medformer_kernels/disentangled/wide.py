@@ -31,7 +31,7 @@ def wide(
             k.append(x.u)
     left, right = torch.cat(q, -1), torch.cat(k, -1)
     width_v = v.shape[-1]
-    # PyTorch's fused attention wants one width for all three, and falls back to an N x N matrix without.
+    # PyTorch's fused attention needs one width for all three, and falls back to an N x N matrix without.
     width = max(left.shape[-1], width_v)
     left, right, v = (F.pad(y, (0, width - y.shape[-1])) for y in (left, right, v))
     if key_padding_mask is None:

@@ -17,13 +17,17 @@ ops            the Triton form as `torch.library` operators
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, cast
 
 import torch
 from torch import Tensor
 
+from medformer_kernels._arguments import order_hint
 from medformer_kernels._dispatch import resolve_backend
+from medformer_kernels._operators import first_order
+from medformer_kernels._tracing import least, standard
 from medformer_kernels.nystrom.composed import composed, landmarks
 from medformer_kernels.nystrom.inverse import nystrom_pinv
 from medformer_kernels.nystrom.landmarks import Cells, landmark_weights
@@ -88,23 +92,28 @@ def nystrom_attention(
     padding shifts no landmark; a padded query counts as 0 (its output means nothing); the product is taken from the
     right (F A^-1 first costs 2 N L^2 more operations).
     """
-    arguments = _prepare(
-        "nystrom_attention", q, k, v, num_landmarks, grid, landmark_grid, q_landmarks, k_landmarks, prefix_tokens,
-        pinv_iterations, pinv_tolerance, conv_weight, key_padding_mask,
-    )  # fmt: skip
-    q, k, v, cells, q_landmarks, k_landmarks, conv_weight, mask, iterations, tolerance = arguments
+    given = (num_landmarks, grid, landmark_grid, q_landmarks, k_landmarks, prefix_tokens)
+    others = (pinv_iterations, pinv_tolerance, conv_weight, key_padding_mask)
+    q, k, v, cells, q_landmarks, k_landmarks, conv_weight, mask, iterations, tolerance = _prepare(
+        "nystrom_attention", q, k, v, *given, *others
+    )
     width = max(q.shape[3], v.shape[3])
     # Tiles of wider heads do not fit in the registers of the backward pass.
-    backend = resolve_backend(
-        "nystrom_attention", backend, q, f"heads wider than 128 (here {width})" if width > 128 else None
+    backend = (
+        "torch"
+        if standard()
+        else resolve_backend(
+            "nystrom_attention", backend, q, f"heads wider than 128 (here {width})" if width > 128 else None
+        )
     )
     with torch.autocast(q.device.type, enabled=False):
         if backend == "torch":
-            return composed(*arguments)
-        return nystrom_forward(
-            q, k, v, q_landmarks, k_landmarks, conv_weight, mask, cells.grid, cells.landmark_grid,
-            cells.conv_grid or cells.grid, cells.prefix, iterations, tolerance,
-        )[0]  # fmt: skip
+            q, k, v, q_landmarks, k_landmarks, conv_weight = first_order(
+                "nystrom_attention", "nystrom_attention_reference", q, k, v, q_landmarks, k_landmarks, conv_weight
+            )
+            return composed(q, k, v, cells, q_landmarks, k_landmarks, conv_weight, mask, iterations, tolerance)
+        grids = (cells.grid, cells.landmark_grid, cells.conv_grid or cells.grid, cells.prefix)
+        return nystrom_forward(q, k, v, q_landmarks, k_landmarks, conv_weight, mask, *grids, iterations, tolerance)[0]
 
 
 def nystrom_attention_reference(
@@ -124,11 +133,9 @@ def nystrom_attention_reference(
     key_padding_mask: Bool[Tensor, "B S"] | None = None,
 ) -> Float[Tensor, "B H N Dv"]:
     """The definition of `nystrom_attention`, every matrix written out; `pinv_iterations=None`: exact `pinv`."""
-    arguments = _prepare(
-        "nystrom_attention_reference", q, k, v, num_landmarks, grid, landmark_grid, q_landmarks, k_landmarks,
-        prefix_tokens, 0 if pinv_iterations is None else pinv_iterations, pinv_tolerance, conv_weight,
-        key_padding_mask,
-    )  # fmt: skip
+    given = (num_landmarks, grid, landmark_grid, q_landmarks, k_landmarks, prefix_tokens)
+    others = (0 if pinv_iterations is None else pinv_iterations, pinv_tolerance, conv_weight, key_padding_mask)
+    arguments = _prepare("nystrom_attention_reference", q, k, v, *given, *others)
     return reference(*arguments[:-2], pinv_iterations, pinv_tolerance)
 
 
@@ -147,10 +154,9 @@ def nystrom_residual(
     key_padding_mask: Bool[Tensor, "B S"] | None = None,
 ) -> Float[Tensor, "B H"]:
     """|A Z A - A| / |A|: what the iteration of `nystrom_attention` leaves of the pseudo-inverse, by sample and head."""
-    arguments = _prepare(
-        "nystrom_residual", q, k, k, num_landmarks, grid, landmark_grid, q_landmarks, k_landmarks, prefix_tokens,
-        pinv_iterations, pinv_tolerance, None, key_padding_mask,
-    )  # fmt: skip
+    given = (num_landmarks, grid, landmark_grid, q_landmarks, k_landmarks, prefix_tokens)
+    others = (pinv_iterations, pinv_tolerance, None, key_padding_mask)
+    arguments = _prepare("nystrom_residual", q, k, k, *given, *others)
     q, k, _, cells, q_landmarks, k_landmarks, _, _, _, _ = arguments
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         q_landmarks, k_landmarks, valid = landmarks(q, k, cells, q_landmarks, k_landmarks, key_padding_mask)
@@ -206,7 +212,8 @@ def _prepare(
             fail(f"key_padding_mask is {key_padding_mask.dtype}; it must be bool, True = a real key")
         shape = (k.shape[0], k.shape[2])
         if key_padding_mask.shape != shape:
-            fail(f"key_padding_mask has shape {tuple(key_padding_mask.shape)}; it must be (B, S) = {shape}")
+            hint = order_hint(k, key_padding_mask.shape[-1])
+            fail(f"key_padding_mask has shape {tuple(key_padding_mask.shape)}; it must be (B, S) = {shape}{hint}")
         if key_padding_mask.device != q.device:
             fail(f"key_padding_mask is on {key_padding_mask.device} but q is on {q.device}; move it there")
     if pinv_iterations < 0:
@@ -220,9 +227,12 @@ def _prepare(
 
     shape = (1, 1, inner)
     if grid is not None:
-        shape = (*(1,) * (3 - len(grid)), *(int(g) for g in grid))
-        if len(shape) != 3 or min(shape) < 1 or shape[0] * shape[1] * shape[2] != inner:
-            fail(f"grid={tuple(grid)} must be (gz, gy, gx) or (gy, gx) of {inner} tokens (those after the prefix)")
+        shape = (*(1,) * (3 - len(grid)), *(torch.sym_int(g) for g in grid))
+        if len(shape) != 3 or any(g < 1 for g in shape) or shape[0] * shape[1] * shape[2] != inner:
+            hint = order_hint(q, math.prod(shape) + prefix_tokens)
+            fail(
+                f"grid={tuple(grid)} must be (gz, gy, gx) or (gy, gx) of {inner} tokens (those after the prefix){hint}"
+            )
     given = q_landmarks is not None or k_landmarks is not None
     if (num_landmarks is not None) + (landmark_grid is not None) + given != 1:
         fail("give exactly one of num_landmarks, landmark_grid (with grid), or q_landmarks and k_landmarks")
@@ -237,20 +247,20 @@ def _prepare(
             fail(f"num_landmarks={num_landmarks} must be at least 1, and whole")
         if grid is not None and conv_weight is None:
             fail("grid is of no use with num_landmarks and no conv_weight; give landmark_grid for means over blocks")
-        blocks = (1, 1, min(num_landmarks, inner))
+        blocks = (1, 1, least(num_landmarks, inner))
     elif landmark_grid is not None:
         blocks = (*(1,) * (3 - len(landmark_grid)), *(int(b) for b in landmark_grid))
         if grid is None:
             fail("landmark_grid needs grid, the tokens by axis")
         if len(landmark_grid) != len(grid) or min(blocks) < 1:
             fail(f"landmark_grid={tuple(landmark_grid)} must hold at least 1 block on each axis of grid={tuple(grid)}")
-        blocks = (min(blocks[0], shape[0]), min(blocks[1], shape[1]), min(blocks[2], shape[2]))
+        blocks = tuple(least(blocks[axis], shape[axis]) for axis in range(3))
     if k.shape[2] != tokens and (not given or conv_weight is not None):
         fail(f"k has {k.shape[2]} tokens and q has {tokens}; they may differ only with landmarks given, no conv_weight")
     along = conv_weight is not None and conv_weight.ndim == 2
     cells = Cells(
         grid=(1, 1, inner) if num_landmarks is not None else shape,
-        landmark_grid=blocks,
+        landmark_grid=cast(tuple[int, int, int], blocks),
         prefix=prefix_tokens,
         conv_grid=(1, 1, inner) if along else shape,
     )

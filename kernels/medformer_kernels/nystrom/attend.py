@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from medformer_kernels._operators import operator
 from medformer_kernels._products import one_by_one, product
 
 __all__ = ["attend_by_head", "attends_by_head"]
@@ -26,7 +27,11 @@ def attends_by_head(q: Tensor, k: Tensor) -> bool:
     return q.is_cpu and q.dtype == torch.float32 and one_by_one(q.shape[2], q.shape[3], k.shape[2])
 
 
-@torch.library.custom_op("medformer::attend_by_head", mutates_args=())
+def _fake(q, k, v, key_valid):
+    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3])
+
+
+@operator("attend_by_head", _fake, public="nystrom_attention", samples=("q", "k", "v", "key_valid"))
 def attend_by_head(q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """(softmax(q k^T / sqrt(D)) v, log2 of its denominator (B, H, N)) over the keys of `key_valid` (B, S); 0 without
     any."""
@@ -46,12 +51,17 @@ def attend_by_head(q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None) ->
     return out, lse
 
 
-@attend_by_head.register_fake
-def _(q, k, v, key_valid):
-    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3])
+def _backward_fake(q, k, v, key_valid, out, lse, dout):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-@torch.library.custom_op("medformer::attend_by_head_backward", mutates_args=())
+@operator(
+    "attend_by_head_backward",
+    _backward_fake,
+    public="nystrom_attention",
+    gradient=True,
+    samples=("q", "k", "v", "key_valid", "out", "lse", "dout"),
+)
 def _backward(
     q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None, out: Tensor, lse: Tensor, dout: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,11 +81,6 @@ def _backward(
     return dq, dk, dv
 
 
-@_backward.register_fake
-def _(q, k, v, key_valid, out, lse, dout):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
 def _setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs, *output)
     ctx.mark_non_differentiable(output[1])
@@ -84,13 +89,6 @@ def _setup(ctx, inputs, output):
 attend_by_head.register_autograd(
     lambda ctx, dout, _: (*_backward(*ctx.saved_tensors, dout), None), setup_context=_setup
 )
-
-
-def _refuse_double_backward(ctx, *_):
-    raise RuntimeError("nystrom_attention: double backward is not implemented; use nystrom_attention_reference")
-
-
-_backward.register_autograd(_refuse_double_backward)
 
 
 def _tiles(q: Tensor, k: Tensor) -> Iterator[tuple[int, int, slice, list[slice]]]:

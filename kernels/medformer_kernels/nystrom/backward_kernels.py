@@ -11,7 +11,7 @@ Weights are computed again; dtypes and names as in `forward_kernels`.
 import triton
 import triton.language as tl
 
-from medformer_kernels._triton import LOG2E, load_rows, store_rows
+from medformer_kernels._triton import LOG2E, load_rows, moved, of_head, store_rows
 from medformer_kernels.nystrom.forward_kernels import CONV_PAD, RUNTIME, convolve, overlap
 
 _CONV_PAD = tl.constexpr(CONV_PAD)
@@ -21,7 +21,7 @@ _CONV_PAD = tl.constexpr(CONV_PAD)
 def _unpool(
     acc, DMEANS, TOTAL, token, ok, offs_d, d_ok, tokens_x, cells_x, D, P, GZ, GY, GX, LZ, LY, LX, VOLUME: tl.constexpr
 ):
-    """acc + what the gradient of the means is for grid tokens (or ranks): each lies in at most two cells an axis."""
+    """acc + what the gradient of the means is for grid tokens (or ranks): each is in at most two cells an axis."""
     z = token // (GX * GY)
     y = token // GX % GY
     x = token % GX
@@ -48,64 +48,47 @@ def _unpool(
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def nystrom_delta_kernel(
-    OUT, DOUT, V, WEIGHT, MASK, DELTA,
-    out_stride_b, out_stride_h, out_stride_n,
-    dout_stride_b, dout_stride_h, dout_stride_n, dout_stride_d,
-    v_stride_b, v_stride_h, v_stride_n, v_stride_d, mask_stride_b, mask_stride_n,
-    H, N, DV, GY, GX, KZ, KY, KX,
-    BLOCK_N: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_J: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_CONV: tl.constexpr, CONV_VOLUME: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def nystrom_delta_kernel(OUT, DOUT, V, WEIGHT, MASK, DELTA, H, N, DV, GY, GX, KZ, KY, KX, META: tl.constexpr):
     """delta_i = dout_i (out_i - convolution_i)."""
-    n_blocks = tl.cdiv(N, BLOCK_N)
+    n_blocks = tl.cdiv(N, META.BLOCK_N)
     pid = tl.program_id(0)
-    n0 = (pid % n_blocks) * BLOCK_N
+    n0 = (pid % n_blocks) * META.BLOCK_N
     bh = (pid // n_blocks).to(tl.int64)
     b, h = bh // H, bh % H
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_dv = tl.arange(0, BLOCK_DV)
+    offs_n = tl.arange(0, META.BLOCK_N)
+    offs_dv = tl.arange(0, META.BLOCK_DV)
     n_ok = n0 + offs_n < N
     dv_ok = offs_dv < DV
-    convolved = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    if HAS_CONV:
-        V += b * v_stride_b + h * v_stride_h
-        MASK += b * mask_stride_b
-        convolved = convolve(
-            convolved, V, WEIGHT + h * (KZ * KY * (KX + 2 * _CONV_PAD)), MASK,
-            v_stride_n, v_stride_d, mask_stride_n, n0, N, DV, GY, GX, KZ, KY, KX,
-            BLOCK_N, BLOCK_J, BLOCK_DV, HAS_MASK, CONV_VOLUME, PRECISION,
-        )  # fmt: skip
-    OUT += b * out_stride_b + h * out_stride_h
-    DOUT += b * dout_stride_b + h * dout_stride_h
-    out = load_rows(OUT, n0, out_stride_n, offs_n, offs_dv, 1, n_ok, dv_ok).to(tl.float32) - convolved
-    dout = load_rows(DOUT, n0, dout_stride_n, offs_n, offs_dv, dout_stride_d, n_ok, dv_ok).to(tl.float32)
+    convolved = tl.zeros([META.BLOCK_N, META.BLOCK_DV], tl.float32)
+    if META.HAS_CONV:
+        V = of_head(V, b, h)
+        MASK = moved(MASK, b * MASK.b)
+        WEIGHT += h * (KZ * KY * (KX + 2 * _CONV_PAD))
+        convolved = convolve(convolved, V, WEIGHT, MASK, n0, N, DV, GY, GX, KZ, KY, KX, META.HAS_MASK, META)
+    OUT = of_head(OUT, b, h)
+    DOUT = of_head(DOUT, b, h)
+    out = load_rows(OUT.data, n0, OUT.n, offs_n, offs_dv, 1, n_ok, dv_ok).to(tl.float32) - convolved
+    dout = load_rows(DOUT.data, n0, DOUT.n, offs_n, offs_dv, DOUT.d, n_ok, dv_ok).to(tl.float32)
     tl.store(DELTA + bh * N + n0 + offs_n, tl.sum(dout * out, 1), mask=n_ok)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def nystrom_conv_weight_kernel(
-    DOUT, V, MASK, PART_DWEIGHT,
-    dout_stride_b, dout_stride_h, dout_stride_n, dout_stride_d,
-    v_stride_b, v_stride_h, v_stride_n, v_stride_d, mask_stride_b, mask_stride_n,
-    H, N, DV, GY, GX, KZ, KY, KX,
-    BLOCK_N: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_MASK: tl.constexpr,
-):  # fmt: skip
+def nystrom_conv_weight_kernel(DOUT, V, MASK, PART_DWEIGHT, H, N, DV, GY, GX, KZ, KY, KX, META: tl.constexpr):
     """This block's sum_i dout_i v_(i + tap) for each tap of the convolution."""
-    n_blocks = tl.cdiv(N, BLOCK_N)
+    n_blocks = tl.cdiv(N, META.BLOCK_N)
     pid = tl.program_id(0)
-    n0 = (pid % n_blocks) * BLOCK_N
+    n0 = (pid % n_blocks) * META.BLOCK_N
     bh = (pid // n_blocks).to(tl.int64)
     b, h = bh // H, bh % H
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_dv = tl.arange(0, BLOCK_DV)
+    offs_n = tl.arange(0, META.BLOCK_N)
+    offs_dv = tl.arange(0, META.BLOCK_DV)
     token = n0 + offs_n
     n_ok = token < N
     dv_ok = offs_dv < DV
-    DOUT += b * dout_stride_b + h * dout_stride_h
-    V += b * v_stride_b + h * v_stride_h
-    MASK += b * mask_stride_b
-    dout = load_rows(DOUT, n0, dout_stride_n, offs_n, offs_dv, dout_stride_d, n_ok, dv_ok).to(tl.float32)
+    DOUT = of_head(DOUT, b, h)
+    V = of_head(V, b, h)
+    MASK = moved(MASK, b * MASK.b)
+    dout = load_rows(DOUT.data, n0, DOUT.n, offs_n, offs_dv, DOUT.d, n_ok, dv_ok).to(tl.float32)
     taps = KZ * KY * KX
     for tap in range(0, taps):
         dz = tap // (KY * KX) - KZ // 2
@@ -116,20 +99,16 @@ def nystrom_conv_weight_kernel(
         y = token // GX % GY + dy
         z = token // (GX * GY) + dz
         ok = n_ok & (x >= 0) & (x < GX) & (y >= 0) & (y < GY) & (z >= 0) & (z * GY * GX < N)
-        if HAS_MASK:
-            ok &= tl.load(MASK + (token + shift).to(tl.int64) * mask_stride_n, mask=ok, other=0) != 0
-        v = load_rows(V, n0 + shift, v_stride_n, offs_n, offs_dv, v_stride_d, ok, dv_ok).to(tl.float32)
+        if META.HAS_MASK:
+            ok &= tl.load(MASK.data + (token + shift).to(tl.int64) * MASK.n, mask=ok, other=0) != 0
+        v = load_rows(V.data, n0 + shift, V.n, offs_n, offs_dv, V.d, ok, dv_ok).to(tl.float32)
         tl.store(PART_DWEIGHT + pid.to(tl.int64) * taps + tap, tl.sum(tl.sum(dout * v, 1), 0))
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def nystrom_landmark_bwd_kernel(
-    X, Y, ROWS, VALUES, ROW_LSE, SHIFT, VALID, COLUMN_LSE, DELTA, UNIT, MASK, PART_DROWS, PART_DVALUES,
-    x_stride_b, x_stride_h, x_stride_n, x_stride_d,
-    y_stride_b, y_stride_h, y_stride_n, y_stride_d, mask_stride_b, mask_stride_n,
-    H, N, L, D, DV, slice_length, slices, scale, weight_bits,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    KEYS: tl.constexpr, HAS_VALID: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    X, Y, ROWS, VALUES, ROW_LSE, SHIFT, VALID, COLUMN_LSE, DELTA, UNIT, MASK, PART_DROWS, PART_DVALUES, H, N, L, D, DV,
+    slice_length, slices, scale, weight_bits, META: tl.constexpr,
 ):  # fmt: skip
     """Gradients of landmarks over one slice of the tokens.
 
@@ -138,50 +117,50 @@ def nystrom_landmark_bwd_kernel(
     solved / UNIT; p_li = softmax over the landmarks of a query, de_li = p_li (solved_l dout_i - delta_i),
     dK~_l = sum_i de_li q_i and dsolved_l = sum_i p_li dout_i.
     """
-    m_blocks = tl.cdiv(L, BLOCK_M)
+    m_blocks = tl.cdiv(L, META.BLOCK_M)
     pid = tl.program_id(0)
-    m0 = (pid % m_blocks) * BLOCK_M
+    m0 = (pid % m_blocks) * META.BLOCK_M
     slice_index = (pid // m_blocks) % slices
     bh = (pid // (m_blocks * slices)).to(tl.int64)
     b, h = bh // H, bh % H
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
+    offs_m = tl.arange(0, META.BLOCK_M)
+    offs_n = tl.arange(0, META.BLOCK_N)
+    offs_d = tl.arange(0, META.BLOCK_D)
+    offs_dv = tl.arange(0, META.BLOCK_DV)
     m_in = m0 + offs_m < L
     m_ok = m_in
-    if HAS_VALID:
+    if META.HAS_VALID:
         m_ok &= tl.load(VALID + b * L + m0 + offs_m, mask=m_in, other=0) != 0
-    X += b * x_stride_b + h * x_stride_h
-    Y += b * y_stride_b + h * y_stride_h
+    X = of_head(X, b, h)
+    Y = of_head(Y, b, h)
     rows = load_rows(ROWS + bh * L * D, m0, D, offs_m, offs_d, 1, m_ok, offs_d < D)
     values = load_rows(VALUES + bh * L * DV, m0, DV, offs_m, offs_dv, 1, m_ok, offs_dv < DV)
     exponent_scale = scale * LOG2E
     unit = tl.load(UNIT + bh)
     row_bias = tl.where(m_ok, 0.0, float("-inf"))
-    if KEYS:
+    if META.KEYS:
         row_lse = tl.load(ROW_LSE + bh * L + m0 + offs_m, mask=m_ok, other=float("inf")) * LOG2E
         row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse) - weight_bits
         shift = tl.load(SHIFT + bh * L + m0 + offs_m, mask=m_ok, other=0.0)
 
-    drows = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    dvalues = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    drows = tl.zeros([META.BLOCK_M, META.BLOCK_D], tl.float32)
+    dvalues = tl.zeros([META.BLOCK_M, META.BLOCK_DV], tl.float32)
     start = slice_index * slice_length
     end = tl.minimum(start + slice_length, N)
-    for n0 in range(start, end, BLOCK_N):
+    for n0 in range(start, end, META.BLOCK_N):
         n_in = n0 + offs_n < end
         n_ok = n_in
-        if HAS_MASK:
-            mask_row = MASK + b * mask_stride_b
-            n_ok &= tl.load(mask_row + (n0 + offs_n).to(tl.int64) * mask_stride_n, mask=n_in, other=0) != 0
-        x = load_rows(X, n0, x_stride_n, offs_n, offs_d, x_stride_d, n_ok, offs_d < D)  # [BLOCK_N, BLOCK_D]
-        if KEYS:
-            y = load_rows(Y, n0, y_stride_n, offs_n, offs_dv, y_stride_d, n_ok, offs_dv < DV)
+        if META.HAS_MASK:
+            mask_row = MASK.data + b * MASK.b
+            n_ok &= tl.load(mask_row + (n0 + offs_n).to(tl.int64) * MASK.n, mask=n_in, other=0) != 0
+        x = load_rows(X.data, n0, X.n, offs_n, offs_d, X.d, n_ok, offs_d < D)  # [BLOCK_N, BLOCK_D]
+        if META.KEYS:
+            y = load_rows(Y.data, n0, Y.n, offs_n, offs_dv, Y.d, n_ok, offs_dv < DV)
         else:
-            y = load_rows(Y, n0, y_stride_n, offs_n, offs_dv, y_stride_d, n_in, offs_dv < DV)
-        e = tl.dot(rows, tl.trans(x), input_precision=PRECISION) * exponent_scale  # [BLOCK_M, BLOCK_N]
-        dp = tl.dot(values, tl.trans(y), input_precision=PRECISION)
-        if KEYS:
+            y = load_rows(Y.data, n0, Y.n, offs_n, offs_dv, Y.d, n_in, offs_dv < DV)
+        e = tl.dot(rows, tl.trans(x), input_precision=META.PRECISION) * exponent_scale  # [BLOCK_M, BLOCK_N]
+        dp = tl.dot(values, tl.trans(y), input_precision=META.PRECISION)
+        if META.KEYS:
             p = tl.exp2(e - row_lse[:, None] + tl.where(n_ok, 0.0, float("-inf"))[None, :])
             de = p * (dp + shift[:, None])
         else:
@@ -190,11 +169,11 @@ def nystrom_landmark_bwd_kernel(
             delta = tl.load(DELTA + bh * N + n0 + offs_n, mask=n_in, other=0.0) / unit
             p = tl.exp2(e - lse[None, :] + row_bias[:, None])
             de = p * (dp - delta[None, :])
-            dvalues = tl.dot(p.to(y.dtype), y, dvalues, input_precision=PRECISION)
-        drows = tl.dot(de.to(x.dtype), x, drows, input_precision=PRECISION)
+            dvalues = tl.dot(p.to(y.dtype), y, dvalues, input_precision=META.PRECISION)
+        drows = tl.dot(de.to(x.dtype), x, drows, input_precision=META.PRECISION)
     part = (bh * slices + slice_index) * L
     factor = scale * unit
-    if KEYS:
+    if META.KEYS:
         factor *= tl.exp2(-weight_bits)
     else:
         store_rows(PART_DVALUES + part * DV, m0, DV, offs_m, offs_dv, 1, m_in, offs_dv < DV, dvalues)
@@ -203,106 +182,95 @@ def nystrom_landmark_bwd_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def nystrom_token_bwd_kernel(
-    X, Y, ROWS, VALUES, ROW_LSE, SHIFT, VALID, COLUMN_LSE, DELTA, UNIT, MASK, RANK, COUNT, DMEANS, TOTAL,
-    DOUT, WEIGHT, DX, DY,
-    x_stride_b, x_stride_h, x_stride_n, x_stride_d,
-    y_stride_b, y_stride_h, y_stride_n, y_stride_d,
-    dx_stride_b, dx_stride_h, dx_stride_n, dx_stride_d,
-    dy_stride_b, dy_stride_h, dy_stride_n, dy_stride_d,
-    dout_stride_b, dout_stride_h, dout_stride_n, dout_stride_d, mask_stride_b, mask_stride_n,
-    H, N, L, D, DV, P, GZ, GY, GX, LZ, LY, LX, CY, CX, KZ, KY, KX, skipped, scale, weight_bits,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_J: tl.constexpr, KEYS: tl.constexpr, HAS_VALID: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_MEANS: tl.constexpr, RANKED: tl.constexpr, VOLUME: tl.constexpr, HAS_CONV: tl.constexpr,
-    CONV_VOLUME: tl.constexpr, PRECISION: tl.constexpr,
+    X, Y, ROWS, VALUES, ROW_LSE, SHIFT, VALID, COLUMN_LSE, DELTA, UNIT, MASK, RANK, COUNT, DMEANS, TOTAL, DOUT, WEIGHT,
+    DX, DY, H, N, L, D, DV, P, GZ, GY, GX, LZ, LY, LX, CY, CX, KZ, KY, KX, skipped, scale, weight_bits,
+    META: tl.constexpr,
 ):  # fmt: skip
     """dK and dV (KEYS; X, Y = K, V), or dQ (X, Y = Q, dout), of BLOCK_N tokens; see `nystrom_landmark_bwd_kernel`.
 
     As epilogues what comes back through the landmarks (DMEANS, the gradient of the means) and, for V, through the
     convolution (DOUT, WEIGHT flipped). The first `skipped` tokens are the prefix and not of the grid.
     """
-    n_blocks = tl.cdiv(N, BLOCK_N)
+    n_blocks = tl.cdiv(N, META.BLOCK_N)
     pid = tl.program_id(0)
-    n0 = (pid % n_blocks) * BLOCK_N
+    n0 = (pid % n_blocks) * META.BLOCK_N
     bh = (pid // n_blocks).to(tl.int64)
     b, h = bh // H, bh % H
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
+    offs_n = tl.arange(0, META.BLOCK_N)
+    offs_m = tl.arange(0, META.BLOCK_M)
+    offs_d = tl.arange(0, META.BLOCK_D)
+    offs_dv = tl.arange(0, META.BLOCK_DV)
     n_in = n0 + offs_n < N
     n_ok = n_in
     d_ok = offs_d < D
     dv_ok = offs_dv < DV
-    if HAS_MASK:
-        mask_row = MASK + b * mask_stride_b
-        n_ok &= tl.load(mask_row + (n0 + offs_n).to(tl.int64) * mask_stride_n, mask=n_in, other=0) != 0
-    x = load_rows(X + b * x_stride_b + h * x_stride_h, n0, x_stride_n, offs_n, offs_d, x_stride_d, n_ok, d_ok)
-    y = load_rows(Y + b * y_stride_b + h * y_stride_h, n0, y_stride_n, offs_n, offs_dv, y_stride_d, n_ok, dv_ok)
+    if META.HAS_MASK:
+        mask_row = MASK.data + b * MASK.b
+        n_ok &= tl.load(mask_row + (n0 + offs_n).to(tl.int64) * MASK.n, mask=n_in, other=0) != 0
+    x = load_rows(X.data + b * X.b + h * X.h, n0, X.n, offs_n, offs_d, X.d, n_ok, d_ok)
+    y = load_rows(Y.data + b * Y.b + h * Y.h, n0, Y.n, offs_n, offs_dv, Y.d, n_ok, dv_ok)
     exponent_scale = scale * LOG2E
     unit = tl.load(UNIT + bh)
     ROWS += bh * L * D
     VALUES += bh * L * DV
-    if not KEYS:
+    if not META.KEYS:
         lse = tl.load(COLUMN_LSE + bh * N + n0 + offs_n, mask=n_in, other=float("inf")) * LOG2E
         lse = tl.where(lse == float("-inf"), float("inf"), lse)
         delta = tl.load(DELTA + bh * N + n0 + offs_n, mask=n_in, other=0.0) / unit
 
-    dx = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dy = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    for m0 in range(0, L, BLOCK_M):
+    dx = tl.zeros([META.BLOCK_N, META.BLOCK_D], tl.float32)
+    dy = tl.zeros([META.BLOCK_N, META.BLOCK_DV], tl.float32)
+    for m0 in range(0, L, META.BLOCK_M):
         m_ok = m0 + offs_m < L
-        if HAS_VALID:
+        if META.HAS_VALID:
             m_ok &= tl.load(VALID + b * L + m0 + offs_m, mask=m_ok, other=0) != 0
         rows = load_rows(ROWS, m0, D, offs_m, offs_d, 1, m_ok, d_ok)
         values = load_rows(VALUES, m0, DV, offs_m, offs_dv, 1, m_ok, dv_ok)
-        e = tl.dot(x, tl.trans(rows), input_precision=PRECISION) * exponent_scale  # [BLOCK_N, BLOCK_M]
-        dp = tl.dot(y, tl.trans(values), input_precision=PRECISION)
-        if KEYS:
+        e = tl.dot(x, tl.trans(rows), input_precision=META.PRECISION) * exponent_scale  # [BLOCK_N, BLOCK_M]
+        dp = tl.dot(y, tl.trans(values), input_precision=META.PRECISION)
+        if META.KEYS:
             row_lse = tl.load(ROW_LSE + bh * L + m0 + offs_m, mask=m_ok, other=float("inf")) * LOG2E
             row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse) - weight_bits
             shift = tl.load(SHIFT + bh * L + m0 + offs_m, mask=m_ok, other=0.0)
             p = tl.exp2(e - row_lse[None, :])
-            dy = tl.dot(p.to(x.dtype), values, dy, input_precision=PRECISION)
+            dy = tl.dot(p.to(x.dtype), values, dy, input_precision=META.PRECISION)
             de = p * (dp + shift[None, :])
         else:
             p = tl.exp2(e - lse[:, None] + tl.where(m_ok, 0.0, float("-inf"))[None, :])
             de = p * (dp - delta[:, None])
-        dx = tl.dot(de.to(x.dtype), rows, dx, input_precision=PRECISION)
-    if KEYS:
+        dx = tl.dot(de.to(x.dtype), rows, dx, input_precision=META.PRECISION)
+    if META.KEYS:
         unit *= tl.exp2(-weight_bits)
     dx *= scale * unit
     token = n0 + offs_n - skipped
-    if HAS_MEANS:
+    if META.HAS_MEANS:
         tokens_x = GX
         cells_x = LX
         position = token
-        if RANKED:
+        if META.RANKED:
             tokens_x = tl.load(COUNT + b)
             cells_x = tl.maximum(tl.minimum(cells_x, tokens_x), 1)
             tokens_x = tl.maximum(tokens_x, 1)
             position = tl.load(RANK + b * (N - skipped) + token, mask=n_in & (token >= 0), other=0)
         cells = LZ * LY * LX
+        DMEANS += bh * (P + cells) * D
         dx = _unpool(
-            dx, DMEANS + bh * (P + cells) * D, TOTAL + bh * cells, position, n_ok & (token >= 0), offs_d, d_ok,
-            tokens_x, cells_x, D, P, GZ, GY, GX, LZ, LY, LX, VOLUME,
+            dx, DMEANS, TOTAL + bh * cells, position, n_ok & (token >= 0), offs_d, d_ok,
+            tokens_x, cells_x, D, P, GZ, GY, GX, LZ, LY, LX, META.VOLUME,
         )  # fmt: skip
-    DX += b * dx_stride_b + h * dx_stride_h
+    DX = of_head(DX, b, h)
     dx = tl.where(n_ok[:, None], dx, 0.0)
-    store_rows(DX, n0, dx_stride_n, offs_n, offs_d, dx_stride_d, n_in, d_ok, dx)
-    if KEYS:
+    store_rows(DX.data, n0, DX.n, offs_n, offs_d, DX.d, n_in, d_ok, dx)
+    if META.KEYS:
         dy *= unit
-        if HAS_CONV:
-            DOUT += b * dout_stride_b + h * dout_stride_h
-            dy = convolve(
-                dy, DOUT, WEIGHT + h * (KZ * KY * (KX + 2 * _CONV_PAD)), MASK,
-                dout_stride_n, dout_stride_d, mask_stride_n, n0 - skipped, N - skipped, DV, CY, CX, KZ, KY, KX,
-                BLOCK_N, BLOCK_J, BLOCK_DV, False, CONV_VOLUME, PRECISION,
-            )  # fmt: skip
-        DY += b * dy_stride_b + h * dy_stride_h
+        if META.HAS_CONV:
+            DOUT = of_head(DOUT, b, h)
+            WEIGHT += h * (KZ * KY * (KX + 2 * _CONV_PAD))
+            dy = convolve(dy, DOUT, WEIGHT, MASK, n0 - skipped, N - skipped, DV, CY, CX, KZ, KY, KX, False, META)
+        DY = of_head(DY, b, h)
         dy = tl.where(n_ok[:, None], dy, 0.0)
-        store_rows(DY, n0, dy_stride_n, offs_n, offs_dv, dy_stride_d, n_in, dv_ok, dy)
+        store_rows(DY.data, n0, DY.n, offs_n, offs_dv, DY.d, n_in, dv_ok, dy)
 
 
 # Inside a kernel Triton's language, not Python's, gives operators, calls and indexing their types.
-# pyright: reportOperatorIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false

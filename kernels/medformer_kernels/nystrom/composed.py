@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from medformer_kernels._operators import transformed
 from medformer_kernels.nystrom.attend import attend_by_head, attends_by_head
 from medformer_kernels.nystrom.inverse import inverse_times
 from medformer_kernels.nystrom.landmarks import Cells, pool
@@ -54,7 +55,7 @@ def composed(
     if conv_weight is not None:
         convolved = _convolution(v[:, :, cells.prefix :], conv_weight.to(v.dtype), cells.conv_grid or cells.grid)
         # Only in place where nothing keeps the attention's output for its gradient.
-        out = out + convolved if torch.is_grad_enabled() else out.add_(convolved)
+        out = out + convolved if torch.is_grad_enabled() or transformed() else out.add_(convolved)
     return out if cells.prefix == 0 else torch.cat((values[:, :, : cells.prefix], out), 2)
 
 
@@ -82,7 +83,8 @@ def landmarks(
 
 def attend(q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v over the valid keys (B, S); 0 without any."""
-    if attends_by_head(q, k):
+    # PyTorch has no batching rule for its own attention on a CPU.
+    if attends_by_head(q, k) or (transformed() and q.is_cpu and q.dtype == torch.float32):
         return attend_by_head(q, k, v, key_valid)[0]
     width, width_v = q.shape[-1], v.shape[-1]
     widest = max(width, width_v)
@@ -104,7 +106,7 @@ def _convolution(v: Tensor, weight: Tensor, grid: tuple[int, int, int]) -> Tenso
     if grid[:2] != (1, 1):
         return depthwise_convolution(v, weight, grid)
     taps = weight[:, weight.shape[1] // 2, weight.shape[2] // 2]
-    return _SequenceConvolution.apply(v, taps) if v.is_cpu else _along_sequence(v, taps)
+    return _SequenceConvolution.apply(v, taps) if v.is_cpu and not transformed() else _along_sequence(v, taps)
 
 
 def _along_sequence(v: Tensor, taps: Tensor) -> Tensor:

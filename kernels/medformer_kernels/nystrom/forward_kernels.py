@@ -12,10 +12,21 @@ Weights live in registers only. Products run on the matrix units in the dtype of
 products on NVIDIA), all else in float32, exponents in base 2. No atomics: equal inputs give equal bits.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from medformer_kernels._triton import LOG2E, divide_rows, load_rows, softmax_merge, softmax_step, store_rows
+from medformer_kernels._triton import (
+    LOG2E,
+    divide_rows,
+    load_rows,
+    moved,
+    of_head,
+    softmax_merge,
+    softmax_step,
+    store_rows,
+)
 
 # Lengths, slices and grids never specialise a kernel: the first call on a new length compiles nothing.
 RUNTIME = ["N", "S", "L", "P", "GY", "GX", "LY", "LX", "GZ", "LZ", "CY", "CX", "KZ", "KY", "KX",
@@ -23,6 +34,25 @@ RUNTIME = ["N", "S", "L", "P", "GY", "GX", "LY", "LX", "GZ", "LZ", "CY", "CX", "
 # Zeros around each row of the convolution's weights; at least the largest BLOCK_N + BLOCK_J.
 CONV_PAD = 256
 _CONV_PAD = tl.constexpr(CONV_PAD)
+
+
+class Meta(NamedTuple):
+    """What a kernel of Nystrom attention is compiled for: tiles, and flags that its docstring explains."""
+
+    BLOCK_M: int = 0
+    BLOCK_N: int = 0
+    BLOCK_D: int = 0
+    BLOCK_DV: int = 0
+    BLOCK_J: int = 0
+    PRECISION: str = "ieee"
+    HAS_MASK: bool = False
+    HAS_VALID: bool = False
+    HAS_MEANS: bool = False
+    HAS_CONV: bool = False
+    CONV_VOLUME: bool = False
+    VOLUME: bool = False
+    RANKED: bool = False
+    KEYS: bool = False
 
 
 @triton.jit
@@ -44,12 +74,7 @@ def _end_token(cell, tokens, cells):
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def nystrom_pool_kernel(
-    X, ORDER, COUNT, MASK, OUT, TOTAL,
-    x_stride_b, x_stride_h, x_stride_n, x_stride_d, mask_stride_b, mask_stride_n,
-    H, N, D, P, GZ, GY, GX, LZ, LY, LX,
-    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, RANKED: tl.constexpr, HAS_MASK: tl.constexpr,
-):  # fmt: skip
+def nystrom_pool_kernel(X, ORDER, COUNT, MASK, OUT, TOTAL, H, N, D, P, GZ, GY, GX, LZ, LY, LX, META: tl.constexpr):
     """Mean of one cell of the grid, and the weight of its real tokens. RANKED: of a sequence, the real ones."""
     pid = tl.program_id(0)
     cells = LZ * LY * LX
@@ -61,7 +86,7 @@ def nystrom_pool_kernel(
     cx = cell % LX
     tokens_x = GX
     cells_x = LX
-    if RANKED:
+    if META.RANKED:
         tokens_x = tl.load(COUNT + b)
         cells_x = tl.maximum(tl.minimum(cells_x, tokens_x), 1)
     z0 = _first_token(cz, GZ, LZ)
@@ -69,33 +94,33 @@ def nystrom_pool_kernel(
     x0 = _first_token(cx, tokens_x, cells_x)
     size_y = _end_token(cy, GY, LY) - y0
     size_x = _end_token(cx, tokens_x, cells_x) - x0
-    if RANKED:
+    if META.RANKED:
         size_x = tl.where(cx < cells_x, size_x, 0)
     size = (_end_token(cz, GZ, LZ) - z0) * size_y * size_x
-    offs_s = tl.arange(0, BLOCK_S)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_s = tl.arange(0, META.BLOCK_N)
+    offs_d = tl.arange(0, META.BLOCK_D)
     d_ok = offs_d < D
-    X += b * x_stride_b + h * x_stride_h
-    acc = tl.zeros([BLOCK_D], tl.float32)
-    total = tl.zeros([BLOCK_S], tl.float32)
+    X = of_head(X, b, h)
+    acc = tl.zeros([META.BLOCK_D], tl.float32)
+    total = tl.zeros([META.BLOCK_N], tl.float32)
     row_size = tl.maximum(size_x, 1)
     plane_size = tl.maximum(size_y * size_x, 1)
-    for t0 in range(0, size, BLOCK_S):
+    for t0 in range(0, size, META.BLOCK_N):
         t = t0 + offs_s
         ok = t < size
         z = z0 + t // plane_size
         y = y0 + t % plane_size // row_size
         x = x0 + t % row_size
         weight = overlap(z, cz, GZ, LZ) * overlap(y, cy, GY, LY) * overlap(x, cx, tokens_x, cells_x)
-        if RANKED:
+        if META.RANKED:
             token = tl.load(ORDER + b * N + x, mask=ok, other=0).to(tl.int64)
         else:
             token = (z.to(tl.int64) * GY + y) * GX + x
-        if HAS_MASK:
-            ok &= tl.load(MASK + b * mask_stride_b + (P + token) * mask_stride_n, mask=ok, other=0) != 0
+        if META.HAS_MASK:
+            ok &= tl.load(MASK.data + b * MASK.b + (P + token) * MASK.n, mask=ok, other=0) != 0
         weight = tl.where(ok, weight, 0.0)
-        rows = X + (P + token)[:, None] * x_stride_n + offs_d[None, :] * x_stride_d
-        x_tile = tl.load(rows, mask=ok[:, None] & d_ok[None, :], other=0.0).to(tl.float32)  # [BLOCK_S, BLOCK_D]
+        rows = X.data + (P + token)[:, None] * X.n + offs_d[None, :] * X.d
+        x_tile = tl.load(rows, mask=ok[:, None] & d_ok[None, :], other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_D]
         acc += tl.sum(x_tile * weight[:, None], 0)
         total += weight
     weight_sum = tl.sum(total, 0)
@@ -106,19 +131,15 @@ def nystrom_pool_kernel(
 
 
 @triton.jit
-def convolve(
-    acc, X, WEIGHT, MASK, x_stride_n, x_stride_d, mask_stride_n, n0, N, DV, GY, GX, KZ, KY, KX,
-    BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HAS_MASK: tl.constexpr, VOLUME: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def convolve(acc, X, WEIGHT, MASK, n0, N, DV, GY, GX, KZ, KY, KX, HAS_MASK: tl.constexpr, META: tl.constexpr):
     """acc + the cross-correlation of X with WEIGHT (KZ, KY, KX) at grid tokens n0..: one banded product a row of taps.
 
     X, WEIGHT and MASK point at the head (the sample) and at the first token of the grid. N tokens in the grid. Each row
     of WEIGHT has _CONV_PAD zeros on both sides, so that the band outside of the taps needs no mask.
     """
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_j = tl.arange(0, BLOCK_J)
-    offs_dv = tl.arange(0, BLOCK_DV)
+    offs_n = tl.arange(0, META.BLOCK_N)
+    offs_j = tl.arange(0, META.BLOCK_J)
+    offs_dv = tl.arange(0, META.BLOCK_DV)
     token = n0 + offs_n
     x = token % GX
     y = token // GX % GY
@@ -129,65 +150,59 @@ def convolve(
         dy = row % KY - KY // 2
         shift = (dz * GY + dy) * GX
         row_ok = (token >= 0) & (token < N) & (y + dy >= 0) & (y + dy < GY) & (z + dz >= 0) & ((z + dz) * GY * GX < N)
-        for j0 in range(-reach, BLOCK_N + reach, BLOCK_J):
+        for j0 in range(-reach, META.BLOCK_N + reach, META.BLOCK_J):
             dx = (j0 + offs_j)[None, :] - offs_n[:, None]  # [BLOCK_N, BLOCK_J]
             band = tl.load(WEIGHT + row * (KX + 2 * _CONV_PAD) + _CONV_PAD + reach + dx)
-            if VOLUME:  # along a sequence what lies outside is no source
+            if META.CONV_VOLUME:  # along a sequence what lies outside is no source
                 source_x = x[:, None] + dx
                 band = tl.where((source_x >= 0) & (source_x < GX), band, 0.0)
             band = tl.where(row_ok[:, None], band, 0.0)
             source = n0 + shift + j0 + offs_j
             source_ok = (source >= 0) & (source < N)
             if HAS_MASK:
-                source_ok &= tl.load(MASK + source.to(tl.int64) * mask_stride_n, mask=source_ok, other=0) != 0
-            tile = load_rows(X, n0 + shift + j0, x_stride_n, offs_j, offs_dv, x_stride_d, source_ok, offs_dv < DV)
-            acc = tl.dot(band.to(tile.dtype), tile, acc, input_precision=PRECISION)
+                source_ok &= tl.load(MASK.data + source.to(tl.int64) * MASK.n, mask=source_ok, other=0) != 0
+            tile = load_rows(X.data, n0 + shift + j0, X.n, offs_j, offs_dv, X.d, source_ok, offs_dv < DV)
+            acc = tl.dot(band.to(tile.dtype), tile, acc, input_precision=META.PRECISION)
     return acc
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def nystrom_values_fwd_kernel(
-    K, V, QL, MASK, VALUES, LSE,
-    k_stride_b, k_stride_h, k_stride_n, k_stride_d,
-    v_stride_b, v_stride_h, v_stride_n, v_stride_d,
-    mask_stride_b, mask_stride_n,
-    H, S, L, D, DV, slice_length, slices, scale,
-    BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    K, V, QL, MASK, VALUES, LSE, H, S, L, D, DV, slice_length, slices, scale, META: tl.constexpr
+):
     """values_l = sum_n softmax_n(q~_l k_n) v_n and its lse_l over the keys of one slice."""
-    m_blocks = tl.cdiv(L, BLOCK_M)
+    m_blocks = tl.cdiv(L, META.BLOCK_M)
     pid = tl.program_id(0)
-    m0 = (pid % m_blocks) * BLOCK_M
+    m0 = (pid % m_blocks) * META.BLOCK_M
     slice_index = (pid // m_blocks) % slices
     bh = (pid // (m_blocks * slices)).to(tl.int64)
     b, h = bh // H, bh % H
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_s = tl.arange(0, BLOCK_S)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
+    offs_m = tl.arange(0, META.BLOCK_M)
+    offs_s = tl.arange(0, META.BLOCK_N)
+    offs_d = tl.arange(0, META.BLOCK_D)
+    offs_dv = tl.arange(0, META.BLOCK_DV)
     m_ok = m0 + offs_m < L
-    K += b * k_stride_b + h * k_stride_h
-    V += b * v_stride_b + h * v_stride_h
+    K = of_head(K, b, h)
+    V = of_head(V, b, h)
     # landmarks [BLOCK_M, BLOCK_D] stay on chip for the whole slice
     landmarks = load_rows(QL + bh * L * D, m0, D, offs_m, offs_d, 1, m_ok, offs_d < D)
     exponent_scale = scale * LOG2E
 
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    top = tl.full([META.BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([META.BLOCK_M], tl.float32)
+    acc = tl.zeros([META.BLOCK_M, META.BLOCK_DV], tl.float32)
     start = slice_index * slice_length
     end = tl.minimum(start + slice_length, S)
-    for s0 in range(start, end, BLOCK_S):
+    for s0 in range(start, end, META.BLOCK_N):
         s_ok = s0 + offs_s < end
-        if HAS_MASK:
-            mask_row = MASK + b * mask_stride_b
-            s_ok &= tl.load(mask_row + (s0 + offs_s).to(tl.int64) * mask_stride_n, mask=s_ok, other=0) != 0
-        k = load_rows(K, s0, k_stride_n, offs_s, offs_d, k_stride_d, s_ok, offs_d < D)  # [BLOCK_S, BLOCK_D]
-        v = load_rows(V, s0, v_stride_n, offs_s, offs_dv, v_stride_d, s_ok, offs_dv < DV)  # [BLOCK_S, BLOCK_DV]
-        e = tl.dot(landmarks, tl.trans(k), input_precision=PRECISION) * exponent_scale  # [BLOCK_M, BLOCK_S]
+        if META.HAS_MASK:
+            mask_row = MASK.data + b * MASK.b
+            s_ok &= tl.load(mask_row + (s0 + offs_s).to(tl.int64) * MASK.n, mask=s_ok, other=0) != 0
+        k = load_rows(K.data, s0, K.n, offs_s, offs_d, K.d, s_ok, offs_d < D)  # [BLOCK_N, BLOCK_D]
+        v = load_rows(V.data, s0, V.n, offs_s, offs_dv, V.d, s_ok, offs_dv < DV)  # [BLOCK_N, BLOCK_DV]
+        e = tl.dot(landmarks, tl.trans(k), input_precision=META.PRECISION) * exponent_scale  # [BLOCK_M, BLOCK_N]
         e += tl.where(s_ok, 0.0, float("-inf"))[None, :]
-        top, total, acc = softmax_step(top, total, acc, e, v, PRECISION)
+        top, total, acc = softmax_step(top, total, acc, e, v, META.PRECISION)
     out = (bh * slices + slice_index) * L
     values = divide_rows(acc, total)
     store_rows(VALUES + out * DV, m0, DV, offs_m, offs_dv, 1, m_ok, offs_dv < DV, values)
@@ -196,13 +211,8 @@ def nystrom_values_fwd_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def nystrom_pool_values_fwd_kernel(
-    K, V, QL, ORDER, COUNT, MASK, TOTAL, VALUES, LSE, KL,
-    k_stride_b, k_stride_h, k_stride_n, k_stride_d,
-    v_stride_b, v_stride_h, v_stride_n, v_stride_d,
-    mask_stride_b, mask_stride_n,
-    H, N, L, D, DV, P, GZ, GY, GX, LZ, LY, LX, group, length, cell_size, slice_length, slices, scale,
-    BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    VOLUME: tl.constexpr, RANKED: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    K, V, QL, ORDER, COUNT, MASK, TOTAL, VALUES, LSE, KL, H, N, L, D, DV, P, GZ, GY, GX, LZ, LY, LX, group, length,
+    cell_size, slice_length, slices, scale, META: tl.constexpr,
 ):  # fmt: skip
     """As `nystrom_values_fwd_kernel`, and of the same read the means of the keys, KL.
 
@@ -211,29 +221,29 @@ def nystrom_pool_values_fwd_kernel(
     alone has those: the axes of a VOLUME divide here) is met in both its cells and attended in the first. With P prefix
     tokens one more slice attends those. N tokens in the grid; RANKED: of a sequence, the real ones, in ORDER.
     """
-    m_blocks = tl.cdiv(L, BLOCK_M)
+    m_blocks = tl.cdiv(L, META.BLOCK_M)
     pid = tl.program_id(0)
-    m0 = (pid % m_blocks) * BLOCK_M
+    m0 = (pid % m_blocks) * META.BLOCK_M
     slice_index = (pid // m_blocks) % slices
     bh = (pid // (m_blocks * slices)).to(tl.int64)
     b, h = bh // H, bh % H
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_s = tl.arange(0, BLOCK_S)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
+    offs_m = tl.arange(0, META.BLOCK_M)
+    offs_s = tl.arange(0, META.BLOCK_N)
+    offs_d = tl.arange(0, META.BLOCK_D)
+    offs_dv = tl.arange(0, META.BLOCK_DV)
     m_ok = m0 + offs_m < L
     d_ok = offs_d < D
     front = tl.cast(P, tl.int64)
-    K += b * k_stride_b + h * k_stride_h + front * k_stride_n
-    V += b * v_stride_b + h * v_stride_h + front * v_stride_n
-    MASK += b * mask_stride_b + front * mask_stride_n
+    K = moved(K, b * K.b + h * K.h + front * K.n)
+    V = moved(V, b * V.b + h * V.h + front * V.n)
+    MASK = moved(MASK, b * MASK.b + front * MASK.n)
     # landmarks [BLOCK_M, BLOCK_D] stay on chip for the whole slice
     landmarks = load_rows(QL + bh * L * D, m0, D, offs_m, offs_d, 1, m_ok, d_ok)
     exponent_scale = scale * LOG2E
 
     tokens_x = GX
     cells_x = LX
-    if RANKED:
+    if META.RANKED:
         tokens_x = tl.load(COUNT + b)
         cells_x = tl.maximum(tl.minimum(cells_x, tokens_x), 1)
     cells = LZ * LY * LX
@@ -245,20 +255,20 @@ def nystrom_pool_values_fwd_kernel(
     first = tl.where(in_grid, slice_index * slice_length, 0)
     last = tl.where(in_grid, tl.minimum(first + slice_length, cells), 1)
     group = tl.where(in_grid, group, 1)
-    length = tl.where(in_grid, length, BLOCK_S)
+    length = tl.where(in_grid, length, META.BLOCK_N)
     cell_size = tl.where(in_grid, cell_size, P)
     member = offs_s // length
     lane = offs_s % length
 
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    top = tl.full([META.BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([META.BLOCK_M], tl.float32)
+    acc = tl.zeros([META.BLOCK_M, META.BLOCK_DV], tl.float32)
     for cell0 in range(first, last, group):
         cell = cell0 + member
         cell_ok = (member < group) & (cell < last)
-        if RANKED:
+        if META.RANKED:
             cell_ok &= cell < cells_x
-        if VOLUME:
+        if META.VOLUME:
             z0 = cell // (LY * LX) * size_z
             y0 = cell // LX % LY * size_y
             x0 = cell % LX * size_x
@@ -273,11 +283,11 @@ def nystrom_pool_values_fwd_kernel(
             size = tl.where(in_grid, tl.where(cell_ok, end - x0, 0), P)
             x0 = tl.where(in_grid, x0, -P)
             skip = tl.where(in_grid & (share_first < 1.0), 1, 0)
-        pooled = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
+        pooled = tl.zeros([META.BLOCK_N, META.BLOCK_D], tl.float32)
         for t0 in range(0, cell_size, length):
             t = t0 + lane
             ok = t < size
-            if VOLUME:
+            if META.VOLUME:
                 z = z0 + t // (size_y * size_x)
                 y = y0 + t // size_x % size_y
                 token = (z * GY + y) * GX + x0 + t % size_x
@@ -286,24 +296,24 @@ def nystrom_pool_values_fwd_kernel(
             else:
                 token = x0 + t
                 attended = ok & (t >= skip)
-            if RANKED:
+            if META.RANKED:
                 ranked = tl.load(ORDER + b * N + token, mask=ok & (token >= 0), other=0)
                 token = tl.where(in_grid, ranked, token)
-            if HAS_MASK:
-                real = tl.load(MASK + token.to(tl.int64) * mask_stride_n, mask=ok, other=0) != 0
+            if META.HAS_MASK:
+                real = tl.load(MASK.data + token.to(tl.int64) * MASK.n, mask=ok, other=0) != 0
                 ok &= real
                 attended &= real
-            k = load_rows(K, 0, k_stride_n, token.to(tl.int64), offs_d, k_stride_d, ok, d_ok)  # [BLOCK_S, BLOCK_D]
-            v = load_rows(V, 0, v_stride_n, token.to(tl.int64), offs_dv, v_stride_d, ok, offs_dv < DV)
-            if VOLUME:
+            k = load_rows(K.data, 0, K.n, token.to(tl.int64), offs_d, K.d, ok, d_ok)  # [BLOCK_N, BLOCK_D]
+            v = load_rows(V.data, 0, V.n, token.to(tl.int64), offs_dv, V.d, ok, offs_dv < DV)
+            if META.VOLUME:
                 pooled += k.to(tl.float32)
             else:
                 share = tl.where(t == 0, share_first, tl.where(t == size - 1, share_last, 1.0))
                 pooled += k.to(tl.float32) * share[:, None]
-            e = tl.dot(landmarks, tl.trans(k), input_precision=PRECISION) * exponent_scale  # [BLOCK_M, BLOCK_S]
-            # A maximum of equal numbers: without it the compiler works all indices out again where e lies, and spills.
+            e = tl.dot(landmarks, tl.trans(k), input_precision=META.PRECISION) * exponent_scale  # [BLOCK_M, BLOCK_N]
+            # A maximum of equal numbers: without it the compiler computes all indices again in e's layout, and spills.
             bias = tl.max(tl.where(attended[:, None] & d_ok[None, :], 0.0, float("-inf")), 1)
-            top, total, acc = softmax_step(top, total, acc, e + bias[None, :], v, PRECISION)
+            top, total, acc = softmax_step(top, total, acc, e + bias[None, :], v, META.PRECISION)
         for index in range(0, tl.minimum(group, last - cell0)):
             mean = tl.sum(tl.where((member == index)[:, None], pooled, 0.0), 0)
             weight = tl.load(TOTAL + bh * cells + cell0 + index)
@@ -318,20 +328,18 @@ def nystrom_pool_values_fwd_kernel(
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def nystrom_merge_kernel(
-    PART_VALUES, PART_LSE, VALUES, LSE, L, DV, slices, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr
-):
+def nystrom_merge_kernel(PART_VALUES, PART_LSE, VALUES, LSE, L, DV, slices, META: tl.constexpr):
     """lse = log sum_s exp(lse_s); values = sum_s exp(lse_s - lse) values_s: the slices of one head, in their order."""
-    m_blocks = tl.cdiv(L, BLOCK_M)
+    m_blocks = tl.cdiv(L, META.BLOCK_M)
     pid = tl.program_id(0)
     bh = (pid // m_blocks).to(tl.int64)
-    m0 = (pid % m_blocks) * BLOCK_M
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_dv = tl.arange(0, BLOCK_DV)
+    m0 = (pid % m_blocks) * META.BLOCK_M
+    offs_m = tl.arange(0, META.BLOCK_M)
+    offs_dv = tl.arange(0, META.BLOCK_DV)
     m_ok = m0 + offs_m < L
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    top = tl.full([META.BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([META.BLOCK_M], tl.float32)
+    acc = tl.zeros([META.BLOCK_M, META.BLOCK_DV], tl.float32)
     for s in range(0, slices):
         part = (bh * slices + s) * L
         lse = tl.load(PART_LSE + part + m0 + offs_m, mask=m_ok, other=float("-inf")) * LOG2E
@@ -343,58 +351,50 @@ def nystrom_merge_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def nystrom_read_fwd_kernel(
-    Q, KL, VALID, VALUES, UNIT, MASK, V, WEIGHT, OUT, OUT_LSE,
-    q_stride_b, q_stride_h, q_stride_n, q_stride_d,
-    v_stride_b, v_stride_h, v_stride_n, v_stride_d,
-    out_stride_b, out_stride_h, out_stride_n, mask_stride_b, mask_stride_n,
-    H, N, L, D, DV, GY, GX, KZ, KY, KX, scale,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_J: tl.constexpr, HAS_VALID: tl.constexpr, HAS_MASK: tl.constexpr, HAS_CONV: tl.constexpr,
-    CONV_VOLUME: tl.constexpr, PRECISION: tl.constexpr,
+    Q, KL, VALID, VALUES, UNIT, MASK, V, WEIGHT, OUT, OUT_LSE, H, N, L, D, DV, GY, GX, KZ, KY, KX, scale,
+    META: tl.constexpr,
 ):  # fmt: skip
     """out_i = UNIT sum_l softmax_l(q_i k~_l) values_l + convolution of V, and the log of the softmax's denominator."""
-    n_blocks = tl.cdiv(N, BLOCK_N)
+    n_blocks = tl.cdiv(N, META.BLOCK_N)
     pid = tl.program_id(0)
-    n0 = (pid % n_blocks) * BLOCK_N
+    n0 = (pid % n_blocks) * META.BLOCK_N
     bh = (pid // n_blocks).to(tl.int64)
     b, h = bh // H, bh % H
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
+    offs_n = tl.arange(0, META.BLOCK_N)
+    offs_m = tl.arange(0, META.BLOCK_M)
+    offs_d = tl.arange(0, META.BLOCK_D)
+    offs_dv = tl.arange(0, META.BLOCK_DV)
     n_ok = n0 + offs_n < N
     q_ok = n_ok
-    if HAS_MASK:
-        MASK += b * mask_stride_b
-        q_ok &= tl.load(MASK + (n0 + offs_n).to(tl.int64) * mask_stride_n, mask=n_ok, other=0) != 0
-    q = load_rows(Q + b * q_stride_b + h * q_stride_h, n0, q_stride_n, offs_n, offs_d, q_stride_d, q_ok, offs_d < D)
+    if META.HAS_MASK:
+        MASK = moved(MASK, b * MASK.b)
+        q_ok &= tl.load(MASK.data + (n0 + offs_n).to(tl.int64) * MASK.n, mask=n_ok, other=0) != 0
+    q = load_rows(Q.data + b * Q.b + h * Q.h, n0, Q.n, offs_n, offs_d, Q.d, q_ok, offs_d < D)
     exponent_scale = scale * LOG2E
     KL += bh * L * D
     VALUES += bh * L * DV
 
-    top = tl.full([BLOCK_N], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_N], tl.float32)
-    acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    for m0 in range(0, L, BLOCK_M):
+    top = tl.full([META.BLOCK_N], float("-inf"), tl.float32)
+    total = tl.zeros([META.BLOCK_N], tl.float32)
+    acc = tl.zeros([META.BLOCK_N, META.BLOCK_DV], tl.float32)
+    for m0 in range(0, L, META.BLOCK_M):
         m_ok = m0 + offs_m < L
-        if HAS_VALID:
+        if META.HAS_VALID:
             m_ok &= tl.load(VALID + b * L + m0 + offs_m, mask=m_ok, other=0) != 0
         landmarks = load_rows(KL, m0, D, offs_m, offs_d, 1, m_ok, offs_d < D)
         values = load_rows(VALUES, m0, DV, offs_m, offs_dv, 1, m_ok, offs_dv < DV)
-        e = tl.dot(q, tl.trans(landmarks), input_precision=PRECISION) * exponent_scale  # [BLOCK_N, BLOCK_M]
+        e = tl.dot(q, tl.trans(landmarks), input_precision=META.PRECISION) * exponent_scale  # [BLOCK_N, BLOCK_M]
         e += tl.where(m_ok, 0.0, float("-inf"))[None, :]
-        top, total, acc = softmax_step(top, total, acc, e, values, PRECISION)
+        top, total, acc = softmax_step(top, total, acc, e, values, META.PRECISION)
     acc = acc * (tl.load(UNIT + bh) / tl.where(total == 0.0, 1.0, total))[:, None]
-    if HAS_CONV:
-        V += b * v_stride_b + h * v_stride_h
-        acc = convolve(
-            acc, V, WEIGHT + h * (KZ * KY * (KX + 2 * _CONV_PAD)), MASK, v_stride_n, v_stride_d, mask_stride_n,
-            n0, N, DV, GY, GX, KZ, KY, KX, BLOCK_N, BLOCK_J, BLOCK_DV, HAS_MASK, CONV_VOLUME, PRECISION,
-        )  # fmt: skip
-    OUT += b * out_stride_b + h * out_stride_h
-    store_rows(OUT, n0, out_stride_n, offs_n, offs_dv, 1, n_ok, offs_dv < DV, acc)
+    if META.HAS_CONV:
+        V = of_head(V, b, h)
+        WEIGHT += h * (KZ * KY * (KX + 2 * _CONV_PAD))
+        acc = convolve(acc, V, WEIGHT, MASK, n0, N, DV, GY, GX, KZ, KY, KX, META.HAS_MASK, META)
+    OUT = of_head(OUT, b, h)
+    store_rows(OUT.data, n0, OUT.n, offs_n, offs_dv, 1, n_ok, offs_dv < DV, acc)
     tl.store(OUT_LSE + bh * N + n0 + offs_n, (top + tl.log2(total)) / LOG2E, mask=n_ok)
 
 
 # Inside a kernel Triton's language, not Python's, gives operators, calls and indexing their types.
-# pyright: reportOperatorIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false

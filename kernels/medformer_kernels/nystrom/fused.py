@@ -9,7 +9,7 @@ GPU.
 """
 
 # Triton's kernel[grid](...) is not the call that a type checker sees.
-# pyright: reportCallIssue=false
+# pyright: reportCallIssue=false, reportArgumentType=false
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medformer_kernels._dispatch import Plan, block, chip_of, mask_arguments
+from medformer_kernels._dispatch import AttentionPlan, block, chip_of, precision
+from medformer_kernels._triton import constexprs, mask_rows, rows
 from medformer_kernels.nystrom import products
 from medformer_kernels.nystrom.forward_kernels import (
     CONV_PAD,
+    Meta,
     nystrom_merge_kernel,
     nystrom_pool_kernel,
     nystrom_pool_values_fwd_kernel,
@@ -42,7 +44,7 @@ BLOCK_J = 32
 BLOCK_TOKENS = 64
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Forward:
     """What one forward pass makes; all but `out` and `out_lse` are small."""
 
@@ -65,13 +67,12 @@ class Head:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, cells: Cells, mask: Tensor | None, pooled: bool) -> None:
         self.q, self.k, self.v, self.cells, self.pooled = q, k, v, cells, pooled
         self.batch, self.heads, _, self.width = q.shape
+        self.batch_heads = self.batch * self.heads
         self.width_v = v.shape[3]
         self.scale = self.width**-0.5
         self.chip = chip_of(q)
-        # float32 products run as three tf32 products on NVIDIA (24 bits), exactly elsewhere and in the backward pass of
-        # heads wider than 64, where the three do not fit in the registers.
-        self.tf32x3 = "tf32x3" if self.chip.arch.startswith("sm_") else "ieee"
-        self.precision = self.tf32x3 if q.dtype == torch.float32 else "ieee"
+        self.precision = precision(q)
+        # Three tf32 products of wider heads do not fit in the registers.
         self.backward_precision = self.precision if max(self.width, self.width_v) <= 64 else "ieee"
         self.mask = None if mask is None else mask.view(torch.uint8)
         self.inner_mask = None if self.mask is None or not pooled else self.mask[:, cells.prefix :]
@@ -86,19 +87,20 @@ class Head:
 
     def extents(self, tokens: int, landmarks: int) -> dict[str, Any]:
         """What a launch plan needs to know."""
-        return {
-            "chip": self.chip, "landmarks": landmarks, "width": max(self.width, self.width_v),
-            "itemsize": self.q.element_size(), "tokens": tokens, "batch_heads": self.batch * self.heads,
-        }  # fmt: skip
+        widths = {"width": max(self.width, self.width_v), "itemsize": self.q.element_size()}
+        return {"chip": self.chip, "landmarks": landmarks, "tokens": tokens, "batch_heads": self.batch_heads, **widths}
 
-    def plan(self, kernel: str, tokens: int, landmarks: int) -> Plan:
+    def plan(self, kernel: str, tokens: int, landmarks: int) -> AttentionPlan:
         return launch_plan(kernel, **self.extents(tokens, landmarks))
 
-    def options(self, plan: Plan, precision: str) -> dict[str, Any]:
-        return {
-            "BLOCK_M": plan.block_m, "BLOCK_D": block(self.width), "BLOCK_DV": block(self.width_v),
-            "PRECISION": precision, "num_warps": plan.num_warps, "num_stages": plan.num_stages,
-        }  # fmt: skip
+    def meta(self, plan: AttentionPlan, precision: str, **flags: Any) -> Meta:
+        blocks = (plan.block_m, plan.block_n, block(self.width), block(self.width_v))
+        return Meta(*blocks, PRECISION=precision, **flags)
+
+    def conv_flags(self, has_conv: bool) -> dict[str, Any]:
+        """Constants of kernels whose epilogue is the convolution."""
+        has_mask = self.inner_mask is not None
+        return {"BLOCK_J": BLOCK_J, "HAS_MASK": has_mask, "HAS_CONV": has_conv, "CONV_VOLUME": self.conv_volume}
 
     @property
     def grid_arguments(self) -> tuple[int, ...]:
@@ -116,13 +118,13 @@ def _pool(head: Head, x: Tensor) -> tuple[Tensor, Tensor]:
     out[:, :, : cells.prefix] = _own(head, x)
     total = x.new_empty((head.batch, head.heads, cells.count), dtype=torch.float32)
     ranked = head.order is not None
-    mask, *mask_strides = mask_arguments(None if ranked else head.mask, x)
-    nystrom_pool_kernel[(head.batch * head.heads * cells.count,)](
-        x, or_else(head.order, x), or_else(head.count, x), mask, out, total,
-        *x.stride(), *mask_strides, head.heads, x.shape[2] - cells.prefix, head.width, *head.grid_arguments,
-        BLOCK_S=BLOCK_TOKENS, BLOCK_D=block(head.width), RANKED=ranked, HAS_MASK=head.mask is not None and not ranked,
-        num_warps=8 if head.width * x.element_size() > 256 else 4,  # four spill a float32 tile of wide heads on sm_80
-    )  # fmt: skip
+    inputs = (rows(x), or_else(head.order, x), or_else(head.count, x), mask_rows(None if ranked else head.mask, x))
+    sizes = (head.heads, x.shape[2] - cells.prefix, head.width, *head.grid_arguments)
+    has_mask = head.mask is not None and not ranked
+    constants = Meta(BLOCK_N=BLOCK_TOKENS, BLOCK_D=block(head.width), RANKED=ranked, HAS_MASK=has_mask)
+    warps = 8 if head.width * x.element_size() > 256 else 4  # four spill a float32 tile of wide heads on sm_80
+    programs = head.batch_heads * cells.count
+    nystrom_pool_kernel[(programs,)](*inputs, out, total, *sizes, META=constexprs(constants), num_warps=warps)
     return out, total
 
 
@@ -157,18 +159,18 @@ def _values(
     slices = plan.slices if walk is None else walk.slices
     part_values = k.new_empty((head.batch, head.heads, slices, number, head.width_v), dtype=torch.float32)
     part_lse = k.new_empty((head.batch, head.heads, slices, number), dtype=torch.float32)
-    launch = (head.batch * head.heads * slices * -(-number // plan.block_m),)
-    mask, *mask_strides = mask_arguments(head.mask, k)
-    options = {"BLOCK_S": plan.block_n, "HAS_MASK": head.mask is not None, **head.options(plan, head.precision)}
+    programs = head.batch_heads * slices * -(-number // plan.block_m)
+    inputs, mask = (rows(k), rows(v), q_landmarks), mask_rows(head.mask, k)
+    flags = {"HAS_MASK": head.mask is not None}
     if walk is not None:
         k_landmarks = torch.empty_like(q_landmarks)
         k_landmarks[:, :, : cells.prefix] = _own(head, k)
-        nystrom_pool_values_fwd_kernel[launch](
-            k, v, q_landmarks, or_else(head.order, k), or_else(head.count, k), mask, total, part_values, part_lse,
-            k_landmarks, *k.stride(), *v.stride(), *mask_strides, head.heads, tokens - cells.prefix, number,
-            head.width, head.width_v, *head.grid_arguments, walk.group, walk.length, walk.cell_size,
-            walk.slice_length, slices, head.scale, VOLUME=not cells.sequence, RANKED=ranked, **options,
-        )  # fmt: skip
+        inputs = (*inputs, or_else(head.order, k), or_else(head.count, k), mask, total)
+        sizes = (head.heads, tokens - cells.prefix, number, head.width, head.width_v, *head.grid_arguments)
+        sizes = (*sizes, walk.group, walk.length, walk.cell_size, walk.slice_length, slices, head.scale)
+        constants = head.meta(plan, head.precision, VOLUME=not cells.sequence, RANKED=ranked, **flags)
+        arguments = (*inputs, part_values, part_lse, k_landmarks, *sizes)
+        nystrom_pool_values_fwd_kernel[(programs,)](*arguments, META=constexprs(constants), **plan.launch)
     else:
         if k_landmarks is None:
             k_landmarks, _ = _pool(head, k)
@@ -176,23 +178,22 @@ def _values(
             k_landmarks = torch.cat((_own(head, k), k_landmarks), 2)
         else:
             k_landmarks = k_landmarks.contiguous()
-        nystrom_values_fwd_kernel[launch](
-            k, v, q_landmarks, mask, part_values, part_lse, *k.stride(), *v.stride(), *mask_strides,
-            head.heads, tokens, number, head.width, head.width_v, plan.slice_length, slices, head.scale, **options,
-        )  # fmt: skip
+        sizes = (head.heads, tokens, number, head.width, head.width_v, plan.slice_length, slices, head.scale)
+        constants = head.meta(plan, head.precision, **flags)
+        arguments = (*inputs, mask, part_values, part_lse, *sizes)
+        nystrom_values_fwd_kernel[(programs,)](*arguments, META=constexprs(constants), **plan.launch)
     if slices == 1:
         return part_values.squeeze(2), part_lse.squeeze(2), k_landmarks
     values, lse = torch.empty_like(part_values[:, :, 0]), torch.empty_like(part_lse[:, :, 0])
-    nystrom_merge_kernel[(head.batch * head.heads * -(-number // 32),)](
-        part_values, part_lse, values, lse, number, head.width_v, slices,
-        BLOCK_M=32, BLOCK_DV=block(head.width_v), num_warps=4,
-    )  # fmt: skip
+    arguments = (part_values, part_lse, values, lse, number, head.width_v, slices)
+    constants = Meta(BLOCK_M=32, BLOCK_DV=block(head.width_v))
+    nystrom_merge_kernel[(head.batch_heads * -(-number // 32),)](*arguments, META=constexprs(constants), num_warps=4)
     return values, lse, k_landmarks
 
 
 def _solve(head: Head, a: Tensor, values: Tensor, iterations: int, tolerance: float | None) -> Tensor:
     """pinv(a) values, float32."""
-    if tolerance is None and one_program(head.chip, a.shape[-1], head.batch * head.heads):
+    if tolerance is None and one_program(head.chip, a.shape[-1], head.batch_heads):
         return products.solve(head.chip, a, values, iterations)
     return inverse_times(a, values, iterations, tolerance)
 
@@ -237,21 +238,16 @@ def forward(
     out_lse = q.new_empty((head.batch, head.heads, tokens), dtype=torch.float32)
     scaled, unit = units(solved, q.dtype)
     plan = head.plan("read_fwd", tokens, number)
-    mask_inner, *mask_strides = mask_arguments(head.inner_mask, q)
-    v_inner = v[:, :, prefix:]
-    weight = padded_weight(conv_weight, q)
-    nystrom_read_fwd_kernel[(head.batch * head.heads * -(-tokens // plan.block_n),)](
-        queries, k_landmarks, or_else(valid, q), scaled, unit, mask_inner, v_inner, weight, inner, out_lse,
-        *queries.stride(), *v_inner.stride(), *inner.stride()[:3], *mask_strides,
-        head.heads, tokens, number, head.width, head.width_v, *head.conv_grid[1:], *taps_of(conv_weight), head.scale,
-        BLOCK_N=plan.block_n, BLOCK_J=BLOCK_J, HAS_VALID=valid is not None, HAS_MASK=head.inner_mask is not None,
-        HAS_CONV=conv_weight is not None, CONV_VOLUME=head.conv_volume, **head.options(plan, head.precision),
-    )  # fmt: skip
+    inner_mask, weight = mask_rows(head.inner_mask, q), padded_weight(conv_weight, q)
+    inputs = (rows(queries), k_landmarks, or_else(valid, q), scaled, unit, inner_mask, rows(v[:, :, prefix:]), weight)
+    sizes = (head.heads, tokens, number, head.width, head.width_v, *head.conv_grid[1:], *taps_of(conv_weight))
+    flags = {"HAS_VALID": valid is not None, **head.conv_flags(conv_weight is not None)}
+    constants = head.meta(plan, head.precision, **flags)
+    programs = head.batch_heads * -(-tokens // plan.block_n)
+    arguments = (*inputs, rows(inner), out_lse, *sizes, head.scale)
+    nystrom_read_fwd_kernel[(programs,)](*arguments, META=constexprs(constants), **plan.launch)
     none = q.new_empty(0, dtype=torch.uint8)
-    return Forward(
-        out=out, q_landmarks=q_landmarks, k_landmarks=k_landmarks, total=total, valid=or_else(valid, none),
-        values=values, lse=lse, solved=solved, out_lse=out_lse,
-    )  # fmt: skip
+    return Forward(out, q_landmarks, k_landmarks, total, or_else(valid, none), values, lse, solved, out_lse)
 
 
 def padded_weight(conv_weight: Tensor | None, unused: Tensor) -> Tensor:

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from medformer_kernels._operators import transformed
 from medformer_kernels._products import multiply
+from medformer_kernels._tracing import standard
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -54,7 +56,7 @@ def inverse_times(
     products of L^3 for Dv = L / 4. Further back it would cost accuracy: what R lost of a small singular value grows by
     13/4 a step, whereas a product a z made afresh corrects itself. The gradient is `inverse_times_backward`'s.
     """
-    if tolerance is not None or iterations < 2:
+    if tolerance is not None or iterations < 2 or transformed():
         return nystrom_pinv(a, iterations=iterations, tolerance=tolerance)[0] @ x
     return _InverseTimes.apply(a, x, iterations)
 
@@ -132,6 +134,8 @@ def _times(x: Tensor, y: Tensor, factor: float) -> Tensor:
 
 def _plus_identity(x: Tensor, factor: float) -> Tensor:
     """In place: x is fresh."""
+    if standard():  # ONNX has no views to write into
+        return x + factor * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
     x.diagonal(dim1=-2, dim2=-1).add_(factor)
     return x
 
@@ -176,7 +180,7 @@ def _applied_backward(a: Tensor, x: Tensor, dout: Tensor, kept: Sequence[Tensor]
     """(da, dx) of `_applied`.
 
     a z is symmetric (z is a^T times a polynomial in a a^T), so that r, square and last are too, and commute: a gradient
-    counts by its symmetric part D alone, and what a power of r hands back is a matrix and its transpose. From r^3 it is
+    counts by its symmetric part D alone, and what a power of r returns is a matrix and its transpose. From r^3 it is
     T + T^T with T = r (r D + D r / 2), from square^2 it is square D + D square.
     """
     z, r, square, last = kept[-4:]

@@ -1,6 +1,6 @@
 """The Triton kernel of the pseudo-inverse: one program works off all products of one head; see `products` for which.
 
-A float32 matrix of 256 x 256 is 256 KB: more than a program holds on chip. Matrices lie in a scratch of the program's
+A float32 matrix of 256 x 256 is 256 KB: more than a program holds on chip. Matrices are in a scratch of the program's
 own, and a product walks over blocks of it. So what some threads of a program write others read, through global memory.
 Why that is right: `tl.debug_barrier` is a barrier of all threads of the program (bar.sync in PTX: what was accessed
 before it is performed for every thread behind it, in global memory too: PTX ISA, "bar, barrier"). A product reads only
@@ -17,7 +17,7 @@ from medformer_kernels._triton import load_rows, store_rows
 
 @triton.jit
 def _operand(X, transposed, leading, row0, column0, rows, columns, BLOCK_ROW: tl.constexpr, BLOCK_COLUMN: tl.constexpr):
-    """A block of X, or of its transpose, whose rows lie `leading` apart; loaded along its rows either way."""
+    """A block of X, or of its transpose, whose rows are `leading` apart; loaded along its rows either way."""
     row, column = tl.arange(0, BLOCK_ROW), tl.arange(0, BLOCK_COLUMN)
     row_ok, column_ok = row0 + row < rows, column0 + column < columns
     if transposed != 0:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from medformer_kernels._tracing import certain
+
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
@@ -24,7 +26,7 @@ __all__ = ["Cells", "axis_overlap", "landmark_weights", "pool", "ranked_tokens"]
 
 @dataclass(frozen=True, kw_only=True)
 class Cells:
-    """Which tokens are averaged into which landmark, and where tokens lie for the convolution."""
+    """Which tokens are averaged into which landmark, and the grid of the tokens for the convolution."""
 
     grid: tuple[int, int, int]
     """Tokens by axis, z, y, x."""
@@ -42,7 +44,7 @@ class Cells:
 
     @property
     def sequence(self) -> bool:
-        return self.grid[:2] == (1, 1)
+        return certain(self.grid[0] == 1) and certain(self.grid[1] == 1)
 
 
 def axis_overlap(tokens: int, cells: int, *, device: torch.device | None = None) -> Float[Tensor, "l g"]:
@@ -104,7 +106,9 @@ def pool(
     inner = x[:, :, cells.prefix :]
     mask = None if key_padding_mask is None else key_padding_mask[:, cells.prefix :]
     valid = None
-    if mask is None and all(g % number == 0 for g, number in zip(cells.grid, cells.landmark_grid, strict=True)):
+    # In a graph that leaves sizes open the general means, which are right for all of them.
+    equal = (certain(g % number == 0) for g, number in zip(cells.grid, cells.landmark_grid, strict=True))
+    if mask is None and all(equal):
         shape = [s for g, number in zip(cells.grid, cells.landmark_grid, strict=True) for s in (number, g // number)]
         dtype = torch.promote_types(x.dtype, torch.float32)
         means = inner.unflatten(2, shape).mean((3, 5, 7), dtype=dtype).flatten(2, 4)

@@ -5,7 +5,7 @@
     out    = softmax_l(Q K~^T / sqrt(D)) solved + convolution(V)      out_lse of its denominator
 
 Backward, with F and G recomputed from out_lse and lse: dsolved = F^T dout, dA and dvalues through the iteration,
-dQ~ and dK~ from A, F and G, and what the means hand back is added where dQ and dK are written.
+dQ~ and dK~ from A, F and G, and the gradient through the means is added where dQ and dK are written.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from medformer_kernels._operators import operator
 from medformer_kernels.nystrom.landmarks import Cells
 
 __all__ = ["nystrom_backward", "nystrom_forward"]
@@ -29,37 +30,9 @@ def _cells(grid: Sequence[int], landmark_grid: Sequence[int], conv_grid: Sequenc
     return Cells(grid=_three(grid), landmark_grid=_three(landmark_grid), conv_grid=_three(conv_grid), prefix=prefix)
 
 
-@torch.library.custom_op("medformer::nystrom_forward", mutates_args=())
-def nystrom_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_landmarks: Tensor | None,
-    k_landmarks: Tensor | None,
-    conv_weight: Tensor | None,
-    key_padding_mask: Tensor | None,
-    grid: Sequence[int],
-    landmark_grid: Sequence[int],
-    conv_grid: Sequence[int],
-    prefix: int,
-    pinv_iterations: int,
-    pinv_tolerance: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(out, q_landmarks, k_landmarks, total, valid, values, lse, solved, out_lse); see `fused.Forward`."""
-    from medformer_kernels.nystrom import fused  # Triton decides at import whether it interprets
-
-    made = fused.forward(
-        q, k, v, _cells(grid, landmark_grid, conv_grid, prefix), q_landmarks, k_landmarks, conv_weight,
-        key_padding_mask, pinv_iterations, pinv_tolerance,
-    )  # fmt: skip
-    # An operator may not return its own inputs.
-    own_q = made.q_landmarks.clone() if made.q_landmarks is q_landmarks else made.q_landmarks
-    own_k = made.k_landmarks.clone() if made.k_landmarks is k_landmarks else made.k_landmarks
-    return made.out, own_q, own_k, made.total, made.valid, made.values, made.lse, made.solved, made.out_lse
-
-
-@nystrom_forward.register_fake
-def _(q, k, v, q_landmarks, k_landmarks, conv_weight, key_padding_mask, grid, landmark_grid, conv_grid, prefix, *_):
+def _forward_fake(
+    q, k, v, q_landmarks, k_landmarks, conv_weight, key_padding_mask, grid, landmark_grid, conv_grid, prefix, *_
+):
     batch, heads, tokens, width = q.shape
     pooled = q_landmarks is None
     means = landmark_grid[0] * landmark_grid[1] * landmark_grid[2] if pooled else q_landmarks.shape[2]
@@ -81,7 +54,55 @@ def _(q, k, v, q_landmarks, k_landmarks, conv_weight, key_padding_mask, grid, la
     )
 
 
-@torch.library.custom_op("medformer::nystrom_backward", mutates_args=())
+@operator(
+    "nystrom_forward",
+    _forward_fake,
+    public="nystrom_attention",
+    samples=("q", "k", "v", "q_landmarks", "k_landmarks", "key_padding_mask"),
+)
+def nystrom_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_landmarks: Tensor | None,
+    k_landmarks: Tensor | None,
+    conv_weight: Tensor | None,
+    key_padding_mask: Tensor | None,
+    grid: Sequence[int],
+    landmark_grid: Sequence[int],
+    conv_grid: Sequence[int],
+    prefix: int,
+    pinv_iterations: int,
+    pinv_tolerance: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(out, q_landmarks, k_landmarks, total, valid, values, lse, solved, out_lse); see `fused.Forward`."""
+    from medformer_kernels.nystrom import fused  # Triton decides at import whether it interprets
+
+    cells, iteration = _cells(grid, landmark_grid, conv_grid, prefix), (pinv_iterations, pinv_tolerance)
+    made = fused.forward(q, k, v, cells, q_landmarks, k_landmarks, conv_weight, key_padding_mask, *iteration)
+    # An operator may not return its own inputs.
+    own_q = made.q_landmarks.clone() if made.q_landmarks is q_landmarks else made.q_landmarks
+    own_k = made.k_landmarks.clone() if made.k_landmarks is k_landmarks else made.k_landmarks
+    return made.out, own_q, own_k, made.total, made.valid, made.values, made.lse, made.solved, made.out_lse
+
+
+def _backward_fake(
+    dout, q, k, v, conv_weight, key_padding_mask, made, pooled, grid, landmark_grid, conv_grid, prefix, *_
+):
+    batch, heads, _, width = q.shape
+    given = q.new_empty((batch, heads, 0 if pooled else made[1].shape[2] - prefix, width))
+    weight = q.new_empty((0,) if conv_weight is None else conv_weight.shape, dtype=torch.float32)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), given, torch.empty_like(given), weight
+
+
+@operator(
+    "nystrom_backward",
+    _backward_fake,
+    public="nystrom_attention",
+    gradient=True,
+    samples=("dout", "q", "k", "v", "key_padding_mask", "made"),
+    per_sample=lambda call: call["conv_weight"] is not None,
+)
 def nystrom_backward(
     dout: Tensor,
     q: Tensor,
@@ -108,19 +129,12 @@ def nystrom_backward(
     from medformer_kernels.nystrom.backward import backward
     from medformer_kernels.nystrom.fused import Forward
 
-    names = ("out", "q_landmarks", "k_landmarks", "total", "valid", "values", "lse", "solved", "out_lse")
-    return backward(
-        dout, q, k, v, _cells(grid, landmark_grid, conv_grid, prefix), pooled, conv_weight, key_padding_mask,
-        Forward(**dict(zip(names, made, strict=True))), pinv_iterations, pinv_tolerance,
-    )  # fmt: skip
-
-
-@nystrom_backward.register_fake
-def _(dout, q, k, v, conv_weight, key_padding_mask, made, pooled, grid, landmark_grid, conv_grid, prefix, *_):
-    batch, heads, _, width = q.shape
-    given = q.new_empty((batch, heads, 0 if pooled else made[1].shape[2] - prefix, width))
-    weight = q.new_empty((0,) if conv_weight is None else conv_weight.shape, dtype=torch.float32)
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), given, torch.empty_like(given), weight
+    cells, iteration = _cells(grid, landmark_grid, conv_grid, prefix), (pinv_iterations, pinv_tolerance)
+    dq, dk, dv, *given, dconv_weight = backward(
+        dout, q, k, v, cells, pooled, conv_weight, key_padding_mask, Forward(*made), *iteration
+    )
+    dq_landmarks, dk_landmarks = (x.contiguous() if x.numel() else x.new_empty(x.shape) for x in given)
+    return dq, dk, dv, dq_landmarks, dk_landmarks, dconv_weight
 
 
 def _setup(ctx, inputs, output):
@@ -135,7 +149,7 @@ def _autograd(ctx, dout, *_):
     dq, dk, dv, dq_landmarks, dk_landmarks, dconv_weight = nystrom_backward(
         dout, q, k, v, conv_weight, mask, made, ctx.pooled, *ctx.settings
     )
-    none = (None,) * 8
+    none = (None,) * 7
     dconv_weight = None if conv_weight is None else dconv_weight.to(conv_weight.dtype)
     if ctx.pooled:
         return dq, dk, dv, None, None, dconv_weight, *none
@@ -143,13 +157,3 @@ def _autograd(ctx, dout, *_):
 
 
 nystrom_forward.register_autograd(_autograd, setup_context=_setup)
-
-
-def _refuse_double_backward(ctx, *_):
-    raise RuntimeError(
-        "nystrom_attention: double backward is not implemented; use nystrom_attention_reference, or torch.no_grad "
-        "around the first gradient"
-    )
-
-
-nystrom_backward.register_autograd(_refuse_double_backward)

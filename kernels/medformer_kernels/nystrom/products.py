@@ -9,7 +9,7 @@ dY = -dT3 T2^T - dT2 (7 I - Y)^T + Y^T dT2, dA += dY Z^T and dZ = G T3^T / 4 + A
 """
 
 # Triton's kernel[grid](...) is not the call that a type checker sees.
-# pyright: reportCallIssue=false
+# pyright: reportCallIssue=false, reportArgumentType=false
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from medformer_kernels._dispatch import Chip
+from medformer_kernels._dispatch import Chip, tf32x3
+from medformer_kernels._operators import constants
 from medformer_kernels.nystrom.inverse import start, start_backward
 from medformer_kernels.nystrom.inverse_kernels import nystrom_products_kernel
 from medformer_kernels.nystrom.plans import inverse_tile
@@ -57,10 +58,9 @@ class Product:
         leading_x, leading_y = (width if slot in _WIDE else landmarks for slot in (self.x, self.y))
         inner = landmarks if self.x_transposed else leading_x
         columns = landmarks if self.y_transposed else leading_y
-        return [
-            self.x, self.x_transposed, leading_x, self.y, self.y_transposed, leading_y, self.out,
-            landmarks, inner, columns, int(4 * self.factor), self.addend, self.addend_factor, self.diagonal,
-        ]  # fmt: skip
+        factors = (self.x, self.x_transposed, leading_x, self.y, self.y_transposed, leading_y)
+        sums = (int(4 * self.factor), self.addend, self.addend_factor, self.diagonal)
+        return [*factors, self.out, landmarks, inner, columns, *sums]
 
 
 def _polynomials(z: int) -> Iterator[Product]:
@@ -102,28 +102,26 @@ def _backward(iterations: int) -> Iterator[Product]:
         g, other = other, g
 
 
-@functools.lru_cache(maxsize=64)
-def _table(back: bool, iterations: int, landmarks: int, width: int, device: torch.device) -> Tensor:
+@functools.cache
+def _table(back: bool, iterations: int, landmarks: int, width: int) -> tuple[tuple[int, ...], ...]:
     products = _backward(iterations) if back else _forward(iterations)
-    return torch.tensor([p.fields(landmarks, width) for p in products], dtype=torch.int32, device=device)
+    return tuple(tuple(p.fields(landmarks, width)) for p in products)
 
 
 def _run(chip: Chip, given: dict[int, Tensor], iterations: int, back: bool) -> Tensor:
     """The scratch (B, H, slots, size) after every product."""
     a, x = given[_A], given[_X]
     landmarks, width = x.shape[-2:]
-    table = _table(back, iterations, landmarks, width, x.device)
+    table = constants(_table(back, iterations, landmarks, width), torch.int32, x.device)
     slots = _G + 1 + iterations if back else _OTHER + 1
     scratch = a.new_empty((*a.shape[:2], slots, landmarks * max(landmarks, width)))
     for slot, matrix in given.items():
         _matrix(scratch, slot, matrix.shape[-1], landmarks).copy_(matrix)
     entry = inverse_tile(chip)
-    nystrom_products_kernel[(a.shape[0] * a.shape[1],)](
-        scratch, table, slots, scratch.shape[-1], table.shape[0], BLOCK=entry["block_m"],
-        BLOCK_K=entry["block_n"], FIELDS=_FIELDS,
-        PRECISION="tf32x3" if chip.arch.startswith("sm_") else "ieee", num_warps=entry["num_warps"],
-        num_stages=entry["num_stages"],
-    )  # fmt: skip
+    blocks = {"BLOCK": entry["block_m"], "BLOCK_K": entry["block_n"], "FIELDS": _FIELDS, "PRECISION": tf32x3(chip)}
+    launch = {"num_warps": entry["num_warps"], "num_stages": entry["num_stages"]}
+    sizes = (slots, scratch.shape[-1], table.shape[0])
+    nystrom_products_kernel[(a.shape[0] * a.shape[1],)](scratch, table, *sizes, **blocks, **launch)
     return scratch
 
 

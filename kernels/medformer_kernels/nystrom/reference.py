@@ -62,11 +62,11 @@ def depthwise_convolution(
     v: Float[Tensor, "B H N Dv"], weight: Float[Tensor, "H kz ky kx"], grid: tuple[int, int, int]
 ) -> Float[Tensor, "B H N Dv"]:
     """Each head's values convolved (cross-correlated) over the grid with one kernel, zeros outside."""
-    batch, heads, _, width = v.shape
+    batch, heads, tokens, width = v.shape
     volume = v.permute(0, 3, 1, 2).reshape(batch * width, heads, *grid)
     padding = [size // 2 for size in weight.shape[1:]]
     out = F.conv3d(volume, weight.unsqueeze(1), padding=padding, groups=heads)
-    return out.reshape(batch, width, heads, -1).permute(0, 2, 3, 1)
+    return out.view(batch, width, heads, tokens).permute(0, 2, 3, 1)
 
 
 def reference(

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from medformer_kernels._dispatch import resolve_backend
+from medformer_kernels._operators import followed
+from medformer_kernels._tracing import standard
 from medformer_kernels.patch_embed import ops
 from medformer_kernels.patch_embed.choice import Choice, choose
 from medformer_kernels.patch_embed.geometry import (
@@ -106,21 +108,20 @@ def patch_embed(
         x = x.to(dtype) if x.is_floating_point() else x
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     tables = _position(position, geometry, weight)
-    if flat and x.is_floating_point() and x.requires_grad and torch.is_grad_enabled():
+    if flat and x.is_floating_point() and followed(x):
         x, flat = apply_windows(x, flat, weight.dtype), []  # the only case that needs the windows' own gradient
     if x.ndim == 4:
         x, weight = x.unsqueeze(2), weight.unsqueeze(2)
     geometry = geometry.in_3d()
     rows = (x, weight, bias, norm_weight, norm_bias)
-    save = norm is not None and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in rows)
+    save = norm is not None and followed(*rows)
     path = path or _path(geometry, backend, x, weight, bool(flat), save)
     if not torch.compiler.is_compiling() and library_takes(path, x, geometry, padding_mode, flat, weight.dtype):
         # what autograd knows already needs no operator of ours, whose call costs as much as a small convolution
         return library(x, weight, bias, norm_weight, norm_bias, tables, prefix, geometry, norm or "", norm_eps, path)[0]
-    tokens, _ = ops.patch_embed(
-        x, weight, bias, norm_weight, norm_bias, *tables, prefix, flat, list(geometry.stride), geometry.flat_padding,
-        list(geometry.dilation), padding_mode, norm or "", norm_eps, save, path,
-    )  # fmt: skip
+    model = (x, weight, bias, norm_weight, norm_bias, *tables, prefix)
+    patches = (list(geometry.stride), geometry.flat_padding, list(geometry.dilation))
+    tokens, _ = ops.patch_embed(*model, flat, *patches, padding_mode, norm or "", norm_eps, save, path)
     return tokens
 
 
@@ -138,16 +139,15 @@ def patch_embed_choice(
     backend: str = "auto",
 ) -> Choice:
     """The path `patch_embed` takes with these arguments, and the reason."""
+    patches = (stride, padding, padding_mode, dilation)
     x, geometry, flat, backend = _prepare(
-        "patch_embed_choice", x, weight, stride, padding, padding_mode, dilation, windows, slope, intercept, backend,
-        None,
-    )  # fmt: skip
+        "patch_embed_choice", x, weight, *patches, windows, slope, intercept, backend, None
+    )
     raw = bool(flat) or not x.is_floating_point()
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else weight.dtype
-    return choose(
-        geometry, channels=weight.shape[1], width=weight.shape[0], dtype=dtype, raw=raw, device=ops.device_name(x),
-        backend=backend, training=weight.requires_grad and torch.is_grad_enabled(), channels_last=_last(x),
-    )  # fmt: skip
+    model = {"channels": weight.shape[1], "width": weight.shape[0], "dtype": dtype, "raw": raw}
+    call = {"device": ops.device_name(x), "training": followed(weight), "channels_last": _last(x)}
+    return choose(geometry, **model, **call, backend=backend)
 
 
 def _path(geometry: Geometry, backend: str, x: Tensor, weight: Tensor, windowed: bool, training: bool) -> str:
@@ -155,10 +155,9 @@ def _path(geometry: Geometry, backend: str, x: Tensor, weight: Tensor, windowed:
     raw = windowed or not x.is_floating_point()
     if torch.compiler.is_compiling() and backend != "triton" and not (raw and backend == "auto"):
         return "measured" if backend == "auto" or x.device.type == "cpu" else "conv"
-    return choose(
-        geometry, channels=weight.shape[1], width=weight.shape[0], dtype=weight.dtype, device=ops.device_name(x),
-        raw=raw, backend=backend, training=training, channels_last=_last(x),
-    ).path  # fmt: skip
+    model = {"channels": weight.shape[1], "width": weight.shape[0], "dtype": weight.dtype, "raw": raw}
+    call = {"device": ops.device_name(x), "training": training, "channels_last": _last(x)}
+    return choose(geometry, **model, **call, backend=backend).path
 
 
 def _last(x: Tensor) -> bool:
@@ -210,6 +209,10 @@ def patch_unembed(
     if torch.is_autocast_enabled(tokens.device.type):
         dtype = torch.get_autocast_dtype(tokens.device.type)
         tokens, weight, bias = tokens.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if standard():
+        return patch_unembed_reference(
+            tokens, weight, bias, grid=grid, size=size, stride=stride, padding=padding, dilation=dilation
+        )
     backend = resolve_backend("patch_unembed", backend, tokens)
     path = "fused" if backend == "triton" else "measured" if tokens.device.type == "cpu" else "conv"
     weight = weight if dims == 3 else weight.unsqueeze(2)

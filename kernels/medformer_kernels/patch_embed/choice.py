@@ -4,7 +4,7 @@ Nothing is the fastest everywhere, not even on one device: convolution in either
 the Triton kernel on a GPU. For each device and dtype that was measured (`python benchmarks/bench_patch_embed.py
 --write`) the table holds the times of each over a lattice of shapes, forward alone and forward with backward; a new
 shape takes the winner of the nearest one, near in the logarithms of channels, taps, width and tokens. Patches that
-tile the volume have entries of their own, where gathering is a reshape. A volume that lies channels last stays so.
+tile the volume have entries of their own, where gathering is a reshape. A channels-last volume stays so.
 """
 
 from __future__ import annotations

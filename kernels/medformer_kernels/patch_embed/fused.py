@@ -1,8 +1,8 @@
-"""Launches of the patch embedding kernels: tiles, slices, and the bytes and FLOP they come to.
+"""Launches of the patch embedding kernels: tiles and slices.
 
 Cost, forward: 2 N K E FLOP with K = C * taps; the volume and the weight are read, the tokens written, once each (a
 voxel that several patches share is read again from the cache), and y too where the backward pass will need it.
-The same for dweight, plus its float32 partial sums; the same for dx. `costs` counts.
+The same for dweight, plus its float32 partial sums; the same for dx. benchmarks/compile_cases counts.
 
 Tiles come from configs/patch_embed.json, chosen by hand and checked entry by entry by
 `benchmarks/compile_report.py --family patch_embed`. Tested in Triton's interpreter (float32, float16). Not yet run on
@@ -10,24 +10,25 @@ a GPU.
 """
 
 # Triton's kernel[grid](...) is not the call that a type checker sees.
-# pyright: reportCallIssue=false
+# pyright: reportCallIssue=false, reportArgumentType=false
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from medformer_kernels import _dispatch
-from medformer_kernels._dispatch import Chip, chip_of, nearest_arch
+from medformer_kernels._dispatch import Chip, Plan, block, chip_of, cut, parts_for, precision
+from medformer_kernels._operators import constants
+from medformer_kernels._triton import constexprs
 from medformer_kernels.patch_embed.geometry import Geometry
 from medformer_kernels.patch_embed.kernels import (
+    Meta,
     patch_embed_dw_kernel,
     patch_embed_dx_kernel,
     patch_embed_fwd_kernel,
@@ -36,53 +37,44 @@ from medformer_kernels.patch_embed.kernels import (
 )
 from medformer_kernels.patch_embed.paths import fold_padding
 
-__all__ = ["Cost", "Plan", "backward", "costs", "forward", "launch_plan", "unembed"]
+__all__ = ["backward", "forward", "launch_plan", "unembed"]
 
 # Widest row of tokens that a program of the first kernel holds whole, to normalise it on chip.
 _NORM_WIDTH = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Tiles of one launch; `slices` cut the tokens of one sample where they are summed over."""
+class PatchPlan(Plan):
+    """Tiles of one launch; slices cut the tokens of one sample where they are summed over."""
 
     block_n: int
     block_k: int
     block_e: int
     """Columns of the product: widths, or channels in 'dx'."""
-    num_warps: int
-    num_stages: int
-    slice_length: int = 0
-    slices: int = 1
-
-    @property
-    def launch(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 def launch_plan(
     kernel: str, *, chip: Chip, channels: int, taps: int, width: int, itemsize: int, tokens: int, batch: int
-) -> Plan:
+) -> PatchPlan:
     """How `kernel` ('fwd', 'dw', 'dx') is launched for one model and volume. Deterministic.
 
     Few channels have tiles of their own ('fwd_narrow', 'dw_narrow'): there every element has an address of its own to
     hold in registers.
     """
     narrow = kernel != "dx" and not is_wide(channels)
-    table = _dispatch.load_configs("patch_embed")[f"{kernel}_narrow" if narrow else kernel]
-    entries = table[nearest_arch(chip.arch, tuple(table))]
-    columns = _block(channels if kernel == "dx" else width)
+    entries = _dispatch.tiles("patch_embed", f"{kernel}_narrow" if narrow else kernel, chip)
+    columns = block(channels if kernel == "dx" else width)
     fitting = [e for e in entries if e["itemsize"] == itemsize]
     entry = min((e for e in fitting if e["width"] >= columns), key=lambda e: e["width"], default=fitting[-1])
     block_e = min(columns, entry["width"])
     block_n, block_k = entry["block_n"], entry["block_k"]
     if kernel == "dx":
-        block_k = min(block_k, _block(width))
+        block_k = min(block_k, block(width))
     elif is_wide(channels):
-        block_k = min(block_k, _block(channels))
+        block_k = min(block_k, block(channels))
     elif kernel == "fwd":
-        block_k = min(block_k, max(16, triton.next_power_of_2(channels * taps)))
-    plan = Plan(
+        block_k = min(block_k, block(channels * taps))
+    plan = PatchPlan(
         block_n=block_n,
         block_k=block_k,
         block_e=block_e,
@@ -92,15 +84,8 @@ def launch_plan(
     if kernel != "dw":
         return plan
     programs = batch * _k_blocks(channels, taps, block_k) * -(-width // block_e)
-    return _sliced(plan, tokens, -(-2 * chip.units // programs))
-
-
-def _sliced(plan: Plan, tokens: int, wanted: int) -> Plan:
-    """`wanted` slices of the tokens, but none shorter than 8 tiles."""
-    slices = max(1, min(wanted, tokens // (8 * plan.block_n)))
-    length = -(-tokens // slices)
-    length = -(-length // plan.block_n) * plan.block_n
-    return replace(plan, slice_length=length, slices=max(1, -(-tokens // length)))
+    slice_length, slices = cut(tokens, block_n, parts_for(chip, programs))
+    return replace(plan, slice_length=slice_length, slices=slices)
 
 
 def is_wide(channels: int) -> bool:
@@ -112,57 +97,15 @@ def _k_blocks(channels: int, taps: int, block_k: int) -> int:
     return taps * -(-channels // block_k) if is_wide(channels) else -(-channels * taps // block_k)
 
 
-def _block(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
+def _device_coefficients(coefficients: Sequence[float], device: torch.device) -> Tensor | None:
+    return constants(coefficients, torch.float32, device) if coefficients else None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cost:
-    """What one launch does: operations, and bytes to and from memory (the weight not counted: every program finds it
-    in the cache)."""
-
-    flop: int
-    bytes: int
-
-
-def costs(
-    *, chip: Chip, geometry: Geometry, batch: int, channels: int, width: int, itemsize: int, voxel_bytes: int
-) -> dict[str, Cost]:
-    """Cost by kernel of a forward and a backward pass with a norm, from the launch plans themselves."""
-    taps, tokens = math.prod(geometry.kernel), geometry.tokens
-    rows, patch = batch * tokens, channels * taps
-    volume = batch * channels * math.prod(geometry.size) * voxel_bytes
-    row_bytes = rows * width * itemsize
-    flop = 2 * rows * patch * width
-    plan = launch_plan(
-        "dw", chip=chip, channels=channels, taps=taps, width=width, itemsize=itemsize, tokens=tokens, batch=batch
-    )
-    partial = 4 * patch * width * plan.slices * batch
-    passes = -(-width // plan.block_e)
-    return {
-        "fwd": Cost(flop=flop, bytes=volume + row_bytes),
-        "norm_bwd": Cost(flop=0, bytes=3 * row_bytes),
-        "dw": Cost(flop=flop, bytes=passes * volume + row_bytes + 2 * partial),
-        "dx": Cost(flop=flop, bytes=volume + row_bytes),
-    }
-
-
-def _precision(x: Tensor) -> str:
-    """float32 products run as three tf32 products on NVIDIA (24 bits), exactly elsewhere."""
-    return "tf32x3" if x.dtype == torch.float32 and chip_of(x).arch.startswith("sm_") else "ieee"
-
-
-@functools.lru_cache(maxsize=64)
-def _device_coefficients(coefficients: tuple[float, ...], device: torch.device) -> Tensor:
-    """Kept on the device: a copy from the host would stop a CUDA graph from being captured."""
-    return torch.tensor(coefficients, dtype=torch.float32, device=device)
-
-
-def _model(geometry: Geometry, padding: Sequence[int], prefix: str = "") -> dict[str, int]:
-    """Kernel, stride, padding and dilation as constexpr arguments; `prefix` renames DY where a pointer has the name."""
+def _model(geometry: Geometry, padding: Sequence[int]) -> dict[str, int]:
+    """Kernel, stride, padding and dilation as constants."""
     names = [f"{letter}{axis}" for letter in "KSPD" for axis in "ZYX"]
     values = (*geometry.kernel, *geometry.stride, *padding, *geometry.dilation)
-    return {prefix if name == "DY" and prefix else name: v for name, v in zip(names, values, strict=True)}
+    return dict(zip(names, values, strict=True))
 
 
 def _volume(x: Tensor, coefficients: Sequence[float]) -> tuple[list[int], dict[str, Any]]:
@@ -188,7 +131,7 @@ def _padded(geometry: Geometry) -> list[int]:
     return [before for before, _ in geometry.padding]
 
 
-def _plan(kernel: str, like: Tensor, geometry: Geometry, channels: int, width: int, batch: int) -> Plan:
+def _plan(kernel: str, like: Tensor, geometry: Geometry, channels: int, width: int, batch: int) -> PatchPlan:
     return launch_plan(
         kernel,
         chip=chip_of(like),
@@ -201,8 +144,16 @@ def _plan(kernel: str, like: Tensor, geometry: Geometry, channels: int, width: i
     )
 
 
-def _launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-    kernel[(programs,)](*arguments, **constants)
+def _warps(columns: int) -> int:
+    """Of the kernels that hold whole rows."""
+    return 4 if columns <= 1024 else 8
+
+
+def _product(weight: Tensor, geometry: Geometry, plan: PatchPlan) -> dict[str, Any]:
+    """Constants of the product of patches and weight (E, C, ...)."""
+    width, channels = weight.shape[:2]
+    flags = {"PADDED": any(geometry.flat_padding), "WIDE": is_wide(channels), "PRECISION": precision(weight)}
+    return {"C": channels, "E": width, "BLOCK_N": plan.block_n, "BLOCK_K": plan.block_k, **flags}
 
 
 def _optional(table: Tensor | None) -> Tensor | None:
@@ -242,26 +193,30 @@ def forward(
     on_chip = not norm or width <= min(plan.block_e, _NORM_WIDTH)
     y = weight.new_empty((batch, geometry.tokens, width)) if save or not on_chip else None
     strides, layout = _volume(x, coefficients)
-    tables = [_optional(table) for table in position]
-    rows = [_optional(row) for row in (norm_weight, norm_bias)]
+    tables = tuple(_optional(table) for table in position)
+    rows = (_optional(norm_weight), _optional(norm_bias))
     blocks = -(-geometry.tokens // plan.block_n) * -(-width // plan.block_e)
-    _launch(
-        patch_embed_fwd_kernel, batch * blocks,
-        x, _device_coefficients(tuple(coefficients), x.device) if coefficients else None, _by_tap_and_width(weight),
-        _optional(bias), *(rows if on_chip else (None, None)), *(tables if on_chip else [None] * 3),
-        tokens if on_chip else None, y, *strides, *geometry.size, *geometry.grid, offset, eps,
-        C=channels, E=width, **_model(geometry, _padded(geometry)), **layout, MODE=mode,
-        PADDED=any(geometry.flat_padding), WIDE=is_wide(channels), NORM=norm, PRECISION=_precision(weight),
-        BLOCK_N=plan.block_n, BLOCK_K=plan.block_k, BLOCK_E=plan.block_e, **plan.launch,
-    )  # fmt: skip
+    inputs = (x, _device_coefficients(coefficients, x.device), _by_tap_and_width(weight), _optional(bias))
+    epilogue = (rows, tables, tokens) if on_chip else ((None, None), (None, None, None), None)
+    sizes = (*strides, *geometry.size, *geometry.grid, offset, eps)
+    flags = {"MODE": mode, "NORM": norm, **_product(weight, geometry, plan)}
+    constants = Meta(BLOCK_E=plan.block_e, **_model(geometry, _padded(geometry)), **layout, **flags)
+    patch_embed_fwd_kernel[(batch * blocks,)](*inputs, *epilogue, y, *sizes, META=constexprs(constants), **plan.launch)
     if not on_chip:
-        block_e = _block(width)
+        block_e = block(width)
         block_n = max(1, 4096 // block_e)
-        _launch(
-            patch_embed_norm_kernel, batch * -(-geometry.tokens // block_n),
-            y, *rows, *tables, tokens, *geometry.grid, offset, eps,
-            E=width, NORM=norm, BLOCK_N=block_n, BLOCK_E=block_e, num_warps=4 if block_e <= 1024 else 8,
-        )  # fmt: skip
+        constants = Meta(E=width, NORM=norm, BLOCK_N=block_n, BLOCK_E=block_e)
+        patch_embed_norm_kernel[(batch * -(-geometry.tokens // block_n),)](
+            y,
+            rows,
+            tables,
+            tokens,
+            *geometry.grid,
+            offset,
+            eps,
+            META=constexprs(constants),
+            num_warps=4 if block_e <= 1024 else 8,
+        )
     return tokens, y if save and y is not None else tokens.new_empty(0)
 
 
@@ -315,17 +270,16 @@ def _norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """(dy, sums (3, E) of dtokens xhat, dtokens and dy)."""
     batch, tokens, width = y.shape
-    block_e = _block(width)
-    plan = Plan(block_n=max(1, 2048 // block_e), block_k=0, block_e=block_e, num_warps=4, num_stages=1)
-    plan = _sliced(plan, tokens, -(-4 * chip_of(y).units // batch))
+    block_e = block(width)
+    block_n = max(1, 2048 // block_e)
+    slice_length, slices = cut(tokens, block_n, -(-4 * chip_of(y).units // batch))
     dy = torch.empty_like(y)
-    partial = y.new_empty((batch * plan.slices, 3, width), dtype=torch.float32)
-    _launch(
-        patch_embed_norm_bwd_kernel, batch * plan.slices,
-        dtokens, y, _optional(norm_weight), dy, partial, *dtokens.stride(), tokens, dtokens.shape[1] - tokens,
-        plan.slice_length, plan.slices, eps,
-        E=width, NORM=norm, BLOCK_N=plan.block_n, BLOCK_E=block_e, num_warps=4 if block_e <= 1024 else 8,
-    )  # fmt: skip
+    partial = y.new_empty((batch * slices, 3, width), dtype=torch.float32)
+    tensors = (dtokens, y, _optional(norm_weight), dy, partial)
+    sizes = (*dtokens.stride(), tokens, dtokens.shape[1] - tokens, slice_length, slices, eps)
+    constants = Meta(E=width, NORM=norm, BLOCK_N=block_n, BLOCK_E=block_e)
+    launch = {"META": constexprs(constants), "num_warps": _warps(block_e)}
+    patch_embed_norm_bwd_kernel[(batch * slices,)](*tensors, *sizes, **launch)
     return dy, partial.sum(0)
 
 
@@ -339,14 +293,13 @@ def _dweight(
     patch = channels * math.prod(kernel)
     partial = weight.new_empty((batch * plan.slices, patch, width), dtype=torch.float32)
     programs = _k_blocks(channels, math.prod(kernel), plan.block_k) * -(-width // plan.block_e)
-    _launch(
-        patch_embed_dw_kernel, batch * plan.slices * programs,
-        x, _device_coefficients(tuple(coefficients), x.device) if coefficients else None, dy, partial,
-        *strides, *geometry.size, *geometry.grid, *dy_strides, offset, plan.slice_length, plan.slices,
-        C=channels, E=width, **_model(geometry, _padded(geometry), "DY_"), **layout, MODE=mode,
-        PADDED=any(geometry.flat_padding), WIDE=is_wide(channels), **dy_layout,
-        PRECISION=_precision(weight), BLOCK_N=plan.block_n, BLOCK_K=plan.block_k, BLOCK_E=plan.block_e, **plan.launch,
-    )  # fmt: skip
+    tensors = (x, _device_coefficients(coefficients, x.device), dy, partial)
+    sizes = (*strides, *geometry.size, *geometry.grid, *dy_strides, offset, plan.slice_length, plan.slices)
+    flags = {"MODE": mode, "BLOCK_E": plan.block_e, **dy_layout, **_product(weight, geometry, plan)}
+    constants = Meta(**_model(geometry, _padded(geometry)), **layout, **flags)
+    patch_embed_dw_kernel[(batch * plan.slices * programs,)](
+        *tensors, *sizes, META=constexprs(constants), **plan.launch
+    )
     total = partial.sum(0).to(weight.dtype)
     if is_wide(channels):
         return total.view(*kernel, channels, width).permute(4, 3, 0, 1, 2).contiguous()
@@ -361,13 +314,12 @@ def _transposed(tokens: Tensor, weight: Tensor, bias: Tensor | None, geometry: G
     strides, layout = _rows(tokens)
     cells = math.prod(-(-(n + p) // s) for n, p, s in zip(geometry.size, padding, geometry.stride, strict=True))
     programs = math.prod(geometry.stride) * -(-cells // plan.block_n) * -(-channels // plan.block_e)
-    _launch(
-        patch_embed_dx_kernel, batch * programs,
-        tokens, weight.permute(2, 3, 4, 0, 1).contiguous(), _optional(bias), out,
-        *strides, offset, *geometry.size, *geometry.grid,
-        C=channels, E=width, **_model(geometry, padding, "DY_"), **layout,
-        PRECISION=_precision(tokens), BLOCK_N=plan.block_n, BLOCK_K=plan.block_k, BLOCK_C=plan.block_e, **plan.launch,
-    )  # fmt: skip
+    tensors = (tokens, weight.permute(2, 3, 4, 0, 1).contiguous(), _optional(bias), out)
+    blocks = {"BLOCK_N": plan.block_n, "BLOCK_K": plan.block_k, "BLOCK_C": plan.block_e}
+    flags = {"PRECISION": precision(tokens), **layout, **blocks}
+    constants = Meta(C=channels, E=width, **_model(geometry, padding), **flags)
+    sizes = (*strides, offset, *geometry.size, *geometry.grid)
+    patch_embed_dx_kernel[(batch * programs,)](*tensors, *sizes, META=constexprs(constants), **plan.launch)
     return out
 
 

@@ -1,8 +1,8 @@
-"""Where patches lie: token grids, centres in millimetres, sizes given in millimetres, intensity windows.
+"""Places of patches: token grids, centres in millimetres, sizes given in millimetres, intensity windows.
 
 Axes are zyx (3D) or yx (2D). Along one axis token i sees the voxels `i * stride - before` to
 `i * stride - before + reach - 1` with `reach = dilation * (kernel - 1) + 1`; voxels past the last whole window are not
-seen unless `padding="cover"` asks for them.
+seen, except with `padding="cover"`.
 """
 
 from __future__ import annotations
@@ -65,10 +65,9 @@ class Geometry:
         """The same patches with a z axis of one voxel in front if there is none."""
         if len(self.size) == 3:
             return self
-        return Geometry(
-            size=(1, *self.size), kernel=(1, *self.kernel), stride=(1, *self.stride), dilation=(1, *self.dilation),
-            padding=((0, 0), *self.padding), grid=(1, *self.grid),
-        )  # fmt: skip
+        names = ("size", "kernel", "stride", "dilation", "grid")
+        flat = {name: (1, *getattr(self, name)) for name in names}
+        return Geometry(**flat, padding=((0, 0), *self.padding))
 
     @property
     def flat_padding(self) -> list[int]:
@@ -181,7 +180,7 @@ def token_centres_mm(
 def token_coverage(
     size: Sequence[int], kernel: PerAxis, *, stride: PerAxis, padding: Padding = 0, dilation: PerAxis = 1
 ) -> Tensor:
-    """Share of each token's patch that lies inside the volume, (N,) float32: mask edge patches by a threshold."""
+    """Share of each token's patch that is inside the volume, (N,) float32: mask edge patches by a threshold."""
     geometry = resolve(size, kernel, stride=stride, padding=padding, dilation=dilation, function="token_coverage")
     share = torch.ones(())
     for axis, tokens in enumerate(geometry.grid):
@@ -195,7 +194,7 @@ def token_coverage(
 def unembed_size(
     grid: Sequence[int], kernel: PerAxis, *, stride: PerAxis, padding: Padding = 0, dilation: PerAxis = 1
 ) -> tuple[int, ...]:
-    """The smallest volume whose token grid is `grid`: what `patch_unembed` returns if no size is asked for."""
+    """The smallest volume whose token grid is `grid`: what `patch_unembed` returns if no size is given."""
     dims, function = len(grid), "unembed_size"
     kernel, stride = _axes("kernel", kernel, dims, 1, function), _axes("stride", stride, dims, 1, function)
     dilation, grid = _axes("dilation", dilation, dims, 1, function), _axes("grid", grid, dims, 1, function)

@@ -17,15 +17,51 @@ Products run on the matrix units in the dtype of the weight (float32 as three tf
 float32. No atomics: equal inputs give equal bits.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 # Sizes and strides of volumes never specialise a kernel: the first call on a new size compiles nothing.
-_RUNTIME = [
-    "x_stride_b", "x_stride_c", "x_stride_z", "x_stride_y", "x_stride_x", "size_z", "size_y", "size_x",
-    "grid_z", "grid_y", "grid_x", "offset", "slice_length", "slices", "rows", "dy_stride_b", "dy_stride_n",
-    "dy_stride_e",
-]  # fmt: skip
+_RUNTIME = [f"{name}_{axis}" for name in ("x_stride", "size", "grid") for axis in "zyx"]
+_RUNTIME += ["x_stride_b", "x_stride_c", "dy_stride_b", "dy_stride_n", "dy_stride_e", "offset", "rows"]
+_RUNTIME += ["slice_length", "slices"]
+
+
+class Meta(NamedTuple):
+    """What a kernel is compiled for: the model, the layout of its input (see `fused`), tiles.
+
+    Kernel K, stride S, padding P and dilation D of each axis.
+    """
+
+    C: int = 0
+    E: int = 0
+    KZ: int = 1
+    KY: int = 1
+    KX: int = 1
+    SZ: int = 1
+    SY: int = 1
+    SX: int = 1
+    PZ: int = 0
+    PY: int = 0
+    PX: int = 0
+    DZ: int = 1
+    DY: int = 1
+    DX: int = 1
+    X_UNIT: str = ""
+    ALIGNMENT: int = 1
+    WINDOWS: int = 1
+    DY_UNIT: bool = False
+    DY_ALIGNMENT: int = 1
+    MODE: str = ""
+    PADDED: bool = False
+    WIDE: bool = False
+    NORM: str = ""
+    PRECISION: str = "ieee"
+    BLOCK_N: int = 0
+    BLOCK_K: int = 0
+    BLOCK_E: int = 0
+    BLOCK_C: int = 0
 
 
 @triton.jit
@@ -48,49 +84,54 @@ def _along_k(v, K_FIRST: tl.constexpr):
 
 
 @triton.jit
-def _gather(
-    X, COEFFICIENTS, origin_z, origin_y, origin_x, n_ok, i, like,
-    x_stride_c, x_stride_z, x_stride_y, x_stride_x, size_z, size_y, size_x,
-    C: tl.constexpr, WINDOWS: tl.constexpr, KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
-    DZ: tl.constexpr, DY: tl.constexpr, DX: tl.constexpr, MODE: tl.constexpr, PADDED: tl.constexpr,
-    WIDE: tl.constexpr, K_FIRST: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+def _origin(n, grid_y, grid_x, META: tl.constexpr):
+    """The first voxel (z, y, x) of the patches of tokens n, in the padded volume."""
+    z = n // (grid_y * grid_x) * META.SZ - META.PZ
+    y = n // grid_x % grid_y * META.SY - META.PY
+    return z, y, n % grid_x * META.SX - META.PX
+
+
+@triton.jit
+def _gather(X, COEFFICIENTS, strides, size, origin, n_ok, i, like, K_FIRST: tl.constexpr, META: tl.constexpr):
     """Tile i of the patches of BLOCK_N tokens, [BLOCK_N, BLOCK_K] in the dtype `like`, padding and windows done.
 
     K_FIRST gives its transpose: neighbouring threads then read along x, else along the patch (channels-last).
     Offsets are 64-bit: each token's part once, each patch element's part once, their sum per element.
     """
-    T: tl.constexpr = KZ * KY * KX
-    offs_k = tl.arange(0, BLOCK_K)
-    if WIDE:
-        C_BLOCKS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
+    x_stride_c, x_stride_z, x_stride_y, x_stride_x = strides
+    size_z, size_y, size_x = size
+    origin_z, origin_y, origin_x = origin
+    T: tl.constexpr = META.KZ * META.KY * META.KX
+    offs_k = tl.arange(0, META.BLOCK_K)
+    if META.WIDE:
+        C_BLOCKS: tl.constexpr = (META.C + META.BLOCK_K - 1) // META.BLOCK_K
         tap = i // C_BLOCKS
-        c = (i % C_BLOCKS) * BLOCK_K + offs_k
-        k_ok = c < C
-        dz = tap // (KY * KX) * DZ + tl.zeros([1], tl.int32)
-        dy = tap // KX % KY * DY + tl.zeros([1], tl.int32)
-        dx = tap % KX * DX + tl.zeros([1], tl.int32)
+        c = (i % C_BLOCKS) * META.BLOCK_K + offs_k
+        k_ok = c < META.C
+        dz = tap // (META.KY * META.KX) * META.DZ + tl.zeros([1], tl.int32)
+        dy = tap // META.KX % META.KY * META.DY + tl.zeros([1], tl.int32)
+        dx = tap % META.KX * META.DX + tl.zeros([1], tl.int32)
     else:
-        k = i * BLOCK_K + offs_k
-        k_ok = k < C * T
+        k = i * META.BLOCK_K + offs_k
+        k_ok = k < META.C * T
         c = k // T
-        dz = k // (KY * KX) % KZ * DZ
-        dy = k // KX % KY * DY
-        dx = k % KX * DX
+        dz = k // (META.KY * META.KX) % META.KZ * META.DZ
+        dy = k // META.KX % META.KY * META.DY
+        dx = k % META.KX * META.DX
     z = _along_n(origin_z, K_FIRST) + _along_k(dz, K_FIRST)
     y = _along_n(origin_y, K_FIRST) + _along_k(dy, K_FIRST)
     x = _along_n(origin_x, K_FIRST) + _along_k(dx, K_FIRST)
     ok = _along_n(n_ok, K_FIRST) & _along_k(k_ok, K_FIRST)
-    if WINDOWS == 1:
+    if META.WINDOWS == 1:
         channel = c.to(tl.int64) * x_stride_c
     else:
-        channel = (c // WINDOWS).to(tl.int64) * x_stride_c
-    if PADDED and MODE != "zeros":
-        z, y, x = _bounded(z, size_z, MODE), _bounded(y, size_y, MODE), _bounded(x, size_x, MODE)
+        channel = (c // META.WINDOWS).to(tl.int64) * x_stride_c
+    if META.PADDED and META.MODE != "zeros":
+        z, y, x = _bounded(z, size_z, META.MODE), _bounded(y, size_y, META.MODE), _bounded(x, size_x, META.MODE)
         place = z.to(tl.int64) * x_stride_z + y.to(tl.int64) * x_stride_y + x.to(tl.int64) * x_stride_x
         pointers = X + (place + _along_k(channel, K_FIRST))
     else:
-        if PADDED:
+        if META.PADDED:
             ok &= (z >= 0) & (z < size_z) & (y >= 0) & (y < size_y) & (x >= 0) & (x < size_x)
         base = (
             origin_z.to(tl.int64) * x_stride_z + origin_y.to(tl.int64) * x_stride_y + origin_x.to(tl.int64) * x_stride_x
@@ -99,7 +140,7 @@ def _gather(
         pointers = X + _along_n(base, K_FIRST) + _along_k(channel + step, K_FIRST)
     voxels = tl.load(pointers, mask=ok, other=0)
     if COEFFICIENTS is not None:
-        at = COEFFICIENTS + c % WINDOWS * 4
+        at = COEFFICIENTS + c % META.WINDOWS * 4
         v = voxels.to(tl.float32) * _along_k(tl.load(at), K_FIRST) + _along_k(tl.load(at + 1), K_FIRST)
         low, high = _along_k(tl.load(at + 2), K_FIRST), _along_k(tl.load(at + 3), K_FIRST)
         v = tl.where(v < low, low, v)  # comparisons keep NaN
@@ -118,7 +159,8 @@ def _normalised(y, e_ok, eps, E: tl.constexpr, NORM: tl.constexpr):
 
 
 @triton.jit
-def _affine(y, NORM_WEIGHT, NORM_BIAS, offs_e, e_ok):
+def _affine(y, AFFINE, offs_e, e_ok):
+    NORM_WEIGHT, NORM_BIAS = AFFINE
     if NORM_WEIGHT is not None:
         y *= tl.load(NORM_WEIGHT + offs_e, mask=e_ok, other=0.0).to(tl.float32)[None, :]
     if NORM_BIAS is not None:
@@ -127,31 +169,25 @@ def _affine(y, NORM_WEIGHT, NORM_BIAS, offs_e, e_ok):
 
 
 @triton.jit
-def _positioned(y, POSITION, POSITION_Y, POSITION_X, n, n_ok, grid_y, grid_x, offs_e, e_ok, E: tl.constexpr):
+def _positioned(y, POSITION, n, n_ok, grid_y, grid_x, offs_e, e_ok, E: tl.constexpr):
     """y plus the position of tokens n: of one table of all tokens, or one table an axis."""
+    TABLE, TABLE_Y, TABLE_X = POSITION
     ok = n_ok[:, None] & e_ok[None, :]
-    if POSITION_Y is not None:
+    if TABLE_Y is not None:
         z, py, px = n // (grid_y * grid_x), n // grid_x % grid_y, n % grid_x
-        y += tl.load(POSITION + z[:, None] * E + offs_e[None, :], mask=ok, other=0.0).to(tl.float32)
-        y += tl.load(POSITION_Y + py[:, None] * E + offs_e[None, :], mask=ok, other=0.0).to(tl.float32)
-        y += tl.load(POSITION_X + px[:, None] * E + offs_e[None, :], mask=ok, other=0.0).to(tl.float32)
-    elif POSITION is not None:
-        rows = POSITION + n.to(tl.int64)[:, None] * E
+        y += tl.load(TABLE + z[:, None] * E + offs_e[None, :], mask=ok, other=0.0).to(tl.float32)
+        y += tl.load(TABLE_Y + py[:, None] * E + offs_e[None, :], mask=ok, other=0.0).to(tl.float32)
+        y += tl.load(TABLE_X + px[:, None] * E + offs_e[None, :], mask=ok, other=0.0).to(tl.float32)
+    elif TABLE is not None:
+        rows = TABLE + n.to(tl.int64)[:, None] * E
         y += tl.load(rows + offs_e[None, :], mask=ok, other=0.0).to(tl.float32)
     return y
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def patch_embed_fwd_kernel(
-    X, COEFFICIENTS, WEIGHT, BIAS, NORM_WEIGHT, NORM_BIAS, POSITION, POSITION_Y, POSITION_X, OUT, Y,
-    x_stride_b, x_stride_c, x_stride_z, x_stride_y, x_stride_x,
-    size_z, size_y, size_x, grid_z, grid_y, grid_x, offset, eps,
-    C: tl.constexpr, E: tl.constexpr, WINDOWS: tl.constexpr,
-    KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr, SZ: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
-    PZ: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, DZ: tl.constexpr, DY: tl.constexpr, DX: tl.constexpr,
-    X_UNIT: tl.constexpr, ALIGNMENT: tl.constexpr, MODE: tl.constexpr, PADDED: tl.constexpr, WIDE: tl.constexpr,
-    NORM: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    X, COEFFICIENTS, WEIGHT, BIAS, AFFINE, POSITION, OUT, Y, x_stride_b, x_stride_c, x_stride_z, x_stride_y, x_stride_x,
+    size_z, size_y, size_x, grid_z, grid_y, grid_x, offset, eps, META: tl.constexpr,
 ):  # fmt: skip
     """tokens_n = norm(bias + sum_k weight_k patch_nk) + position_n for BLOCK_N tokens; y before the norm to Y if given.
 
@@ -159,55 +195,50 @@ def patch_embed_fwd_kernel(
     the axis ('c', 'x', '') whose stride is 1.
     """
     N = grid_z * grid_y * grid_x
-    n_blocks = tl.cdiv(N, BLOCK_N)
-    E_BLOCKS: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
+    n_blocks = tl.cdiv(N, META.BLOCK_N)
+    E_BLOCKS: tl.constexpr = (META.E + META.BLOCK_E - 1) // META.BLOCK_E
     pid = tl.program_id(0)
-    offs_e = pid % E_BLOCKS * BLOCK_E + tl.arange(0, BLOCK_E)
-    n = pid // E_BLOCKS % n_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_e = pid % E_BLOCKS * META.BLOCK_E + tl.arange(0, META.BLOCK_E)
+    n = pid // E_BLOCKS % n_blocks * META.BLOCK_N + tl.arange(0, META.BLOCK_N)
     b = (pid // (E_BLOCKS * n_blocks)).to(tl.int64)
-    n_ok, e_ok = n < N, offs_e < E
-    x_stride_c, x_stride_z, x_stride_y, x_stride_x = _strides(
-        x_stride_c, x_stride_z, x_stride_y, x_stride_x, X_UNIT, ALIGNMENT
-    )
-    X += b * x_stride_b * ALIGNMENT
-    origin_z = n // (grid_y * grid_x) * SZ - PZ
-    origin_y = n // grid_x % grid_y * SY - PY
-    origin_x = n % grid_x * SX - PX
+    n_ok, e_ok = n < N, offs_e < META.E
+    strides = _strides(x_stride_c, x_stride_z, x_stride_y, x_stride_x, META.X_UNIT, META.ALIGNMENT)
+    size = (size_z, size_y, size_x)
+    X += b * x_stride_b * META.ALIGNMENT
+    origin = _origin(n, grid_y, grid_x, META)
 
-    K: tl.constexpr = C * KZ * KY * KX
-    C_BLOCKS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
-    STEPS: tl.constexpr = KZ * KY * KX * C_BLOCKS if WIDE else (K + BLOCK_K - 1) // BLOCK_K
-    K_FIRST: tl.constexpr = X_UNIT != "c"
-    acc = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
+    K: tl.constexpr = META.C * META.KZ * META.KY * META.KX
+    C_BLOCKS: tl.constexpr = (META.C + META.BLOCK_K - 1) // META.BLOCK_K
+    STEPS: tl.constexpr = (
+        META.KZ * META.KY * META.KX * C_BLOCKS if META.WIDE else (K + META.BLOCK_K - 1) // META.BLOCK_K
+    )
+    K_FIRST: tl.constexpr = META.X_UNIT != "c"
+    acc = tl.zeros([META.BLOCK_N, META.BLOCK_E], tl.float32)
     for i in range(0, STEPS):
-        patches = _gather(
-            X, COEFFICIENTS, origin_z, origin_y, origin_x, n_ok, i, WEIGHT.dtype.element_ty,
-            x_stride_c, x_stride_z, x_stride_y, x_stride_x, size_z, size_y, size_x,
-            C, WINDOWS, KZ, KY, KX, DZ, DY, DX, MODE, PADDED, WIDE, K_FIRST, BLOCK_K,
-        )  # fmt: skip
-        if WIDE:
-            c = i % C_BLOCKS * BLOCK_K + tl.arange(0, BLOCK_K)  # pyright: ignore[reportOperatorIssue]
-            k, k_ok = i // C_BLOCKS * C + c, c < C
+        patches = _gather(X, COEFFICIENTS, strides, size, origin, n_ok, i, WEIGHT.dtype.element_ty, K_FIRST, META)
+        if META.WIDE:
+            c = i % C_BLOCKS * META.BLOCK_K + tl.arange(0, META.BLOCK_K)  # pyright: ignore[reportOperatorIssue]
+            k, k_ok = i // C_BLOCKS * META.C + c, c < META.C
         else:
-            k = i * BLOCK_K + tl.arange(0, BLOCK_K)
+            k = i * META.BLOCK_K + tl.arange(0, META.BLOCK_K)
             k_ok = k < K
-        weight = tl.load(WEIGHT + k[:, None] * E + offs_e[None, :], mask=k_ok[:, None] & e_ok[None, :], other=0.0)
+        weight = tl.load(WEIGHT + k[:, None] * META.E + offs_e[None, :], mask=k_ok[:, None] & e_ok[None, :], other=0.0)
         if K_FIRST:
             patches = tl.trans(patches)
-        acc = tl.dot(patches, weight, acc, input_precision=PRECISION)
+        acc = tl.dot(patches, weight, acc, input_precision=META.PRECISION)
 
     if BIAS is not None:
         acc += tl.load(BIAS + offs_e, mask=e_ok, other=0.0).to(tl.float32)[None, :]
     ok = n_ok[:, None] & e_ok[None, :]
     if Y is not None:
-        rows = (b * N + n)[:, None] * E
+        rows = (b * N + n)[:, None] * META.E
         tl.store(Y + rows + offs_e[None, :], acc.to(Y.dtype.element_ty), mask=ok)
     if OUT is not None:
-        if NORM != "":
-            acc, _ = _normalised(acc, e_ok, eps, E, NORM)
-            acc = _affine(acc, NORM_WEIGHT, NORM_BIAS, offs_e, e_ok)
-        acc = _positioned(acc, POSITION, POSITION_Y, POSITION_X, n, n_ok, grid_y, grid_x, offs_e, e_ok, E)
-        rows = (b * (N + offset) + offset + n)[:, None] * E
+        if META.NORM != "":
+            acc, _ = _normalised(acc, e_ok, eps, META.E, META.NORM)
+            acc = _affine(acc, AFFINE, offs_e, e_ok)
+        acc = _positioned(acc, POSITION, n, n_ok, grid_y, grid_x, offs_e, e_ok, META.E)
+        rows = (b * (N + offset) + offset + n)[:, None] * META.E
         tl.store(OUT + rows + offs_e[None, :], acc.to(OUT.dtype.element_ty), mask=ok)
 
 
@@ -222,31 +253,28 @@ def _strides(c, z, y, x, X_UNIT: tl.constexpr, ALIGNMENT: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
-def patch_embed_norm_kernel(
-    Y, NORM_WEIGHT, NORM_BIAS, POSITION, POSITION_Y, POSITION_X, OUT, grid_z, grid_y, grid_x, offset, eps,
-    E: tl.constexpr, NORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
+def patch_embed_norm_kernel(Y, AFFINE, POSITION, OUT, grid_z, grid_y, grid_x, offset, eps, META: tl.constexpr):
     """tokens_n = norm(y_n) + position_n for BLOCK_N tokens."""
     N = grid_z * grid_y * grid_x
-    n_blocks = tl.cdiv(N, BLOCK_N)
+    n_blocks = tl.cdiv(N, META.BLOCK_N)
     pid = tl.program_id(0)
-    n = pid % n_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = pid % n_blocks * META.BLOCK_N + tl.arange(0, META.BLOCK_N)
     b = (pid // n_blocks).to(tl.int64)
-    offs_e = tl.arange(0, BLOCK_E)
-    n_ok, e_ok = n < N, offs_e < E
+    offs_e = tl.arange(0, META.BLOCK_E)
+    n_ok, e_ok = n < N, offs_e < META.E
     ok = n_ok[:, None] & e_ok[None, :]
-    y = tl.load(Y + (b * N + n)[:, None] * E + offs_e[None, :], mask=ok, other=0.0).to(tl.float32)
-    y, _ = _normalised(y, e_ok, eps, E, NORM)
-    y = _affine(y, NORM_WEIGHT, NORM_BIAS, offs_e, e_ok)
-    y = _positioned(y, POSITION, POSITION_Y, POSITION_X, n, n_ok, grid_y, grid_x, offs_e, e_ok, E)
-    rows = (b * (N + offset) + offset + n)[:, None] * E
+    y = tl.load(Y + (b * N + n)[:, None] * META.E + offs_e[None, :], mask=ok, other=0.0).to(tl.float32)
+    y, _ = _normalised(y, e_ok, eps, META.E, META.NORM)
+    y = _affine(y, AFFINE, offs_e, e_ok)
+    y = _positioned(y, POSITION, n, n_ok, grid_y, grid_x, offs_e, e_ok, META.E)
+    rows = (b * (N + offset) + offset + n)[:, None] * META.E
     tl.store(OUT + rows + offs_e[None, :], y.to(OUT.dtype.element_ty), mask=ok)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def patch_embed_norm_bwd_kernel(
     DTOKENS, Y, NORM_WEIGHT, DY, PARTIAL, dy_stride_b, dy_stride_n, dy_stride_e, rows, offset, slice_length, slices,
-    eps, E: tl.constexpr, NORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    eps, META: tl.constexpr,
 ):  # fmt: skip
     """dy = (g - xhat mean(g xhat) [- mean(g)]) / sigma with g = dtokens norm_weight, over one slice of one sample.
 
@@ -257,160 +285,148 @@ def patch_embed_norm_bwd_kernel(
     b = (pid // slices).to(tl.int64)
     start = pid % slices * slice_length
     end = tl.minimum(start + slice_length, rows)
-    offs_e = tl.arange(0, BLOCK_E)
-    e_ok = offs_e < E
+    offs_e = tl.arange(0, META.BLOCK_E)
+    e_ok = offs_e < META.E
     DTOKENS += b * dy_stride_b
-    dweight = tl.zeros([BLOCK_E], tl.float32)
-    dbias = tl.zeros([BLOCK_E], tl.float32)
-    dy_sum = tl.zeros([BLOCK_E], tl.float32)
-    for n0 in range(start, end, BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)
+    dweight = tl.zeros([META.BLOCK_E], tl.float32)
+    dbias = tl.zeros([META.BLOCK_E], tl.float32)
+    dy_sum = tl.zeros([META.BLOCK_E], tl.float32)
+    for n0 in range(start, end, META.BLOCK_N):
+        n = n0 + tl.arange(0, META.BLOCK_N)
         ok = (n < end)[:, None] & e_ok[None, :]
-        at = (b * rows + n)[:, None] * E + offs_e[None, :]
+        at = (b * rows + n)[:, None] * META.E + offs_e[None, :]
         y = tl.load(Y + at, mask=ok, other=0.0).to(tl.float32)
-        y, scale = _normalised(y, e_ok, eps, E, NORM)
+        y, scale = _normalised(y, e_ok, eps, META.E, META.NORM)
         place = (n + offset).to(tl.int64)[:, None] * dy_stride_n + offs_e.to(tl.int64)[None, :] * dy_stride_e
         g = tl.load(DTOKENS + place, mask=ok, other=0.0).to(tl.float32)
         dweight += tl.sum(g * y, 0)
         dbias += tl.sum(g, 0)
-        g = _affine(g, NORM_WEIGHT, None, offs_e, e_ok)
-        dy = g - y * (tl.sum(g * y, 1) / E)[:, None]
-        if NORM == "layer":
-            dy -= (tl.sum(g, 1) / E)[:, None]
+        g = _affine(g, (NORM_WEIGHT, None), offs_e, e_ok)
+        dy = g - y * (tl.sum(g * y, 1) / META.E)[:, None]
+        if META.NORM == "layer":
+            dy -= (tl.sum(g, 1) / META.E)[:, None]
         dy = tl.where(ok, dy * scale[:, None], 0.0)
         dy_sum += tl.sum(dy, 0)
         tl.store(DY + at, dy.to(DY.dtype.element_ty), mask=ok)
-    part = PARTIAL + pid.to(tl.int64) * 3 * E
+    part = PARTIAL + pid.to(tl.int64) * 3 * META.E
     tl.store(part + offs_e, dweight, mask=e_ok)
-    tl.store(part + E + offs_e, dbias, mask=e_ok)
-    tl.store(part + 2 * E + offs_e, dy_sum, mask=e_ok)
+    tl.store(part + META.E + offs_e, dbias, mask=e_ok)
+    tl.store(part + 2 * META.E + offs_e, dy_sum, mask=e_ok)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def patch_embed_dw_kernel(
-    X, COEFFICIENTS, DY, PARTIAL, x_stride_b, x_stride_c, x_stride_z, x_stride_y, x_stride_x,
-    size_z, size_y, size_x, grid_z, grid_y, grid_x, dy_stride_b, dy_stride_n, dy_stride_e, offset, slice_length, slices,
-    C: tl.constexpr, E: tl.constexpr, WINDOWS: tl.constexpr,
-    KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr, SZ: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
-    PZ: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, DZ: tl.constexpr, DY_: tl.constexpr, DX: tl.constexpr,
-    X_UNIT: tl.constexpr, ALIGNMENT: tl.constexpr, MODE: tl.constexpr, PADDED: tl.constexpr, WIDE: tl.constexpr,
-    DY_UNIT: tl.constexpr, DY_ALIGNMENT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    X, COEFFICIENTS, DY, PARTIAL, x_stride_b, x_stride_c, x_stride_z, x_stride_y, x_stride_x, size_z, size_y, size_x,
+    grid_z, grid_y, grid_x, dy_stride_b, dy_stride_n, dy_stride_e, offset, slice_length, slices, META: tl.constexpr,
 ):  # fmt: skip
     """PARTIAL (samples * slices, patch elements, E): sum over a slice of the tokens of patch_nk dy_n.
 
     Strides of X and DY come divided by their alignments.
     """
     N = grid_z * grid_y * grid_x
-    C_BLOCKS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
-    K: tl.constexpr = C * KZ * KY * KX
-    K_BLOCKS: tl.constexpr = KZ * KY * KX * C_BLOCKS if WIDE else (K + BLOCK_K - 1) // BLOCK_K
-    E_BLOCKS: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
+    C_BLOCKS: tl.constexpr = (META.C + META.BLOCK_K - 1) // META.BLOCK_K
+    K: tl.constexpr = META.C * META.KZ * META.KY * META.KX
+    K_BLOCKS: tl.constexpr = (
+        META.KZ * META.KY * META.KX * C_BLOCKS if META.WIDE else (K + META.BLOCK_K - 1) // META.BLOCK_K
+    )
+    E_BLOCKS: tl.constexpr = (META.E + META.BLOCK_E - 1) // META.BLOCK_E
     pid = tl.program_id(0)
     i = pid % K_BLOCKS
-    offs_e = pid // K_BLOCKS % E_BLOCKS * BLOCK_E + tl.arange(0, BLOCK_E)
+    offs_e = pid // K_BLOCKS % E_BLOCKS * META.BLOCK_E + tl.arange(0, META.BLOCK_E)
     part = pid // (K_BLOCKS * E_BLOCKS)
     b = (part // slices).to(tl.int64)
     start = part % slices * slice_length
     end = tl.minimum(start + slice_length, N)
-    e_ok = offs_e < E
-    x_stride_c, x_stride_z, x_stride_y, x_stride_x = _strides(
-        x_stride_c, x_stride_z, x_stride_y, x_stride_x, X_UNIT, ALIGNMENT
-    )
-    X += b * x_stride_b * ALIGNMENT
-    DY += b * dy_stride_b * DY_ALIGNMENT
-    dy_stride_n *= DY_ALIGNMENT
-    if DY_UNIT:
+    e_ok = offs_e < META.E
+    strides = _strides(x_stride_c, x_stride_z, x_stride_y, x_stride_x, META.X_UNIT, META.ALIGNMENT)
+    size = (size_z, size_y, size_x)
+    X += b * x_stride_b * META.ALIGNMENT
+    DY += b * dy_stride_b * META.DY_ALIGNMENT
+    dy_stride_n *= META.DY_ALIGNMENT
+    if META.DY_UNIT:
         dy_stride_e = 1
-    K_FIRST: tl.constexpr = X_UNIT != "c"
-    acc = tl.zeros([BLOCK_K, BLOCK_E], tl.float32)
-    for n0 in range(start, end, BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)
+    K_FIRST: tl.constexpr = META.X_UNIT != "c"
+    acc = tl.zeros([META.BLOCK_K, META.BLOCK_E], tl.float32)
+    for n0 in range(start, end, META.BLOCK_N):
+        n = n0 + tl.arange(0, META.BLOCK_N)
         n_ok = n < end
-        origin_z = n // (grid_y * grid_x) * SZ - PZ
-        origin_y = n // grid_x % grid_y * SY - PY
-        origin_x = n % grid_x * SX - PX
+        origin = _origin(n, grid_y, grid_x, META)
         place = (n + offset).to(tl.int64)[:, None] * dy_stride_n + offs_e[None, :] * dy_stride_e
         dy = tl.load(DY + place, mask=n_ok[:, None] & e_ok[None, :], other=0.0)
-        patches = _gather(
-            X, COEFFICIENTS, origin_z, origin_y, origin_x, n_ok, i, dy.dtype,
-            x_stride_c, x_stride_z, x_stride_y, x_stride_x, size_z, size_y, size_x,
-            C, WINDOWS, KZ, KY, KX, DZ, DY_, DX, MODE, PADDED, WIDE, K_FIRST, BLOCK_K,
-        )  # fmt: skip
+        patches = _gather(X, COEFFICIENTS, strides, size, origin, n_ok, i, dy.dtype, K_FIRST, META)
         if not K_FIRST:
             patches = tl.trans(patches)
-        acc = tl.dot(patches, dy, acc, input_precision=PRECISION)
-    if WIDE:
-        c = i % C_BLOCKS * BLOCK_K + tl.arange(0, BLOCK_K)
-        k, k_ok = i // C_BLOCKS * C + c, c < C
+        acc = tl.dot(patches, dy, acc, input_precision=META.PRECISION)
+    if META.WIDE:
+        c = i % C_BLOCKS * META.BLOCK_K + tl.arange(0, META.BLOCK_K)
+        k, k_ok = i // C_BLOCKS * META.C + c, c < META.C
     else:
-        k = i * BLOCK_K + tl.arange(0, BLOCK_K)
+        k = i * META.BLOCK_K + tl.arange(0, META.BLOCK_K)
         k_ok = k < K
-    rows = PARTIAL + part.to(tl.int64) * K * E
-    tl.store(rows + k[:, None] * E + offs_e[None, :], acc, mask=k_ok[:, None] & e_ok[None, :])
+    rows = PARTIAL + part.to(tl.int64) * K * META.E
+    tl.store(rows + k[:, None] * META.E + offs_e[None, :], acc, mask=k_ok[:, None] & e_ok[None, :])
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def patch_embed_dx_kernel(
-    DY, WEIGHT, BIAS, DX_OUT, dy_stride_b, dy_stride_n, dy_stride_e, offset,
-    size_z, size_y, size_x, grid_z, grid_y, grid_x,
-    C: tl.constexpr, E: tl.constexpr,
-    KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr, SZ: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
-    PZ: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, DZ: tl.constexpr, DY_: tl.constexpr, DX: tl.constexpr,
-    DY_UNIT: tl.constexpr, DY_ALIGNMENT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    DY, WEIGHT, BIAS, DX_OUT, dy_stride_b, dy_stride_n, dy_stride_e, offset, size_z, size_y, size_x, grid_z, grid_y,
+    grid_x, META: tl.constexpr,
 ):  # fmt: skip
     """dx_{c, v} = bias_c + sum of weight_{c, tap} dy_n over the taps and tokens n that see v; DX_OUT is contiguous.
 
     The voxels of a program share v + padding modulo the stride, so a tap meets all of them or none: no tap is
     computed in vain. WEIGHT is (taps, E, C). Strides of DY come divided by DY_ALIGNMENT.
     """
-    C_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    cells_z, cells_y, cells_x = tl.cdiv(size_z + PZ, SZ), tl.cdiv(size_y + PY, SY), tl.cdiv(size_x + PX, SX)
+    C_BLOCKS: tl.constexpr = (META.C + META.BLOCK_C - 1) // META.BLOCK_C
+    cells_z, cells_y, cells_x = (
+        tl.cdiv(size_z + META.PZ, META.SZ),
+        tl.cdiv(size_y + META.PY, META.SY),
+        tl.cdiv(size_x + META.PX, META.SX),
+    )
     cells = cells_z * cells_y * cells_x
-    blocks = tl.cdiv(cells, BLOCK_N)
+    blocks = tl.cdiv(cells, META.BLOCK_N)
     pid = tl.program_id(0)
-    c = pid % C_BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
-    residue = pid // C_BLOCKS % (SZ * SY * SX)
-    j = pid // (C_BLOCKS * SZ * SY * SX) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    b = (pid // (C_BLOCKS * SZ * SY * SX * blocks)).to(tl.int64)
-    rz, ry, rx = residue // (SY * SX), residue // SX % SY, residue % SX
+    c = pid % C_BLOCKS * META.BLOCK_C + tl.arange(0, META.BLOCK_C)
+    residue = pid // C_BLOCKS % (META.SZ * META.SY * META.SX)
+    j = pid // (C_BLOCKS * META.SZ * META.SY * META.SX) % blocks * META.BLOCK_N + tl.arange(0, META.BLOCK_N)
+    b = (pid // (C_BLOCKS * META.SZ * META.SY * META.SX * blocks)).to(tl.int64)
+    rz, ry, rx = residue // (META.SY * META.SX), residue // META.SX % META.SY, residue % META.SX
     # the cell of a voxel is (v + padding) // stride, its residue the rest
     qz, qy, qx = j // (cells_y * cells_x), j // cells_x % cells_y, j % cells_x
-    vz, vy, vx = qz * SZ + rz - PZ, qy * SY + ry - PY, qx * SX + rx - PX
+    vz, vy, vx = qz * META.SZ + rz - META.PZ, qy * META.SY + ry - META.PY, qx * META.SX + rx - META.PX
     v_ok = (j < cells) & (vz >= 0) & (vz < size_z) & (vy >= 0) & (vy < size_y) & (vx >= 0) & (vx < size_x)
-    c_ok = c < C
-    DY += b * dy_stride_b * DY_ALIGNMENT
-    dy_stride_n *= DY_ALIGNMENT
-    if DY_UNIT:
+    c_ok = c < META.C
+    DY += b * dy_stride_b * META.DY_ALIGNMENT
+    dy_stride_n *= META.DY_ALIGNMENT
+    if META.DY_UNIT:
         dy_stride_e = 1
-    E_STEPS: tl.constexpr = (E + BLOCK_K - 1) // BLOCK_K
-    acc = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-    for tap in range(0, KZ * KY * KX):
+    E_STEPS: tl.constexpr = (META.E + META.BLOCK_K - 1) // META.BLOCK_K
+    acc = tl.zeros([META.BLOCK_N, META.BLOCK_C], tl.float32)
+    for tap in range(0, META.KZ * META.KY * META.KX):
         # v + padding = token * stride + k * dilation, the first term a multiple of the stride
-        fz = rz - tap // (KY * KX) * DZ
-        fy = ry - tap // KX % KY * DY_
-        fx = rx - tap % KX * DX  # pyright: ignore[reportOperatorIssue]
-        if (fz % SZ == 0) & (fy % SY == 0) & (fx % SX == 0):
+        fz = rz - tap // (META.KY * META.KX) * META.DZ
+        fy = ry - tap // META.KX % META.KY * META.DY
+        fx = rx - tap % META.KX * META.DX  # pyright: ignore[reportOperatorIssue]
+        if (fz % META.SZ == 0) & (fy % META.SY == 0) & (fx % META.SX == 0):
             # exact divisions, so that rounding towards zero or down is the same
-            nz, ny, nx = qz + fz // SZ, qy + fy // SY, qx + fx // SX
+            nz, ny, nx = qz + fz // META.SZ, qy + fy // META.SY, qx + fx // META.SX
             n_ok = v_ok & (nz >= 0) & (nz < grid_z) & (ny >= 0) & (ny < grid_y) & (nx >= 0) & (nx < grid_x)
             n = (nz * grid_y + ny) * grid_x + nx + offset
             for step in range(0, E_STEPS):
-                e = step * BLOCK_K + tl.arange(0, BLOCK_K)
-                e_ok = e < E
+                e = step * META.BLOCK_K + tl.arange(0, META.BLOCK_K)
+                e_ok = e < META.E
                 place = n.to(tl.int64)[:, None] * dy_stride_n + e[None, :] * dy_stride_e
                 dy = tl.load(DY + place, mask=n_ok[:, None] & e_ok[None, :], other=0.0)
-                rows = WEIGHT + (tap * E + e)[:, None] * C
+                rows = WEIGHT + (tap * META.E + e)[:, None] * META.C
                 weight = tl.load(rows + c[None, :], mask=e_ok[:, None] & c_ok[None, :], other=0.0)
-                acc = tl.dot(dy, weight, acc, input_precision=PRECISION)
+                acc = tl.dot(dy, weight, acc, input_precision=META.PRECISION)
     if BIAS is not None:
         acc += tl.load(BIAS + c, mask=c_ok, other=0.0).to(tl.float32)[None, :]
     volume = size_z.to(tl.int64) * size_y * size_x
     voxel = (vz.to(tl.int64) * size_y + vy) * size_x + vx
-    place = (b * C + c)[None, :] * volume + voxel[:, None]
+    place = (b * META.C + c)[None, :] * volume + voxel[:, None]
     tl.store(DX_OUT + place, acc.to(DX_OUT.dtype.element_ty), mask=v_ok[:, None] & c_ok[None, :])
 
 
 # Inside a kernel Triton's language, not Python's, gives operators, calls and indexing their types.
-# pyright: reportOperatorIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false

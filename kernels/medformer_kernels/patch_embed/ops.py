@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from medformer_kernels._dispatch import chip_of, resolve_backend
+from medformer_kernels._operators import operator
 from medformer_kernels.patch_embed import paths
 from medformer_kernels.patch_embed.choice import choose
 from medformer_kernels.patch_embed.geometry import Geometry
@@ -38,10 +39,8 @@ def resolved(path: str, weight: Tensor, geometry: Geometry) -> str:
         return path
     width, channels = weight.shape[:2]
     backend = resolve_backend("patch_embed", "auto", weight)
-    return choose(
-        geometry, channels=channels, width=width, dtype=weight.dtype, raw=False, device=device_name(weight),
-        backend="auto" if backend == "triton" else "torch",
-    ).path  # fmt: skip
+    model = {"channels": channels, "width": width, "dtype": weight.dtype, "device": device_name(weight)}
+    return choose(geometry, **model, raw=False, backend="auto" if backend == "triton" else "torch").path
 
 
 def _geometry(
@@ -59,7 +58,20 @@ def _geometry(
     )
 
 
-@torch.library.custom_op("medformer::patch_embed", mutates_args=())
+def _embed_fake(
+    x, weight, bias, norm_weight, norm_bias, position, position_y, position_x, prefix, coefficients, stride, padding,
+    dilation, mode, norm, eps, save, path,
+):  # fmt: skip
+    geometry = _geometry(x.shape[2:], weight, stride, padding, dilation)
+    tokens = geometry.tokens
+    offset = 0 if prefix is None else prefix.shape[0]
+    return (
+        weight.new_empty((x.shape[0], offset + tokens, weight.shape[0])),
+        weight.new_empty((x.shape[0], tokens, weight.shape[0]) if save else (0,)),
+    )
+
+
+@operator("patch_embed", _embed_fake, public="patch_embed", samples=("x",))
 def patch_embed(
     x: Tensor,
     weight: Tensor,
@@ -83,27 +95,31 @@ def patch_embed(
     """(tokens (B, prefix + N, E), y (B, N, E) before the norm if `save`, else empty), in the dtype of `weight`."""
     geometry = _geometry(x.shape[2:], weight, stride, padding, dilation)
     path = resolved(path, weight, geometry)
-    return _implementation(path).forward(
-        x, weight, bias, norm_weight, norm_bias, (position, position_y, position_x), prefix, coefficients, geometry,
-        mode, norm, eps, save, path,
-    )  # fmt: skip
+    tables, how = (position, position_y, position_x), (geometry, mode, norm, eps, save, path)
+    forward = _implementation(path).forward
+    return forward(x, weight, bias, norm_weight, norm_bias, tables, prefix, coefficients, *how)
 
 
-@patch_embed.register_fake
-def _(
-    x, weight, bias, norm_weight, norm_bias, position, position_y, position_x, prefix, coefficients, stride, padding,
-    dilation, mode, norm, eps, save, path,
-):  # fmt: skip
-    geometry = _geometry(x.shape[2:], weight, stride, padding, dilation)
-    tokens = geometry.tokens
-    offset = 0 if prefix is None else prefix.shape[0]
+def _embed_backward_fake(
+    dtokens, x, weight, y, norm_weight, coefficients, stride, padding, dilation, mode, norm, eps, needs, path
+):
+    width = weight.shape[0]
     return (
-        weight.new_empty((x.shape[0], offset + tokens, weight.shape[0])),
-        weight.new_empty((x.shape[0], tokens, weight.shape[0]) if save else (0,)),
+        x.new_empty(x.shape if needs[0] else (0,)),
+        weight.new_empty(weight.shape if needs[1] else (0,)),
+        *(weight.new_empty(width if need else 0) for need in needs[2:]),
     )
 
 
-@torch.library.custom_op("medformer::patch_embed_backward", mutates_args=())
+@operator(
+    "patch_embed_backward",
+    _embed_backward_fake,
+    public="patch_embed or patch_unembed",
+    gradient=True,
+    definition="patch_embed_reference or patch_unembed_reference",
+    samples=("dtokens", "x", "y"),
+    per_sample=lambda call: any(call["needs"][1:]),
+)
 def patch_embed_backward(
     dtokens: Tensor,
     x: Tensor,
@@ -132,16 +148,6 @@ def patch_embed_backward(
     )
 
 
-@patch_embed_backward.register_fake
-def _(dtokens, x, weight, y, norm_weight, coefficients, stride, padding, dilation, mode, norm, eps, needs, path):
-    width = weight.shape[0]
-    return (
-        x.new_empty(x.shape if needs[0] else (0,)),
-        weight.new_empty(weight.shape if needs[1] else (0,)),
-        *(weight.new_empty(width if need else 0) for need in needs[2:]),
-    )
-
-
 def _setup(ctx, inputs, output):
     (
         x, weight, _, norm_weight, norm_bias, position, position_y, position_x, prefix, ctx.coefficients, ctx.stride,
@@ -162,10 +168,21 @@ def _autograd(ctx, dtokens, _):
     needs = list(ctx.needs_input_grad[:5])
     gradients: list[Tensor | None] = [None] * 5
     if any(needs):
+        geometry = (ctx.stride, ctx.padding, ctx.dilation)
         results = patch_embed_backward(
-            dtokens, x, weight, y, norm_weight, ctx.coefficients, ctx.stride, ctx.padding, ctx.dilation, ctx.mode,
-            ctx.norm, ctx.eps, needs, ctx.path,
-        )  # fmt: skip
+            dtokens,
+            x,
+            weight,
+            y,
+            norm_weight,
+            ctx.coefficients,
+            *geometry,
+            ctx.mode,
+            ctx.norm,
+            ctx.eps,
+            needs,
+            ctx.path,
+        )
         gradients = [g if need else None for g, need in zip(results, needs, strict=True)]
         for i, dtype in enumerate(ctx.norm_dtypes, start=3):
             gradient = gradients[i]
@@ -190,7 +207,11 @@ def _autograd(ctx, dtokens, _):
 patch_embed.register_autograd(_autograd, setup_context=_setup)
 
 
-@torch.library.custom_op("medformer::patch_unembed", mutates_args=())
+def _unembed_fake(tokens, weight, bias, size, stride, padding, dilation, path):
+    return tokens.new_empty((tokens.shape[0], weight.shape[1], *size))
+
+
+@operator("patch_unembed", _unembed_fake, public="patch_unembed", samples=("tokens",))
 def patch_unembed(
     tokens: Tensor,
     weight: Tensor,
@@ -205,11 +226,6 @@ def patch_unembed(
     geometry = _geometry(size, weight, stride, padding, dilation)
     path = resolved(path, weight, geometry)
     return _implementation(path).unembed(tokens, weight, bias, geometry, path)
-
-
-@patch_unembed.register_fake
-def _(tokens, weight, bias, size, stride, padding, dilation, path):
-    return tokens.new_empty((tokens.shape[0], weight.shape[1], *size))
 
 
 def _setup_unembed(ctx, inputs, output):
@@ -233,13 +249,3 @@ def _unembed_autograd(ctx, dout):
 
 
 patch_unembed.register_autograd(_unembed_autograd, setup_context=_setup_unembed)
-
-
-def _refuse_double_backward(ctx, *_):
-    raise RuntimeError(
-        "patch_embed: double backward is not implemented; use patch_embed_reference, or torch.no_grad around the "
-        "first gradient"
-    )
-
-
-patch_embed_backward.register_autograd(_refuse_double_backward)

@@ -9,29 +9,24 @@ columns        heads wider than a tile, in the kernels of both
 ops            `torch.library` operators over these, with their gradients
 elementwise    ReLU and other features that are no exponentials
 decode         causal, one token at a time     accuracy       FAVOR+ measured against exact attention
+blocks         a state for each block of a token grid, over the operators of `ops`
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from medformer_kernels._dispatch import resolve_backend
+from medformer_kernels._tracing import standard
 from medformer_kernels.performer import elementwise
-from medformer_kernels.performer.accuracy import approximation_error
-from medformer_kernels.performer.arguments import (
-    Feature,
-    boundaries_of,
-    check,
-    documents,
-    shared_heads,
-    two_sided,
-    without_kernel,
-)
-from medformer_kernels.performer.arguments import elementwise as is_elementwise
+from medformer_kernels.performer.arguments import Call, Feature, prepare, without_kernel
+from medformer_kernels.performer.blocks import performer_block_attention, performer_block_attention_reference
 from medformer_kernels.performer.decode import PerformerState, performer_prefill, performer_step
 from medformer_kernels.performer.ops import performer_causal, performer_read, performer_state
 from medformer_kernels.performer.reference import (
@@ -46,11 +41,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PerformerState",
-    "approximation_error",
     "default_num_features",
     "orthogonal_features",
     "performer_attention",
     "performer_attention_reference",
+    "performer_block_attention",
+    "performer_block_attention_reference",
     "performer_features",
     "performer_prefill",
     "performer_step",
@@ -65,7 +61,7 @@ def performer_attention(
     *,
     causal: bool = False,
     key_padding_mask: Bool[Tensor, "B S"] | None = None,
-    cu_seqlens: Int[Tensor, " docs+1"] | None = None,
+    cu_seqlens: Int[Tensor, " docs+1"] | Sequence[int] | None = None,
     feature: Feature = "softmax",
     eps: float = 0.0,
     backend: str = "auto",
@@ -73,7 +69,10 @@ def performer_attention(
     """FAVOR+ attention; features never reach memory, forward or backward.
 
     Args:
-        q: queries; each of the Hkv heads of `k` and `v` serves H / Hkv consecutive heads of `q`.
+        q: queries; each of the Hkv heads of `k` and `v` serves H / Hkv consecutive heads of `q`. Tensors in
+            (B, tokens, H, width) order raise an error where shapes show it: the heads of q are the tokens of k and its
+            tokens the heads of k, or an omega for each head, the mask or `cu_seqlens` do not fit. All three alike, with
+            one omega for all heads, do not show it.
         k: keys.
         v: values, whose width may differ.
         omega: random features (`orthogonal_features`), shared by all heads or for each head: of `q`, or of `k` and
@@ -82,8 +81,8 @@ def performer_attention(
         causal: query i reads keys 0 to i only; needs N = S and, for exponential features, eps = 0.
         key_padding_mask: any pattern, True = a real key. A query without one gives 0.
         cu_seqlens: boundaries of documents laid end to end along the tokens, 0 first and N last: none reads another.
-            Their lengths are read on the host. The kernels run them side by side (with `eps`, and in PyTorch, one
-            after the other).
+            A tensor is read on the host, which waits for its device; a list or tuple of int is not. The kernels run
+            them side by side (with `eps`, and in PyTorch, one after the other).
         feature: 'softmax' (positive features); 'hyperbolic' (those of omega and of -omega: lower variance, twice
             the cost); 'relu', or a function of each value of omega x', both plus `eps`.
         eps: added to every feature.
@@ -93,67 +92,43 @@ def performer_attention(
     Raises:
         ValueError: an argument does not fit the others, or `backend` cannot run.
     """
-    check(
-        q, k, v, omega, causal=causal, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens, feature=feature,
-        eps=eps,
+    call = prepare(
+        "performer_attention", q, k, v, omega, causal=causal, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens,
+        feature=feature, eps=eps,
     )  # fmt: skip
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    backend = resolve_backend("performer_attention", backend, q, without_kernel(q, v, omega, causal, feature))
-    omega = two_sided(omega, feature)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        if is_elementwise(feature):
-            function = feature if callable(feature) else torch.relu
-            k, v, omega_q, _ = shared_heads(q, k, v, omega, repeat_keys=True)
-            return elementwise.attention(
-                q, k, v, omega_q, function, causal=causal, key_padding_mask=mask, eps=eps
-            )  # fmt: skip
-        return _bidirectional(q, k, v, omega, mask, eps, backend, None)
-
+        call = replace(call, q=q.to(dtype), k=k.to(dtype), v=v.to(dtype))
+    if standard():
+        return performer_attention_reference(
+            call.q, call.k, call.v, omega, causal=causal, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens,
+            feature=feature, eps=eps,
+        )  # fmt: skip
+    unsupported = without_kernel(call.q, call.v, call.omega, causal, feature)
+    backend = resolve_backend("performer_attention", backend, call.q, unsupported)
     # The dtype is settled: inside, autocast would round float32 states and exponents again.
     with torch.autocast(q.device.type, enabled=False):
-        if causal and not is_elementwise(feature):
-            boundaries = boundaries_of(cu_seqlens, q.shape[2])
-            return performer_causal(
-                q, k, v, _omega_of_queries(q, omega), key_padding_mask, boundaries, backend
-            )[0]  # fmt: skip
-        if cu_seqlens is None:
-            return attend(q, k, v, key_padding_mask)
-        if backend == "triton" and eps == 0:
-            boundaries = boundaries_of(cu_seqlens, q.shape[2])
-            return _bidirectional(q, k, v, omega, key_padding_mask, eps, backend, boundaries)
-        parts = documents(cu_seqlens, q, k, v, key_padding_mask)
-        return torch.cat([attend(*part) for part in parts], 2) if parts else q.new_zeros((*q.shape[:3], v.shape[-1]))
+        if causal and call.function is None:
+            ends = call.ends or [0, q.shape[2]]
+            return performer_causal(call.q, call.k, call.v, call.omega_of_queries, call.mask, ends, backend)[0]
+        if call.ends is None or (backend == "triton" and eps == 0):
+            return _attend(call, backend)
+        outs = [_attend(part, backend) for part in call.documents()]
+        return torch.cat(outs, 2) if outs else call.q.new_zeros((*q.shape[:3], v.shape[-1]))
 
 
-def _omega_of_queries(q: Tensor, omega: Tensor) -> Tensor:
-    if omega.ndim == 2 or omega.shape[0] == q.shape[1]:
-        return omega
-    return omega.repeat_interleave(q.shape[1] // omega.shape[0], 0)
-
-
-def _bidirectional(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    omega: Tensor,
-    key_padding_mask: Tensor | None,
-    eps: float,
-    backend: str,
-    boundaries: list[int] | None,
-) -> Tensor:
-    omega_q = _omega_of_queries(q, omega)
-    k, v, omega, groups = shared_heads(q, k, v, omega, repeat_keys=False)
-    values, lse, exponent_max = performer_state(k, v, omega, key_padding_mask, eps > 0, backend, boundaries)
+def _attend(call: Call, backend: str) -> Tensor:
+    if call.function is not None:
+        return elementwise.attention(call)
+    k, v, omega, groups = call.shared_heads(repeat_keys=False)
+    values, lse, exponent_max = performer_state(k, v, omega, call.mask, call.eps > 0, backend, call.ends)
     state = (values, lse)
-    if eps > 0:
-        state = _add_epsilon(v, values, lse, exponent_max, key_padding_mask, eps)
+    if call.eps > 0:
+        state = _add_epsilon(v, values, lse, exponent_max, call.mask, call.eps)
     if groups > 1:
         state = tuple(x.repeat_interleave(groups, 1) for x in state)
     values, lse, *extra = state
-    return performer_read(q, omega_q, values, lse, *(extra or (None, None)), backend, boundaries)[0]
+    return performer_read(call.q, call.omega_of_queries, values, lse, *(extra or (None, None)), backend, call.ends)[0]
 
 
 def _add_epsilon(

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from medformer_kernels.performer.arguments import check, shared_heads
+from medformer_kernels.performer import performer_attention
+from medformer_kernels.performer.arguments import prepare
 from medformer_kernels.performer.reference import default_num_features, orthogonal_features
 
 if TYPE_CHECKING:
@@ -42,7 +43,6 @@ def approximation_error(
         queries: at most so many queries, spread evenly over all, are compared. The exact side holds queries x S
             weights for each head.
     """
-    from medformer_kernels.performer import performer_attention  # which imports this file
 
     exact_dtype = torch.promote_types(q.dtype, torch.float32)
     for name, number in (("draws", draws), ("queries", queries)):
@@ -56,20 +56,17 @@ def approximation_error(
         ]
     else:
         omegas = [omega]
-    check(
-        q, k, v, omegas[0], causal=causal, key_padding_mask=key_padding_mask, cu_seqlens=None, feature=feature, eps=0.0,
-        function="approximation_error",
-    )  # fmt: skip
+    arguments = {"causal": causal, "key_padding_mask": key_padding_mask, "feature": feature}
+    prepare("approximation_error", q, k, v, omegas[0], **arguments)
     chosen = torch.linspace(0, q.shape[2] - 1, min(queries, q.shape[2]), device=q.device).round().long()
     with torch.autocast(q.device.type, enabled=False):
         exact = _exact_attention(q, k, v, chosen, causal, key_padding_mask, exact_dtype)
     errors = []
     for drawn in omegas:
-        kwargs = {"causal": causal, "key_padding_mask": key_padding_mask, "feature": feature}
         if causal:
-            out = performer_attention(q, k, v, drawn, **kwargs)[:, :, chosen]
+            out = performer_attention(q, k, v, drawn, **arguments)[:, :, chosen]
         else:
-            out = performer_attention(q[:, :, chosen], k, v, drawn, **kwargs)
+            out = performer_attention(q[:, :, chosen], k, v, drawn, **arguments)
         errors.append((out.to(exact_dtype) - exact).flatten(2).norm(dim=-1))
     return torch.stack(errors).mean(0) / exact.flatten(2).norm(dim=-1)
 
@@ -77,7 +74,7 @@ def approximation_error(
 def _exact_attention(
     q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, causal: bool, key_padding_mask: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    k, v, _, _ = shared_heads(q, k, v, q[0, 0], repeat_keys=True)
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     q, k, v = q[:, :, chosen].to(dtype), k.to(dtype), v.to(dtype)
     scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
     if causal:

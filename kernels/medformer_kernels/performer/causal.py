@@ -162,7 +162,7 @@ def _pairs(
         q_chunk = q[:, :, chunk].to(dtype)
         u, e = q_chunk @ omega_q, columns(k_chunk, half) @ omega_k
         r, t = u.amax(-1, keepdim=True), e.amax(-1, keepdim=True)
-        wide = bool((r - u.amin(-1, keepdim=True)).amax() > _SPAN[dtype])
+        wide = bool((r - u.amin(-1, keepdim=True) > _SPAN[dtype]).any())
         pair_dtype = torch.float64 if wide else dtype
         r, t = r.to(pair_dtype), t.masked_fill_(t == -math.inf, 0).to(pair_dtype)  # -inf: a masked key
         phi_q, phi_k = (u - r).exp2_(), (e - t).exp2_()

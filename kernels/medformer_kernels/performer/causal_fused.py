@@ -2,7 +2,8 @@
 
 Tokens are cut into slices, one program each. Three passes, forward: the state of each slice alone (k, v), of all before
 each (small), and the outputs (q, k, v, out); with a slice for each document, or enough heads to fill the chip, the
-first two fall away. Backward walks twice, in order for dq and in reverse for dk and dv (`costs` counts).
+first two fall away. Backward walks twice, in order for dq and in reverse for dk and dv
+(counted in benchmarks/compile_cases).
 
 Tested in Triton's interpreter (float32, float16) and compiled ahead of time for every tile shipped
 (`benchmarks/compile_report.py`). Not yet run on a GPU.
@@ -22,31 +23,23 @@ import torch
 from torch import Tensor
 
 from medformer_kernels import _dispatch
-from medformer_kernels._dispatch import Chip, Plan, block, chip_of, mask_arguments
+from medformer_kernels._dispatch import AttentionPlan, Chip, block, chip_of
+from medformer_kernels._triton import constexprs, mask_rows, rows
 from medformer_kernels.performer.causal_kernels import (
     performer_causal_dkv_kernel,
     performer_causal_dq_kernel,
     performer_causal_fwd_kernel,
     performer_scan_kernel,
 )
-from medformer_kernels.performer.fused import (
-    Cost,
-    Slices,
-    column_blocks,
-    common,
-    cut,
-    merged_rows,
-    omega_strides,
-    packed,
-)
-from medformer_kernels.performer.kernels import performer_state_fwd_kernel
+from medformer_kernels.performer.fused import Slices, column_blocks, cut, merged_rows, meta, omega_rows, packed
+from medformer_kernels.performer.kernels import Meta, performer_state_fwd_kernel
 
-__all__ = ["backward", "costs", "forward", "launch_plan"]
+__all__ = ["backward", "forward", "launch_plan"]
 
 
 def launch_plan(
     kernel: str, *, chip: Chip, num_features: int, width: int, itemsize: int, tokens: int, batch_heads: int
-) -> Plan:
+) -> AttentionPlan:
     """How `kernel` ('causal_fwd', 'causal_dq', 'causal_dkv') is launched: one program a slice walks all features."""
     return _dispatch.launch_plan(
         _dispatch.tile("performer", kernel, chip, width, itemsize), chip=chip, rows=num_features, tokens=tokens,
@@ -57,18 +50,16 @@ def launch_plan(
 def forward(
     q: Tensor, k: Tensor, v: Tensor, omega: Tensor, key_padding_mask: Tensor | None, boundaries: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(out (B, H, N, Dv), log of its denominator (B, H, N), tops (3, B, H, N)); see `ops.performer_causal`."""
+    """(out (B, H, N, Dv), log of its denominator (B, H, N), tops (B, 3, H, N)); see `ops.performer_causal`."""
     call = _Call(q, k, v, omega, key_padding_mask)
     walk = call.walk("causal_fwd", boundaries)
     values, lse, _ = _states(call, walk)
     out = q.new_empty((*q.shape[:3], v.shape[-1]))
     out_lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     tops = out_lse.new_empty((3, *out_lse.shape))
-    performer_causal_fwd_kernel[(call.batch_heads * walk.slices.count,)](
-        q, k, v, call.omega, call.mask, walk.slices.table, values, lse, out, out_lse, *tops.unbind(),
-        *call.strides, *call.sizes(walk), **call.options(walk),
-    )  # fmt: skip
-    return out, out_lse, tops
+    arguments = (*call.inputs(walk), (values, lse), (tops.unbind(), out, out_lse), *call.sizes(walk))
+    performer_causal_fwd_kernel[(call.batch_heads * walk.slices.count,)](*arguments, **call.options(walk))
+    return out, out_lse, tops.transpose(0, 1)
 
 
 def backward(
@@ -86,6 +77,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, domega (B, H, M, D), empty unless `with_omega`); see `ops.performer_causal_backward`."""
     call = _Call(q, k, v, omega, key_padding_mask)
+    tops = tops.transpose(0, 1).contiguous()
     dq, delta = torch.empty_like(q), torch.empty_like(out_lse)
     # Heads that share a key head each have their part of dk and dv, in float32.
     shared = {"dtype": torch.float32} if call.groups > 1 else {}
@@ -96,22 +88,22 @@ def backward(
         walk = call.walk("causal_dq", boundaries)
         values, lse, _ = _states(call, walk)
         part = call.omega_parts(walk, of_omega)
+        made, gradients = (tops.unbind(), out, out_lse), (delta, rows(dout), rows(dq), part)
+        arguments = (*call.inputs(walk), (values, lse), made, gradients)
         performer_causal_dq_kernel[(call.batch_heads * walk.slices.count,)](
-            q, k, v, call.omega, call.mask, walk.slices.table, values, lse, *tops.unbind(), out, out_lse, delta, dout,
-            dq, part, *call.strides, *dout.stride(), *dq.stride(), *call.sizes(walk), OF_OMEGA=of_omega,
-            **call.options(walk),
-        )  # fmt: skip
+            *arguments, *call.sizes(walk), **call.options(walk, of_omega)
+        )
         if of_omega:
             domega += part.sum(2)
 
         walk = call.walk("causal_dkv", boundaries)
         values, lse, extra = _states(call, walk, (out_lse, delta, dout))
         part = call.omega_parts(walk, of_omega)
+        made, gradients = (tops.unbind(), out_lse), (delta, rows(dout), rows(dk), rows(dv), part)
+        arguments = (*call.inputs(walk), (values, lse, extra), made, gradients)
         performer_causal_dkv_kernel[(call.batch_heads * walk.slices.count,)](
-            q, k, v, call.omega, call.mask, walk.slices.table, values, lse, extra, *tops.unbind(), out_lse, delta, dout,
-            dk, dv, part, *call.strides, *dout.stride(), *dk.stride(), *dv.stride(), *call.sizes(walk),
-            OF_OMEGA=of_omega, **call.options(walk),
-        )  # fmt: skip
+            *arguments, *call.sizes(walk), **call.options(walk, of_omega)
+        )
         if of_omega:
             domega = (domega + part.sum(2)) * q.shape[-1] ** -0.25
     if call.groups > 1:
@@ -125,7 +117,7 @@ def backward(
 class _Walk:
     """The slices of one launch."""
 
-    plan: Plan
+    plan: AttentionPlan
     slices: Slices
 
 
@@ -136,34 +128,28 @@ class _Call:
         self.q, self.k, self.v = q, k, v
         self.omega = packed(omega, q.dtype)
         self.has_mask = key_padding_mask is not None
-        self.mask, *self.mask_strides = mask_arguments(key_padding_mask, q)
+        self.mask = mask_rows(key_padding_mask, q)
         self.groups = q.shape[1] // k.shape[1]
         self.batch_heads, self.tokens = q.shape[0] * q.shape[1], q.shape[2]
         self.num_features, self.width, self.width_v = omega.shape[-2], q.shape[-1], v.shape[-1]
         self.chip = chip_of(q)
 
-    @property
-    def strides(self) -> tuple[int, ...]:
-        inputs = (*self.q.stride(), *self.k.stride(), *self.v.stride())
-        return (*inputs, *omega_strides(self.omega), *self.mask_strides)
+    def inputs(self, walk: _Walk) -> tuple[Any, ...]:
+        inputs = (rows(self.q), rows(self.k), rows(self.v), omega_rows(self.omega), self.mask)
+        return inputs, walk.slices.table
 
     def sizes(self, walk: _Walk) -> tuple[Any, ...]:
-        return (
-            self.q.shape[1], self.groups, self.tokens, self.num_features, self.width, self.width_v,
-            walk.plan.slice_length, walk.slices.count, self.width**-0.25,
-        )  # fmt: skip
+        heads, plan = self.q.shape[1], walk.plan
+        sizes = (heads, self.groups, self.tokens, self.num_features, plan.slice_length, walk.slices.count)
+        return (*sizes, self.width**-0.25)
 
-    def options(self, walk: _Walk) -> dict[str, Any]:
-        options = common(self.q, self.width_v, walk.plan)
-        ranged = "ieee"
+    def options(self, walk: _Walk, of_omega: bool = False) -> dict[str, Any]:
+        flags: dict[str, Any] = {"HAS_MASK": self.has_mask, "VARLEN": walk.slices.varlen, "OF_OMEGA": of_omega}
         if self.q.dtype == torch.float32:
-            options["PRECISION"] = "ieee"  # three tf32 products do not fit in the registers
+            flags["PRECISION"] = "ieee"  # three tf32 products do not fit in the registers
         elif self.q.dtype == torch.float16 and self.chip.arch.startswith("sm_"):
-            ranged = "tf32"  # as many bits as float16, with the range of float32
-        return options | {
-            "BLOCK_N": walk.plan.block_n, "HAS_MASK": self.has_mask, "VARLEN": walk.slices.varlen,
-            "RANGED_PRECISION": ranged,
-        }  # fmt: skip
+            flags["RANGED_PRECISION"] = "tf32"  # as many bits as float16, with the range of float32
+        return {"META": constexprs(meta(self.q, self.width_v, walk.plan, **flags)), **walk.plan.launch}
 
     def walk(self, kernel: str, boundaries: Sequence[int]) -> _Walk:
         plan = launch_plan(
@@ -190,67 +176,27 @@ def _states(
     lse = values.new_empty(shape)
     extra = values.new_empty(shape) if queries else lse
     x, y, groups, row_lse, delta = call.k, call.v, call.groups, lse, lse
-    mask, mask_strides = call.mask, call.mask_strides
+    mask = call.mask
     if queries:
         row_lse, delta, y = queries
-        x, groups, mask, mask_strides = call.q, 1, call.q, (0, 0)
+        x, groups, mask = call.q, 1, mask_rows(None, call.q)
     tile = _dispatch.tile("performer", "state_fwd", call.chip, max(call.width, call.width_v), x.element_size())
     block_m = min(tile["block_m"], block(call.num_features))
-    plan = Plan(
+    plan = AttentionPlan(
         block_m=block_m, block_n=tile["block_n"], num_warps=tile["num_warps"], num_stages=tile["num_stages"],
         slice_length=walk.plan.slice_length, slices=slices.count, columns=tile.get("columns", tile["width"]),
     )  # fmt: skip
     programs = call.batch_heads * slices.count * -(-call.num_features // block_m) * column_blocks(call.width_v, plan)
-    performer_state_fwd_kernel[(programs,)](
-        x, y, call.omega, mask, slices.table, row_lse, delta, values, lse, extra,
-        *x.stride(), *y.stride(), *omega_strides(call.omega), *mask_strides,
-        call.q.shape[1], groups, call.tokens, call.num_features, call.width, call.width_v, plan.slice_length,
-        plan.slices, call.width**-0.25,
-        BLOCK_S=plan.block_n, HAS_MASK=call.has_mask and not queries, WITH_MAX=False, CARRIED=True,
-        QUERIES=queries is not None, VARLEN=slices.varlen, **common(x, call.width_v, plan),
-    )  # fmt: skip
-    rows = merged_rows(call.width_v)
-    performer_scan_kernel[(call.batch_heads * -(-call.num_features // rows),)](
-        values, lse, extra, slices.table, call.num_features, call.width_v, slices.count,
-        BLOCK_M=rows, BLOCK_DV=block(call.width_v), REVERSE=queries is not None, VARLEN=slices.varlen, num_warps=4,
-    )  # fmt: skip
+    flags = {"HAS_MASK": call.has_mask and not queries, "QUERIES": queries is not None, "VARLEN": slices.varlen}
+    arguments = (rows(x), rows(y), omega_rows(call.omega), mask, slices.table, (row_lse, delta), (values, lse, extra))
+    sizes = (call.q.shape[1], groups, *call.sizes(walk)[2:])
+    constants = meta(x, call.width_v, plan, CARRIED=True, **flags)
+    performer_state_fwd_kernel[(programs,)](*arguments, *sizes, META=constexprs(constants), **plan.launch)
+    merged = merged_rows(call.width_v)
+    arguments = (values, lse, extra, slices.table, call.num_features, slices.count)
+    constants = Meta(
+        DV=call.width_v, BLOCK_M=merged, BLOCK_DV=block(call.width_v), REVERSE=bool(queries), VARLEN=slices.varlen
+    )
+    programs = call.batch_heads * -(-call.num_features // merged)
+    performer_scan_kernel[(programs,)](*arguments, META=constexprs(constants), num_warps=4)
     return values, lse, extra
-
-
-def costs(
-    *, chip: Chip, batch_heads: int, tokens: int, num_features: int, width: int, width_v: int, itemsize: int
-) -> dict[str, Cost]:
-    """Cost by kernel of a forward and a backward pass, from the launch plans themselves; of heads no wider than a tile.
-
-    A program's own state is not counted: read and written once a chunk, it stays in the cache (2 programs a
-    multiprocessor x M (Dv + 1) float32 numbers, 18 MB on an H200 with M=256 and Dv=64).
-    """
-    rows, result = batch_heads * tokens, {}
-    partial = batch_heads * num_features * (width_v + 1) * 4
-    pair = (width + width_v) * itemsize
-    state = _dispatch.tile("performer", "state_fwd", chip, max(width, width_v), itemsize)
-    state_passes = -(-num_features // state["block_m"])
-    passes = {
-        # kernel: (widths of its products with the features, exponentials a feature, products of a chunk's features and
-        # of its values, bytes a token)
-        "causal_fwd": (2 * (width + width_v), 4, 1, 1, 2 * pair + 16),
-        "causal_dq": (3 * width + 2 * width_v, 4, 1, 1, 3 * pair + width_v * itemsize + 20),
-        "causal_dkv": (5 * width + 3 * width_v, 7, 2, 2, 3 * pair + 20),
-    }
-    for kernel, (widths, exponentials, products, small, moved) in passes.items():
-        plan = launch_plan(
-            kernel, chip=chip, num_features=num_features, width=max(width, width_v), itemsize=itemsize, tokens=tokens,
-            batch_heads=batch_heads,
-        )  # fmt: skip
-        if plan.slices > 1:
-            read = rows * (plan.slices - 1) // plan.slices  # nobody reads the state of the last slice
-            result[f"{kernel} states"] = Cost(
-                flop=2 * read * num_features * (width + width_v), exponentials=read * num_features,
-                bytes=state_passes * read * (pair + 8 * (kernel == "causal_dkv")) + 3 * plan.slices * partial,
-            )  # fmt: skip
-        result[kernel] = Cost(
-            flop=2 * rows * (num_features * (widths + products * plan.block_n) + small * plan.block_n * width_v),
-            exponentials=rows * (num_features * exponentials + plan.block_n),
-            bytes=rows * moved + plan.slices * partial,
-        )
-    return result

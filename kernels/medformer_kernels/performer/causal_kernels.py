@@ -1,7 +1,7 @@
 """The Triton kernels of causal FAVOR+; `causal_fused` launches them, `causal` derives what they compute.
 
 A program walks the chunks of one slice of one head. What it carries from chunk to chunk, for each feature the mean of
-the values and the log of their weights, lies in memory that is its own (M x (Dv + 1) float32, read and written once a
+the values and the log of their weights, is kept in memory of its own (M x (Dv + 1) float32, read and written once a
 chunk: it stays in the cache), so that features and widths may be of any number:
 
     performer_state_fwd_kernel    (in `kernels`) the state of each slice alone, of keys, or backward of queries
@@ -19,7 +19,7 @@ last of these rounds moves the state on. Exponents are in base 2. No atomics: eq
 import triton
 import triton.language as tl
 
-from medformer_kernels._triton import LOG2E, divide_rows, softmax_merge, softmax_step
+from medformer_kernels._triton import LOG2E, divide_rows, moved, of_head, softmax_merge, softmax_step
 from medformer_kernels.performer.causal_tiles import (
     SPAN,
     add_to_omega,
@@ -44,34 +44,31 @@ _RUNTIME = ["N", "M", "slice_length", "slices", "groups"]
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
-def performer_scan_kernel(
-    VALUES, LSE, EXTRA, SLICES, M, DV: tl.constexpr, slices,
-    BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr, REVERSE: tl.constexpr, VARLEN: tl.constexpr,
-):  # fmt: skip
+def performer_scan_kernel(VALUES, LSE, EXTRA, SLICES, M, slices, META: tl.constexpr):
     """In the place of each slice's own state that of all before it (REVERSE: after it) in its document; lse to base 2.
 
-    The last slice of a document has no state of its own (REVERSE: the first): nobody reads it. EXTRA, one more value
+    The last slice of a document has no state of its own (REVERSE: the first): it is never read. EXTRA, one more value
     of each feature, only in REVERSE.
     """
-    m_blocks = tl.cdiv(M, BLOCK_M)
+    m_blocks = tl.cdiv(M, META.BLOCK_M)
     pid = tl.program_id(0)
     bh = (pid // m_blocks).to(tl.int64)
-    m0 = (pid % m_blocks) * BLOCK_M
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_dv = tl.arange(0, BLOCK_DV)
+    m0 = (pid % m_blocks) * META.BLOCK_M
+    offs_m = tl.arange(0, META.BLOCK_M)
+    offs_dv = tl.arange(0, META.BLOCK_DV)
     m_ok = m0 + offs_m < M
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    extra = tl.zeros([BLOCK_M], tl.float32)
+    top = tl.full([META.BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([META.BLOCK_M], tl.float32)
+    acc = tl.zeros([META.BLOCK_M, META.BLOCK_DV], tl.float32)
+    extra = tl.zeros([META.BLOCK_M], tl.float32)
     for step in range(0, slices):
         s = step
-        if REVERSE:
+        if META.REVERSE:
             s = slices - 1 - step
-        _start, _end, first, last = slice_bounds(SLICES, s, slices, 0, 0, VARLEN)
+        _start, _end, first, last = slice_bounds(SLICES, s, slices, 0, 0, META.VARLEN)
         fresh = first
         own = last
-        if REVERSE:
+        if META.REVERSE:
             fresh = last
             own = first
         top = tl.where(fresh, float("-inf"), top)
@@ -80,10 +77,10 @@ def performer_scan_kernel(
         part = (bh * slices + s) * M
         part_ok = m0 + offs_m < tl.where(own, 0, M)
         lse = tl.load(LSE + part + m0 + offs_m, mask=part_ok, other=float("-inf")) * LOG2E
-        values = load_tile((VALUES + part * DV, m0, DV, offs_m, 1, part_ok), offs_dv, DV)
-        store_tile((VALUES + part * DV, m0, DV, offs_m, 1, m_ok), offs_dv, DV, divide_rows(acc, total))
+        values = load_tile((VALUES + part * META.DV, m0, META.DV, offs_m, 1, part_ok), offs_dv, META.DV)
+        store_tile((VALUES + part * META.DV, m0, META.DV, offs_m, 1, m_ok), offs_dv, META.DV, divide_rows(acc, total))
         tl.store(LSE + part + m0 + offs_m, top + tl.log2(total), mask=m_ok)
-        if REVERSE:
+        if META.REVERSE:
             extra = tl.where(fresh, 0.0, extra)
             part_extra = tl.load(EXTRA + part + m0 + offs_m, mask=part_ok, other=0.0)
             tl.store(EXTRA + part + m0 + offs_m, extra / tl.where(total == 0.0, 1.0, total), mask=m_ok)
@@ -95,68 +92,64 @@ def performer_scan_kernel(
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def performer_causal_fwd_kernel(
-    Q, K, V, OMEGA, MASK, SLICES, VALUES, LSE, OUT, OUT_LSE, U_TOP, U_LOW, E_TOP,
-    q_stride_b, q_stride_h, q_stride_n, q_stride_d,
-    k_stride_b, k_stride_h, k_stride_n, k_stride_d,
-    v_stride_b, v_stride_h, v_stride_n, v_stride_d,
-    omega_stride_h, omega_stride_m, mask_stride_b, mask_stride_n,
-    H, groups, N, M, D: tl.constexpr, DV: tl.constexpr, slice_length, slices, scale,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HAS_MASK: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr, RANGED_PRECISION: tl.constexpr,
-):  # fmt: skip
+    INPUTS, SLICES, STATE, OUTPUTS, H, groups, N, M, slice_length, slices, scale, META: tl.constexpr
+):
     """out_i = sum_{j <= i} w_ij v_j / sum_{j <= i} w_ij, w_ij = sum_m exp(u_im + e_jm), and the log of the denominator.
 
     Earlier chunks are read from the state, one softmax over the features; then the chunk itself is one more tile of it.
     """
+    Q, K, V, OMEGA, MASK = INPUTS
+    VALUES, LSE = STATE
+    TOPS, OUT, OUT_LSE = OUTPUTS
     pid = tl.program_id(0)
     slice_index = pid % slices
     bh = (pid // slices).to(tl.int64)
     b, h = bh // H, bh % H
     h_kv = h // groups
-    start, end, _first, _last = slice_bounds(SLICES, slice_index, slices, slice_length, N, VARLEN)
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
+    start, end, _first, _last = slice_bounds(SLICES, slice_index, slices, slice_length, N, META.VARLEN)
+    offs_n = tl.arange(0, META.BLOCK_N)
+    offs_m = tl.arange(0, META.BLOCK_M)
+    offs_d = tl.arange(0, META.BLOCK_D)
+    offs_dv = tl.arange(0, META.BLOCK_DV)
     exponent_scale = scale * LOG2E
     half_scale = scale * scale * 0.5 * LOG2E
-    Q += b * q_stride_b + h * q_stride_h
-    K += b * k_stride_b + h_kv * k_stride_h
-    V += b * v_stride_b + h_kv * v_stride_h
-    MASK += b * mask_stride_b
-    OMEGA += h * omega_stride_h
-    VALUES += (bh * slices + slice_index) * M * DV
+    Q = of_head(Q, b, h)
+    K = of_head(K, b, h_kv)
+    V = of_head(V, b, h_kv)
+    MASK = moved(MASK, b * MASK.b)
+    OMEGA = moved(OMEGA, h * OMEGA.h)
+    VALUES += (bh * slices + slice_index) * M * META.DV
     LSE += (bh * slices + slice_index) * M
-    for n0 in tl.range(start, end, BLOCK_N, disable_licm=True):
+    for n0 in tl.range(start, end, META.BLOCK_N, disable_licm=True):
         n_in = n0 + offs_n < end
-        n_ok = key_ok(MASK, mask_stride_n, n_in, n0, offs_n, HAS_MASK)
-        q_at = (Q, n0, q_stride_n, offs_n, q_stride_d, n_in)
-        k_at = (K, n0, k_stride_n, offs_n, k_stride_d, n_ok)
-        v_at = (V, n0, v_stride_n, offs_n, v_stride_d, n_ok)
-        q = load_tile(q_at, offs_d, D)
-        k = load_tile(k_at, offs_d, D)
-        shift = key_shift(k, k_at, half_scale, offs_d, D, BLOCK_D)
-        no_shift = tl.zeros([BLOCK_N], tl.float32)
-        for c0 in tl.range(0, DV, BLOCK_DV, disable_licm=True):
+        n_ok = key_ok(MASK, n_in, n0, offs_n, META.HAS_MASK)
+        q_at = (Q.data, n0, Q.n, offs_n, Q.d, n_in)
+        k_at = (K.data, n0, K.n, offs_n, K.d, n_ok)
+        v_at = (V.data, n0, V.n, offs_n, V.d, n_ok)
+        q = load_tile(q_at, offs_d, META.D)
+        k = load_tile(k_at, offs_d, META.D)
+        shift = key_shift(k, k_at, half_scale, offs_d, META.D)
+        no_shift = tl.zeros([META.BLOCK_N], tl.float32)
+        for c0 in tl.range(0, META.DV, META.BLOCK_DV, disable_licm=True):
             offs_c = c0 + offs_dv
-            v = load_tile(v_at, offs_c, DV)
-            top = tl.full([BLOCK_N], float("-inf"), tl.float32)
-            total = tl.zeros([BLOCK_N], tl.float32)
-            acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-            pairs = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
-            u_top = tl.full([BLOCK_N], float("-inf"), tl.float32)
-            u_low = tl.full([BLOCK_N], float("inf"), tl.float32)
-            e_top = tl.full([BLOCK_N], float("-inf"), tl.float32)
-            for m0 in tl.range(0, M, BLOCK_M, disable_licm=True):
+            v = load_tile(v_at, offs_c, META.DV)
+            top = tl.full([META.BLOCK_N], float("-inf"), tl.float32)
+            total = tl.zeros([META.BLOCK_N], tl.float32)
+            acc = tl.zeros([META.BLOCK_N, META.BLOCK_DV], tl.float32)
+            pairs = tl.zeros([META.BLOCK_N, META.BLOCK_N], tl.float32)
+            u_top = tl.full([META.BLOCK_N], float("-inf"), tl.float32)
+            u_low = tl.full([META.BLOCK_N], float("inf"), tl.float32)
+            e_top = tl.full([META.BLOCK_N], float("-inf"), tl.float32)
+            for m0 in tl.range(0, M, META.BLOCK_M, disable_licm=True):
                 m_ok = m0 + offs_m < M
-                omega_at = (OMEGA, m0, omega_stride_m, offs_m, 1, m_ok)
-                omega = load_tile(omega_at, offs_d, D)
-                values_at = (VALUES, m0, DV, offs_m, 1, m_ok)
-                values = load_tile(values_at, offs_c, DV)
+                omega_at = (OMEGA.data, m0, OMEGA.n, offs_m, 1, m_ok)
+                omega = load_tile(omega_at, offs_d, META.D)
+                values_at = (VALUES, m0, META.DV, offs_m, 1, m_ok)
+                values = load_tile(values_at, offs_c, META.DV)
                 lse = tl.load(LSE + m0 + offs_m, mask=m_ok, other=float("-inf"))
-                u = exponents(q, omega, q_at, omega_at, exponent_scale, no_shift, offs_d, D, BLOCK_D, PRECISION)
-                top, total, acc = softmax_step(top, total, acc, u + lse[None, :], values.to(v.dtype), PRECISION)
-                e = exponents(k, omega, k_at, omega_at, exponent_scale, shift, offs_d, D, BLOCK_D, PRECISION)
+                u = exponents(q, omega, q_at, omega_at, exponent_scale, no_shift, offs_d, META)
+                top, total, acc = softmax_step(top, total, acc, u + lse[None, :], values.to(v.dtype), META.PRECISION)
+                e = exponents(k, omega, k_at, omega_at, exponent_scale, shift, offs_d, META)
                 u_low = tl.minimum(u_low, tl.min(tl.where(m_ok[None, :], u, float("inf")), 1))
                 new_u_top = tl.maximum(u_top, tl.max(u, 1))
                 new_e_top = tl.maximum(e_top, tl.max(e, 1))
@@ -164,314 +157,294 @@ def performer_causal_fwd_kernel(
                 phi_q = ranged(tl.exp2(u - new_u_top[:, None]), q)
                 phi_k = ranged(tl.exp2(e - e_base[:, None]), q)
                 pairs *= tl.exp2(u_top - new_u_top)[:, None] * tl.exp2(e_top - e_base)[None, :]
-                pairs = tl.dot(phi_q, tl.trans(phi_k), pairs, input_precision=RANGED_PRECISION)
+                pairs = tl.dot(phi_q, tl.trans(phi_k), pairs, input_precision=META.RANGED_PRECISION)
                 u_top = new_u_top
                 e_top = new_e_top
                 new_lse, p, kept, inverse = next_weights(lse, e)
-                store_tile(values_at, offs_c, DV, advance(values, p, kept, inverse, v, PRECISION))
-                if c0 + BLOCK_DV >= DV:
+                store_tile(values_at, offs_c, META.DV, advance(values, p, kept, inverse, v, META.PRECISION))
+                if c0 + META.BLOCK_DV >= META.DV:
                     tl.store(LSE + m0 + offs_m, new_lse, mask=m_ok)
             logs = tl.log2(pairs) + u_top[:, None] + e_top[None, :]
             if tl.max(u_top - u_low, 0) > SPAN:
                 logs = exact_logs(
-                    q, k, q_at, k_at, OMEGA, omega_stride_m, M, exponent_scale, no_shift, shift, offs_n, offs_m, offs_d,
-                    D, BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
-                )  # fmt: skip
+                    q, k, q_at, k_at, OMEGA, M, exponent_scale, no_shift, shift, offs_n, offs_m, offs_d, META
+                )
             logs = tl.where((n0 + offs_n)[:, None] >= (n0 + offs_n)[None, :], logs, float("-inf"))
-            top, total, acc = softmax_step(top, total, acc, logs, v, PRECISION)
+            top, total, acc = softmax_step(top, total, acc, logs, v, META.PRECISION)
+            U_TOP, U_LOW, E_TOP = TOPS
             tl.store(U_TOP + bh * N + n0 + offs_n, u_top, mask=n_in)
             tl.store(U_LOW + bh * N + n0 + offs_n, u_low, mask=n_in)
             tl.store(E_TOP + bh * N + n0 + offs_n, e_top, mask=n_in)
-            store_tile((OUT + bh * N * DV, n0, DV, offs_n, 1, n_in), offs_c, DV, divide_rows(acc, total))
+            store_tile((OUT + bh * N * META.DV, n0, META.DV, offs_n, 1, n_in), offs_c, META.DV, divide_rows(acc, total))
             tl.store(OUT_LSE + bh * N + n0 + offs_n, (top + tl.log2(total)) / LOG2E, mask=n_in)
         tl.debug_barrier()  # the state that one thread wrote, another reads
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def performer_causal_dq_kernel(
-    Q, K, V, OMEGA, MASK, SLICES, VALUES, LSE, U_TOP, U_LOW, E_TOP, OUT, OUT_LSE, DELTA, DOUT, DQ, DOMEGA,
-    q_stride_b, q_stride_h, q_stride_n, q_stride_d,
-    k_stride_b, k_stride_h, k_stride_n, k_stride_d,
-    v_stride_b, v_stride_h, v_stride_n, v_stride_d,
-    omega_stride_h, omega_stride_m, mask_stride_b, mask_stride_n,
-    dout_stride_b, dout_stride_h, dout_stride_n, dout_stride_d,
-    dq_stride_b, dq_stride_h, dq_stride_n, dq_stride_d,
-    H, groups, N, M, D: tl.constexpr, DV: tl.constexpr, slice_length, slices, scale,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HAS_MASK: tl.constexpr, OF_OMEGA: tl.constexpr, VARLEN: tl.constexpr,
-    PRECISION: tl.constexpr, RANGED_PRECISION: tl.constexpr,
-):  # fmt: skip
+    INPUTS, SLICES, STATE, OUTPUTS, GRADIENTS, H, groups, N, M, slice_length, slices, scale, META: tl.constexpr
+):
     """dq_i = sum_m du_im omega_m / D^(1/4), du_im = exp(u_im - L_i) sum_{j <= i} exp(e_jm) (dout_i v_j - delta_i).
 
     Also delta_i = dout_i out_i, which the passes after this one read. OF_OMEGA: sum_i du_im q_i for omega's gradient in
     the place of dq; the two do not fit in the registers together.
     """
+    Q, K, V, OMEGA, MASK = INPUTS
+    VALUES, LSE = STATE
+    TOPS, OUT, OUT_LSE = OUTPUTS
+    DELTA, DOUT, DQ, DOMEGA = GRADIENTS
     pid = tl.program_id(0)
     slice_index = pid % slices
     bh = (pid // slices).to(tl.int64)
     b, h = bh // H, bh % H
     h_kv = h // groups
-    start, end, _first, _last = slice_bounds(SLICES, slice_index, slices, slice_length, N, VARLEN)
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
+    start, end, _first, _last = slice_bounds(SLICES, slice_index, slices, slice_length, N, META.VARLEN)
+    offs_n = tl.arange(0, META.BLOCK_N)
+    offs_m = tl.arange(0, META.BLOCK_M)
+    offs_d = tl.arange(0, META.BLOCK_D)
+    offs_dv = tl.arange(0, META.BLOCK_DV)
     exponent_scale = scale * LOG2E
     half_scale = scale * scale * 0.5 * LOG2E
-    Q += b * q_stride_b + h * q_stride_h
-    K += b * k_stride_b + h_kv * k_stride_h
-    V += b * v_stride_b + h_kv * v_stride_h
-    DOUT += b * dout_stride_b + h * dout_stride_h
-    DQ += b * dq_stride_b + h * dq_stride_h
-    MASK += b * mask_stride_b
-    OMEGA += h * omega_stride_h
-    VALUES += (bh * slices + slice_index) * M * DV
+    Q = of_head(Q, b, h)
+    K = of_head(K, b, h_kv)
+    V = of_head(V, b, h_kv)
+    DOUT = of_head(DOUT, b, h)
+    DQ = of_head(DQ, b, h)
+    MASK = moved(MASK, b * MASK.b)
+    OMEGA = moved(OMEGA, h * OMEGA.h)
+    VALUES += (bh * slices + slice_index) * M * META.DV
     LSE += (bh * slices + slice_index) * M
-    DOMEGA += (bh * slices + slice_index) * M * D
-    for n0 in tl.range(start, end, BLOCK_N, disable_licm=True):
+    DOMEGA += (bh * slices + slice_index) * M * META.D
+    for n0 in tl.range(start, end, META.BLOCK_N, disable_licm=True):
         n_in = n0 + offs_n < end
-        n_ok = key_ok(MASK, mask_stride_n, n_in, n0, offs_n, HAS_MASK)
-        q_at = (Q, n0, q_stride_n, offs_n, q_stride_d, n_in)
-        k_at = (K, n0, k_stride_n, offs_n, k_stride_d, n_ok)
-        v_at = (V, n0, v_stride_n, offs_n, v_stride_d, n_ok)
-        q = load_tile(q_at, offs_d, D)
-        k = load_tile(k_at, offs_d, D)
-        v = load_tile(v_at, offs_dv, DV)
-        dout_at = (DOUT, n0, dout_stride_n, offs_n, dout_stride_d, n_in)
-        dout = load_tile(dout_at, offs_dv, DV)
-        out_at = (OUT + bh * N * DV, n0, DV, offs_n, 1, n_in)
-        delta = row_products(dout, load_tile(out_at, offs_dv, DV), dout_at, out_at, offs_dv, DV, BLOCK_DV)
+        n_ok = key_ok(MASK, n_in, n0, offs_n, META.HAS_MASK)
+        q_at = (Q.data, n0, Q.n, offs_n, Q.d, n_in)
+        k_at = (K.data, n0, K.n, offs_n, K.d, n_ok)
+        v_at = (V.data, n0, V.n, offs_n, V.d, n_ok)
+        q = load_tile(q_at, offs_d, META.D)
+        k = load_tile(k_at, offs_d, META.D)
+        v = load_tile(v_at, offs_dv, META.DV)
+        dout_at = (DOUT.data, n0, DOUT.n, offs_n, DOUT.d, n_in)
+        dout = load_tile(dout_at, offs_dv, META.DV)
+        out_at = (OUT + bh * N * META.DV, n0, META.DV, offs_n, 1, n_in)
+        delta = row_products(dout, load_tile(out_at, offs_dv, META.DV), dout_at, out_at, offs_dv, META.DV)
         tl.store(DELTA + bh * N + n0 + offs_n, delta, mask=n_in)
         out_lse = tl.load(OUT_LSE + bh * N + n0 + offs_n, mask=n_in, other=float("inf")) * LOG2E
         out_lse = tl.where(out_lse == float("-inf"), float("inf"), out_lse)  # no key: every weight 0
-        gains = product(dout, v, dout_at, v_at, offs_dv, DV, BLOCK_DV, PRECISION) - delta[:, None]  # [BLOCK_N, BLOCK_N]
-        u_top, e_top, wide = tops(U_TOP + bh * N, U_LOW + bh * N, E_TOP + bh * N, n0 + offs_n, n_in, n_ok)
+        gains = product(dout, v, dout_at, v_at, offs_dv, META.DV, META.PRECISION) - delta[:, None]  # [BLOCK_N, BLOCK_N]
+        u_top, e_top, wide = tops(TOPS, bh * N + n0 + offs_n, n_in, n_ok)
         causal = (n0 + offs_n)[:, None] >= (n0 + offs_n)[None, :]
         gains = tl.where(causal, gains, 0.0)
         pair_scale = scale_of_pairs(u_top, e_top, out_lse, wide)
         scaled = ranged(gains * pair_scale, q)
-        shift = key_shift(k, k_at, half_scale, offs_d, D, BLOCK_D)
-        for c0 in tl.range(0, D, BLOCK_D, disable_licm=True):
+        shift = key_shift(k, k_at, half_scale, offs_d, META.D)
+        for c0 in tl.range(0, META.D, META.BLOCK_D, disable_licm=True):
             offs_c = c0 + offs_d
             q_c = q
-            if OF_OMEGA and D > BLOCK_D:
-                q_c = load_tile(q_at, offs_c, D)
-            dq = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+            if META.OF_OMEGA and META.D > META.BLOCK_D:
+                q_c = load_tile(q_at, offs_c, META.D)
+            dq = tl.zeros([META.BLOCK_N, META.BLOCK_D], tl.float32)
             if wide:
-                for m0 in tl.range(0, M, BLOCK_M, disable_licm=True):
+                for m0 in tl.range(0, M, META.BLOCK_M, disable_licm=True):
                     m_ok = m0 + offs_m < M
-                    omega_at = (OMEGA, m0, omega_stride_m, offs_m, 1, m_ok)
-                    omega = load_tile(omega_at, offs_d, D)
-                    u = exponents(q, omega, q_at, omega_at, exponent_scale, -out_lse, offs_d, D, BLOCK_D, PRECISION)
-                    e = exponents(k, omega, k_at, omega_at, exponent_scale, shift, offs_d, D, BLOCK_D, PRECISION)
-                    du = exact_du(u, e, gains, offs_n, BLOCK_N, BLOCK_M)
-                    if OF_OMEGA:
-                        add_to_omega((DOMEGA, m0, D, offs_m, 1, m_ok), du, q_c, offs_c, D, RANGED_PRECISION)
+                    omega_at = (OMEGA.data, m0, OMEGA.n, offs_m, 1, m_ok)
+                    omega = load_tile(omega_at, offs_d, META.D)
+                    u = exponents(q, omega, q_at, omega_at, exponent_scale, -out_lse, offs_d, META)
+                    e = exponents(k, omega, k_at, omega_at, exponent_scale, shift, offs_d, META)
+                    du = exact_du(u, e, gains, offs_n)
+                    if META.OF_OMEGA:
+                        add_to_omega((DOMEGA, m0, META.D, offs_m, 1, m_ok), du, q_c, offs_c, META)
                     else:
-                        if D > BLOCK_D:
-                            omega = load_tile(omega_at, offs_c, D)
-                        dq = tl.dot(ranged(du, q), ranged(omega, q), dq, input_precision=RANGED_PRECISION)
+                        if META.D > META.BLOCK_D:
+                            omega = load_tile(omega_at, offs_c, META.D)
+                        dq = tl.dot(ranged(du, q), ranged(omega, q), dq, input_precision=META.RANGED_PRECISION)
                 tl.debug_barrier()
-            for m0 in tl.range(0, M, BLOCK_M, disable_licm=True):
+            for m0 in tl.range(0, M, META.BLOCK_M, disable_licm=True):
                 m_ok = m0 + offs_m < M
-                omega_at = (OMEGA, m0, omega_stride_m, offs_m, 1, m_ok)
-                omega = load_tile(omega_at, offs_d, D)
-                values_at = (VALUES, m0, DV, offs_m, 1, m_ok)
-                values = load_tile(values_at, offs_dv, DV)
+                omega_at = (OMEGA.data, m0, OMEGA.n, offs_m, 1, m_ok)
+                omega = load_tile(omega_at, offs_d, META.D)
+                values_at = (VALUES, m0, META.DV, offs_m, 1, m_ok)
+                values = load_tile(values_at, offs_dv, META.DV)
                 lse = tl.load(LSE + m0 + offs_m, mask=m_ok, other=float("-inf"))
-                e = exponents(k, omega, k_at, omega_at, exponent_scale, shift, offs_d, D, BLOCK_D, PRECISION)
+                e = exponents(k, omega, k_at, omega_at, exponent_scale, shift, offs_d, META)
                 phi_k = ranged(tl.exp2(e - e_top[:, None]), q)
-                sums = tl.dot(scaled, phi_k, input_precision=RANGED_PRECISION)
-                u = exponents(q, omega, q_at, omega_at, exponent_scale, -u_top, offs_d, D, BLOCK_D, PRECISION)
+                sums = tl.dot(scaled, phi_k, input_precision=META.RANGED_PRECISION)
+                u = exponents(q, omega, q_at, omega_at, exponent_scale, -u_top, offs_d, META)
                 du = tl.exp2(u) * sums
-                dp = product(
-                    dout, values.to(v.dtype), dout_at, values_at, offs_dv, DV, BLOCK_DV, PRECISION
-                )  # fmt: skip
+                dp = product(dout, values.to(v.dtype), dout_at, values_at, offs_dv, META.DV, META.PRECISION)
                 du += tl.exp2(u + lse[None, :] + (u_top - out_lse)[:, None]) * (dp - delta[:, None])
-                if OF_OMEGA:
-                    add_to_omega((DOMEGA, m0, D, offs_m, 1, m_ok), du, q_c, offs_c, D, RANGED_PRECISION)
+                if META.OF_OMEGA:
+                    add_to_omega((DOMEGA, m0, META.D, offs_m, 1, m_ok), du, q_c, offs_c, META)
                 else:
-                    if D > BLOCK_D:
-                        omega = load_tile(omega_at, offs_c, D)
-                    dq = tl.dot(ranged(du, q), ranged(omega, q), dq, input_precision=RANGED_PRECISION)
-                if c0 + BLOCK_D >= D:
+                    if META.D > META.BLOCK_D:
+                        omega = load_tile(omega_at, offs_c, META.D)
+                    dq = tl.dot(ranged(du, q), ranged(omega, q), dq, input_precision=META.RANGED_PRECISION)
+                if c0 + META.BLOCK_D >= META.D:
                     new_lse, weights, kept, inverse = next_weights(lse, e)
-                    advance_all(
-                        values, weights, kept, inverse, v, values_at, v_at, offs_dv, DV, BLOCK_DV, PRECISION
-                    )  # fmt: skip
+                    advance_all(values, weights, kept, inverse, v, values_at, v_at, offs_dv, META)
                     tl.store(LSE + m0 + offs_m, new_lse, mask=m_ok)
-            if not OF_OMEGA:
-                store_tile((DQ, n0, dq_stride_n, offs_n, dq_stride_d, n_in), offs_c, D, dq * scale)
+            if not META.OF_OMEGA:
+                store_tile((DQ.data, n0, DQ.n, offs_n, DQ.d, n_in), offs_c, META.D, dq * scale)
         tl.debug_barrier()  # the state that one thread wrote, another reads
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def performer_causal_dkv_kernel(
-    Q, K, V, OMEGA, MASK, SLICES, VALUES, LSE, EXTRA, U_TOP, U_LOW, E_TOP, OUT_LSE, DELTA, DOUT, DK, DV_OUT, DOMEGA,
-    q_stride_b, q_stride_h, q_stride_n, q_stride_d,
-    k_stride_b, k_stride_h, k_stride_n, k_stride_d,
-    v_stride_b, v_stride_h, v_stride_n, v_stride_d,
-    omega_stride_h, omega_stride_m, mask_stride_b, mask_stride_n,
-    dout_stride_b, dout_stride_h, dout_stride_n, dout_stride_d,
-    dk_stride_b, dk_stride_h, dk_stride_n, dk_stride_d,
-    dv_stride_b, dv_stride_h, dv_stride_n, dv_stride_d,
-    H, groups, N, M, D: tl.constexpr, DV: tl.constexpr, slice_length, slices, scale,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HAS_MASK: tl.constexpr, OF_OMEGA: tl.constexpr, VARLEN: tl.constexpr,
-    PRECISION: tl.constexpr, RANGED_PRECISION: tl.constexpr,
-):  # fmt: skip
+    INPUTS, SLICES, STATE, OUTPUTS, GRADIENTS, H, groups, N, M, slice_length, slices, scale, META: tl.constexpr
+):
     """dk_j = (omega^T de_j - k'_j sum_m de_jm) / D^(1/4) and dv_j = sum_{i >= j} P_ij dout_i, one head of q each.
 
     de_jm = exp(e_jm) sum_{i >= j} exp(u_im - L_i) (dout_i v_j - delta_i). The state is that of the queries: for each
     feature the mean of dout (VALUES) and of delta (EXTRA), weighted by exp(u_im - L_i), and the log of the weights.
     OF_OMEGA: sum_j de_jm k_j in the place of both.
     """
+    Q, K, V, OMEGA, MASK = INPUTS
+    VALUES, LSE, EXTRA = STATE
+    TOPS, OUT_LSE = OUTPUTS
+    DELTA, DOUT, DK, DV_OUT, DOMEGA = GRADIENTS
     pid = tl.program_id(0)
     slice_index = pid % slices
     bh = (pid // slices).to(tl.int64)
     b, h = bh // H, bh % H
     h_kv = h // groups
-    start, end, _first, _last = slice_bounds(SLICES, slice_index, slices, slice_length, N, VARLEN)
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
+    start, end, _first, _last = slice_bounds(SLICES, slice_index, slices, slice_length, N, META.VARLEN)
+    offs_n = tl.arange(0, META.BLOCK_N)
+    offs_m = tl.arange(0, META.BLOCK_M)
+    offs_d = tl.arange(0, META.BLOCK_D)
+    offs_dv = tl.arange(0, META.BLOCK_DV)
     exponent_scale = scale * LOG2E
     half_scale = scale * scale * 0.5 * LOG2E
-    Q += b * q_stride_b + h * q_stride_h
-    K += b * k_stride_b + h_kv * k_stride_h
-    V += b * v_stride_b + h_kv * v_stride_h
-    DOUT += b * dout_stride_b + h * dout_stride_h
-    DK += b * dk_stride_b + h * dk_stride_h
-    DV_OUT += b * dv_stride_b + h * dv_stride_h
-    MASK += b * mask_stride_b
-    OMEGA += h * omega_stride_h
-    VALUES += (bh * slices + slice_index) * M * DV
+    Q = of_head(Q, b, h)
+    K = of_head(K, b, h_kv)
+    V = of_head(V, b, h_kv)
+    DOUT = of_head(DOUT, b, h)
+    DK = of_head(DK, b, h)
+    DV_OUT = of_head(DV_OUT, b, h)
+    MASK = moved(MASK, b * MASK.b)
+    OMEGA = moved(OMEGA, h * OMEGA.h)
+    VALUES += (bh * slices + slice_index) * M * META.DV
     LSE += (bh * slices + slice_index) * M
     EXTRA += (bh * slices + slice_index) * M
-    DOMEGA += (bh * slices + slice_index) * M * D
-    chunks = tl.cdiv(end - start, BLOCK_N)
+    DOMEGA += (bh * slices + slice_index) * M * META.D
+    chunks = tl.cdiv(end - start, META.BLOCK_N)
     for chunk in tl.range(0, chunks, disable_licm=True):
-        n0 = start + (chunks - 1 - chunk) * BLOCK_N
+        n0 = start + (chunks - 1 - chunk) * META.BLOCK_N
         n_in = n0 + offs_n < end
-        n_ok = key_ok(MASK, mask_stride_n, n_in, n0, offs_n, HAS_MASK)
-        q_at = (Q, n0, q_stride_n, offs_n, q_stride_d, n_in)
-        k_at = (K, n0, k_stride_n, offs_n, k_stride_d, n_ok)
-        v_at = (V, n0, v_stride_n, offs_n, v_stride_d, n_ok)
-        q = load_tile(q_at, offs_d, D)
-        k = load_tile(k_at, offs_d, D)
-        v = load_tile(v_at, offs_dv, DV)
-        dout_at = (DOUT, n0, dout_stride_n, offs_n, dout_stride_d, n_in)
-        dout = load_tile(dout_at, offs_dv, DV)
+        n_ok = key_ok(MASK, n_in, n0, offs_n, META.HAS_MASK)
+        q_at = (Q.data, n0, Q.n, offs_n, Q.d, n_in)
+        k_at = (K.data, n0, K.n, offs_n, K.d, n_ok)
+        v_at = (V.data, n0, V.n, offs_n, V.d, n_ok)
+        q = load_tile(q_at, offs_d, META.D)
+        k = load_tile(k_at, offs_d, META.D)
+        v = load_tile(v_at, offs_dv, META.DV)
+        dout_at = (DOUT.data, n0, DOUT.n, offs_n, DOUT.d, n_in)
+        dout = load_tile(dout_at, offs_dv, META.DV)
         delta = tl.load(DELTA + bh * N + n0 + offs_n, mask=n_in, other=0.0)
         out_lse = tl.load(OUT_LSE + bh * N + n0 + offs_n, mask=n_in, other=float("inf")) * LOG2E
         out_lse = tl.where(out_lse == float("-inf"), float("inf"), out_lse)  # no key: every weight 0
-        u_top, e_top, wide = tops(U_TOP + bh * N, U_LOW + bh * N, E_TOP + bh * N, n0 + offs_n, n_in, n_ok)
+        u_top, e_top, wide = tops(TOPS, bh * N + n0 + offs_n, n_in, n_ok)
         causal = (n0 + offs_n)[:, None] >= (n0 + offs_n)[None, :]
-        shift = key_shift(k, k_at, half_scale, offs_d, D, BLOCK_D)
+        shift = key_shift(k, k_at, half_scale, offs_d, META.D)
         pair_scale = scale_of_pairs(u_top, e_top, out_lse, wide)
-        if not OF_OMEGA:
+        if not META.OF_OMEGA:
             # dV and dK one after the other: both at once overfill the registers.
-            for c0 in tl.range(0, DV, BLOCK_DV, disable_licm=True):
+            for c0 in tl.range(0, META.DV, META.BLOCK_DV, disable_licm=True):
                 offs_c = c0 + offs_dv
-                dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-                pairs = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
-                for m0 in tl.range(0, M, BLOCK_M, disable_licm=True):
+                dv = tl.zeros([META.BLOCK_N, META.BLOCK_DV], tl.float32)
+                pairs = tl.zeros([META.BLOCK_N, META.BLOCK_N], tl.float32)
+                for m0 in tl.range(0, M, META.BLOCK_M, disable_licm=True):
                     m_ok = m0 + offs_m < M
-                    omega_at = (OMEGA, m0, omega_stride_m, offs_m, 1, m_ok)
-                    omega = load_tile(omega_at, offs_d, D)
-                    values_at = (VALUES, m0, DV, offs_m, 1, m_ok)
-                    values = load_tile(values_at, offs_c, DV)
+                    omega_at = (OMEGA.data, m0, OMEGA.n, offs_m, 1, m_ok)
+                    omega = load_tile(omega_at, offs_d, META.D)
+                    values_at = (VALUES, m0, META.DV, offs_m, 1, m_ok)
+                    values = load_tile(values_at, offs_c, META.DV)
                     lse = tl.load(LSE + m0 + offs_m, mask=m_ok, other=float("-inf"))
-                    e = exponents(k, omega, k_at, omega_at, exponent_scale, shift, offs_d, D, BLOCK_D, PRECISION)
+                    e = exponents(k, omega, k_at, omega_at, exponent_scale, shift, offs_d, META)
                     dv = tl.dot(
-                        ranged(tl.exp2(e + lse[None, :]), q), ranged(values, q), dv, input_precision=RANGED_PRECISION
+                        ranged(tl.exp2(e + lse[None, :]), q),
+                        ranged(values, q),
+                        dv,
+                        input_precision=META.RANGED_PRECISION,
                     )
                     phi_k = ranged(tl.exp2(e - e_top[:, None]), q)
                     phi_q = ranged(
-                        tl.exp2(
-                            exponents(q, omega, q_at, omega_at, exponent_scale, -u_top, offs_d, D, BLOCK_D, PRECISION)
-                        ),
+                        tl.exp2(exponents(q, omega, q_at, omega_at, exponent_scale, -u_top, offs_d, META)),
                         q,
                     )
-                    pairs = tl.dot(phi_q, tl.trans(phi_k), pairs, input_precision=RANGED_PRECISION)
+                    pairs = tl.dot(phi_q, tl.trans(phi_k), pairs, input_precision=META.RANGED_PRECISION)
                 pairs *= pair_scale
                 if wide:
                     logs = exact_logs(
-                    q, k, q_at, k_at, OMEGA, omega_stride_m, M, exponent_scale, -out_lse, shift, offs_n, offs_m, offs_d,
-                    D, BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
-                    )  # fmt: skip
+                        q, k, q_at, k_at, OMEGA, M, exponent_scale, -out_lse, shift, offs_n, offs_m, offs_d, META
+                    )
                     pairs = tl.exp2(tl.minimum(logs, SPAN))
                 pairs = tl.where(causal, pairs, 0.0)
                 dout_c = dout
-                if DV > BLOCK_DV:
-                    dout_c = load_tile(dout_at, offs_c, DV)
-                dv = tl.dot(tl.trans(pairs.to(dout.dtype)), dout_c, dv, input_precision=PRECISION)
-                store_tile((DV_OUT, n0, dv_stride_n, offs_n, dv_stride_d, n_in), offs_c, DV, dv)
-        gains = product(dout, v, dout_at, v_at, offs_dv, DV, BLOCK_DV, PRECISION) - delta[:, None]
+                if META.DV > META.BLOCK_DV:
+                    dout_c = load_tile(dout_at, offs_c, META.DV)
+                dv = tl.dot(tl.trans(pairs.to(dout.dtype)), dout_c, dv, input_precision=META.PRECISION)
+                store_tile((DV_OUT.data, n0, DV_OUT.n, offs_n, DV_OUT.d, n_in), offs_c, META.DV, dv)
+        gains = product(dout, v, dout_at, v_at, offs_dv, META.DV, META.PRECISION) - delta[:, None]
         gains = tl.where(causal, gains, 0.0)
         scaled = tl.trans(ranged(gains * pair_scale, q))
-        for c0 in tl.range(0, D, BLOCK_D, disable_licm=True):
+        for c0 in tl.range(0, META.D, META.BLOCK_D, disable_licm=True):
             offs_c = c0 + offs_d
             k_c = k
-            if OF_OMEGA and D > BLOCK_D:
-                k_c = load_tile(k_at, offs_c, D)
-            dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-            de_sum = tl.zeros([BLOCK_N], tl.float32)
+            if META.OF_OMEGA and META.D > META.BLOCK_D:
+                k_c = load_tile(k_at, offs_c, META.D)
+            dk = tl.zeros([META.BLOCK_N, META.BLOCK_D], tl.float32)
+            de_sum = tl.zeros([META.BLOCK_N], tl.float32)
             if wide:
-                for m0 in tl.range(0, M, BLOCK_M, disable_licm=True):
+                for m0 in tl.range(0, M, META.BLOCK_M, disable_licm=True):
                     m_ok = m0 + offs_m < M
-                    omega_at = (OMEGA, m0, omega_stride_m, offs_m, 1, m_ok)
-                    omega = load_tile(omega_at, offs_d, D)
-                    u = exponents(q, omega, q_at, omega_at, exponent_scale, -out_lse, offs_d, D, BLOCK_D, PRECISION)
-                    e = exponents(k, omega, k_at, omega_at, exponent_scale, shift, offs_d, D, BLOCK_D, PRECISION)
-                    de = exact_de(u, e, gains, offs_n, BLOCK_N, BLOCK_M)
+                    omega_at = (OMEGA.data, m0, OMEGA.n, offs_m, 1, m_ok)
+                    omega = load_tile(omega_at, offs_d, META.D)
+                    u = exponents(q, omega, q_at, omega_at, exponent_scale, -out_lse, offs_d, META)
+                    e = exponents(k, omega, k_at, omega_at, exponent_scale, shift, offs_d, META)
+                    de = exact_de(u, e, gains, offs_n)
                     de_sum += tl.sum(de, 1)
-                    if OF_OMEGA:
-                        add_to_omega((DOMEGA, m0, D, offs_m, 1, m_ok), de, k_c, offs_c, D, RANGED_PRECISION)
+                    if META.OF_OMEGA:
+                        add_to_omega((DOMEGA, m0, META.D, offs_m, 1, m_ok), de, k_c, offs_c, META)
                     else:
-                        if D > BLOCK_D:
-                            omega = load_tile(omega_at, offs_c, D)
-                        dk = tl.dot(ranged(de, q), ranged(omega, q), dk, input_precision=RANGED_PRECISION)
+                        if META.D > META.BLOCK_D:
+                            omega = load_tile(omega_at, offs_c, META.D)
+                        dk = tl.dot(ranged(de, q), ranged(omega, q), dk, input_precision=META.RANGED_PRECISION)
                 tl.debug_barrier()
-            for m0 in tl.range(0, M, BLOCK_M, disable_licm=True):
+            for m0 in tl.range(0, M, META.BLOCK_M, disable_licm=True):
                 m_ok = m0 + offs_m < M
-                omega_at = (OMEGA, m0, omega_stride_m, offs_m, 1, m_ok)
-                omega = load_tile(omega_at, offs_d, D)
-                values_at = (VALUES, m0, DV, offs_m, 1, m_ok)
-                values = load_tile(values_at, offs_dv, DV)
+                omega_at = (OMEGA.data, m0, OMEGA.n, offs_m, 1, m_ok)
+                omega = load_tile(omega_at, offs_d, META.D)
+                values_at = (VALUES, m0, META.DV, offs_m, 1, m_ok)
+                values = load_tile(values_at, offs_dv, META.DV)
                 lse = tl.load(LSE + m0 + offs_m, mask=m_ok, other=float("-inf"))
                 extra = tl.load(EXTRA + m0 + offs_m, mask=m_ok, other=0.0)
-                e = exponents(k, omega, k_at, omega_at, exponent_scale, shift, offs_d, D, BLOCK_D, PRECISION)
-                dp = product(
-                    ranged(v, q), ranged(values, q), v_at, values_at, offs_dv, DV, BLOCK_DV, RANGED_PRECISION
-                )  # fmt: skip
+                e = exponents(k, omega, k_at, omega_at, exponent_scale, shift, offs_d, META)
+                dp = product(ranged(v, q), ranged(values, q), v_at, values_at, offs_dv, META.DV, META.RANGED_PRECISION)
                 de = tl.exp2(e + lse[None, :]) * (dp - extra[None, :])
-                u = exponents(q, omega, q_at, omega_at, exponent_scale, -u_top, offs_d, D, BLOCK_D, PRECISION)
-                sums = tl.dot(scaled, ranged(tl.exp2(u), q), input_precision=RANGED_PRECISION)
+                u = exponents(q, omega, q_at, omega_at, exponent_scale, -u_top, offs_d, META)
+                sums = tl.dot(scaled, ranged(tl.exp2(u), q), input_precision=META.RANGED_PRECISION)
                 de += tl.exp2(e - e_top[:, None]) * sums
                 de_sum += tl.sum(de, 1)
-                if OF_OMEGA:
-                    add_to_omega((DOMEGA, m0, D, offs_m, 1, m_ok), de, k_c, offs_c, D, RANGED_PRECISION)
+                if META.OF_OMEGA:
+                    add_to_omega((DOMEGA, m0, META.D, offs_m, 1, m_ok), de, k_c, offs_c, META)
                 else:
-                    if D > BLOCK_D:
-                        omega = load_tile(omega_at, offs_c, D)
-                    dk = tl.dot(ranged(de, q), ranged(omega, q), dk, input_precision=RANGED_PRECISION)
-                if c0 + BLOCK_D >= D:
+                    if META.D > META.BLOCK_D:
+                        omega = load_tile(omega_at, offs_c, META.D)
+                    dk = tl.dot(ranged(de, q), ranged(omega, q), dk, input_precision=META.RANGED_PRECISION)
+                if c0 + META.BLOCK_D >= META.D:
                     new_lse, weights, kept, inverse = next_weights(lse, u + (u_top - out_lse)[:, None])
                     extra = (extra * kept + tl.sum(weights * delta[:, None], 0)) * inverse
-                    advance_all(
-                        values, weights, kept, inverse, dout, values_at, dout_at, offs_dv, DV, BLOCK_DV, PRECISION
-                    )  # fmt: skip
+                    advance_all(values, weights, kept, inverse, dout, values_at, dout_at, offs_dv, META)
                     tl.store(LSE + m0 + offs_m, new_lse, mask=m_ok)
                     tl.store(EXTRA + m0 + offs_m, extra, mask=m_ok)
-            if not OF_OMEGA:
+            if not META.OF_OMEGA:
                 # read again rather than held in registers through the loops
-                k32 = load_tile(k_at, offs_c, D).to(tl.float32)
+                k32 = load_tile(k_at, offs_c, META.D).to(tl.float32)
                 dk = (dk - k32 * (scale * de_sum)[:, None]) * scale
-                store_tile((DK, n0, dk_stride_n, offs_n, dk_stride_d, n_in), offs_c, D, dk)
+                store_tile((DK.data, n0, DK.n, offs_n, DK.d, n_in), offs_c, META.D, dk)
         tl.debug_barrier()  # the state that one thread wrote, another reads
 
 
 # Inside a kernel Triton's language, not Python's, gives operators and indexing their types.
 # pyright: reportOperatorIssue=false, reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAttributeAccessIssue=false

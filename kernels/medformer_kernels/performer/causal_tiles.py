@@ -23,25 +23,22 @@ def ranged(x, like):
 
 
 @triton.jit
-def key_shift(k, k_at, half_scale, offs_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def key_shift(k, k_at, half_scale, offs_d, D: tl.constexpr):
     """-|k'|^2 / 2 by key; -inf for a masked one."""
-    return tl.where(k_at[5], row_products(k, k, k_at, k_at, offs_d, D, BLOCK_D) * -half_scale, float("-inf"))
+    return tl.where(k_at[5], row_products(k, k, k_at, k_at, offs_d, D) * -half_scale, float("-inf"))
 
 
 @triton.jit
-def key_ok(MASK, mask_stride_n, ok, n0, offs_n, HAS_MASK: tl.constexpr):
+def key_ok(MASK, ok, n0, offs_n, HAS_MASK: tl.constexpr):
     if HAS_MASK:
-        ok &= tl.load(MASK + (n0 + offs_n).to(tl.int64) * mask_stride_n, mask=ok, other=0) != 0
+        ok &= tl.load(MASK.data + (n0 + offs_n).to(tl.int64) * MASK.n, mask=ok, other=0) != 0
     return ok
 
 
 @triton.jit
-def exponents(
-    x, omega, x_at, omega_at, exponent_scale, shift,
-    offs_d, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def exponents(x, omega, x_at, omega_at, exponent_scale, shift, offs_d, META: tl.constexpr):
     """omega_m x'_n + shift_n [BLOCK_N, BLOCK_M]; -inf for a feature beyond the last."""
-    u = product(x, omega, x_at, omega_at, offs_d, D, BLOCK_D, PRECISION) * exponent_scale
+    u = product(x, omega, x_at, omega_at, offs_d, META.D, META.PRECISION) * exponent_scale
     return tl.where(omega_at[5][None, :], u + shift[:, None], float("-inf"))
 
 
@@ -65,23 +62,20 @@ def advance(values, p, kept, inverse, x, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def advance_all(
-    values, p, kept, inverse, x, values_at, x_at,
-    offs_dv, DV: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def advance_all(values, p, kept, inverse, x, values_at, x_at, offs_dv, META: tl.constexpr):
     """All columns of the means of a state, in memory; values and x hold the first."""
-    store_tile(values_at, offs_dv, DV, advance(values, p, kept, inverse, x, PRECISION))
-    for d0 in tl.static_range(BLOCK_DV, DV, BLOCK_DV):
-        values = load_tile(values_at, d0 + offs_dv, DV)
-        x = load_tile(x_at, d0 + offs_dv, DV)
-        store_tile(values_at, d0 + offs_dv, DV, advance(values, p, kept, inverse, x, PRECISION))
+    store_tile(values_at, offs_dv, META.DV, advance(values, p, kept, inverse, x, META.PRECISION))
+    for d0 in tl.static_range(META.BLOCK_DV, META.DV, META.BLOCK_DV):
+        values = load_tile(values_at, d0 + offs_dv, META.DV)
+        x = load_tile(x_at, d0 + offs_dv, META.DV)
+        store_tile(values_at, d0 + offs_dv, META.DV, advance(values, p, kept, inverse, x, META.PRECISION))
 
 
 @triton.jit
-def _exact_pairs(u, e, offs_n, BLOCK_N: tl.constexpr):
+def _exact_pairs(u, e, offs_n):
     """log2 sum_m exp2(u_im + e_jm) [BLOCK_N, BLOCK_N], whatever the exponents span."""
-    pairs = tl.full([BLOCK_N, BLOCK_N], float("-inf"), tl.float32)
-    for j in range(0, BLOCK_N):
+    pairs = tl.full([u.shape[0], u.shape[0]], float("-inf"), tl.float32)
+    for j in range(0, u.shape[0]):
         key = offs_n == j
         x = u + tl.max(tl.where(key[:, None], e, float("-inf")), 0)[None, :]
         top = tl.max(x, 1)
@@ -99,10 +93,10 @@ def _add_logs(x, y):
 
 
 @triton.jit
-def exact_du(u, e, gains, offs_n, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+def exact_du(u, e, gains, offs_n):
     """sum_{j <= i} exp2(u_im + e_jm) gains_ij [BLOCK_N, BLOCK_M]."""
-    du = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for j in range(0, BLOCK_N):
+    du = tl.zeros(u.shape, tl.float32)
+    for j in range(0, u.shape[0]):
         key = offs_n == j
         x = u + tl.max(tl.where(key[:, None], e, float("-inf")), 0)[None, :]
         weights = tl.exp2(tl.where((offs_n >= j)[:, None], x, float("-inf")))
@@ -111,10 +105,10 @@ def exact_du(u, e, gains, offs_n, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def exact_de(u, e, gains, offs_n, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+def exact_de(u, e, gains, offs_n):
     """sum_{i >= j} exp2(u_im + e_jm) gains_ij [BLOCK_N, BLOCK_M]."""
-    de = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for j in range(0, BLOCK_N):
+    de = tl.zeros(u.shape, tl.float32)
+    for j in range(0, u.shape[0]):
         key = offs_n == j
         x = u + tl.max(tl.where(key[:, None], e, float("-inf")), 0)[None, :]
         weights = tl.exp2(tl.where((offs_n >= j)[:, None], x, float("-inf")))
@@ -125,23 +119,23 @@ def exact_de(u, e, gains, offs_n, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def exact_logs(
-    q, k, q_at, k_at, OMEGA, omega_stride_m, M, exponent_scale, q_shift, k_shift, offs_n, offs_m, offs_d,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    q, k, q_at, k_at, OMEGA, M, exponent_scale, q_shift, k_shift, offs_n, offs_m, offs_d, META: tl.constexpr
+):
     """log2 of every pair's weight [BLOCK_N, BLOCK_N], whatever its exponents span; later keys too."""
-    logs = tl.full([BLOCK_N, BLOCK_N], float("-inf"), tl.float32)
-    for m0 in tl.range(0, M, BLOCK_M, disable_licm=True):
-        omega_at = (OMEGA, m0, omega_stride_m, offs_m, 1, m0 + offs_m < M)
-        omega = load_tile(omega_at, offs_d, D)
-        u = exponents(q, omega, q_at, omega_at, exponent_scale, q_shift, offs_d, D, BLOCK_D, PRECISION)
-        e = exponents(k, omega, k_at, omega_at, exponent_scale, k_shift, offs_d, D, BLOCK_D, PRECISION)
-        logs = _add_logs(logs, _exact_pairs(u, e, offs_n, BLOCK_N))
+    logs = tl.full([META.BLOCK_N, META.BLOCK_N], float("-inf"), tl.float32)
+    for m0 in tl.range(0, M, META.BLOCK_M, disable_licm=True):
+        omega_at = (OMEGA.data, m0, OMEGA.n, offs_m, 1, m0 + offs_m < M)
+        omega = load_tile(omega_at, offs_d, META.D)
+        u = exponents(q, omega, q_at, omega_at, exponent_scale, q_shift, offs_d, META)
+        e = exponents(k, omega, k_at, omega_at, exponent_scale, k_shift, offs_d, META)
+        logs = _add_logs(logs, _exact_pairs(u, e, offs_n))
     return logs
 
 
 @triton.jit
-def tops(U_TOP, U_LOW, E_TOP, token, n_in, n_ok):
+def tops(TOPS, token, n_in, n_ok):
     """(largest exponent of each query, of each key, whether a query spans more than SPAN bits), from the forward."""
+    U_TOP, U_LOW, E_TOP = TOPS
     u_top = tl.load(U_TOP + token, mask=n_in, other=0.0)
     span = u_top - tl.load(U_LOW + token, mask=n_in, other=0.0)
     e_top = tl.load(E_TOP + token, mask=n_ok, other=0.0)  # of a masked key -inf, which nothing may be relative to
@@ -156,12 +150,13 @@ def scale_of_pairs(u_top, e_top, out_lse, wide):
 
 
 @triton.jit
-def add_to_omega(domega_at, dx, x, offs_d, D, PRECISION: tl.constexpr):
+def add_to_omega(domega_at, dx, x, offs_d, META: tl.constexpr):
     """Columns offs_d of DOMEGA_m += sum_n dx_nm x_n: the partial sum of this slice, in memory of its own."""
-    domega = load_tile(domega_at, offs_d, D)
-    domega = tl.dot(tl.trans(ranged(dx, x)), ranged(x, x), domega, input_precision=PRECISION)
-    store_tile(domega_at, offs_d, D, domega)
+    domega = load_tile(domega_at, offs_d, META.D)
+    domega = tl.dot(tl.trans(ranged(dx, x)), ranged(x, x), domega, input_precision=META.RANGED_PRECISION)
+    store_tile(domega_at, offs_d, META.D, domega)
 
 
 # Inside a kernel Triton's language, not Python's, gives operators and indexing their types.
 # pyright: reportOperatorIssue=false, reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAttributeAccessIssue=false

@@ -35,10 +35,10 @@ def store_tile(at, offs_d, D, x):
 
 
 @triton.jit
-def product(x, y, x_at, y_at, offs_d, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
-    """x y^T over all D columns, of which x and y hold the first BLOCK_D."""
+def product(x, y, x_at, y_at, offs_d, D: tl.constexpr, PRECISION: tl.constexpr):
+    """x y^T over all D columns, of which x and y hold those of offs_d, the first."""
     result = tl.dot(x, tl.trans(y), input_precision=PRECISION)
-    for d0 in tl.static_range(BLOCK_D, D, BLOCK_D):
+    for d0 in tl.static_range(offs_d.shape[0], D, offs_d.shape[0]):
         x_d = load_tile(x_at, d0 + offs_d, D).to(x.dtype)
         y_d = load_tile(y_at, d0 + offs_d, D).to(y.dtype)
         result = tl.dot(x_d, tl.trans(y_d), result, input_precision=PRECISION)
@@ -46,10 +46,10 @@ def product(x, y, x_at, y_at, offs_d, D: tl.constexpr, BLOCK_D: tl.constexpr, PR
 
 
 @triton.jit
-def row_products(x, y, x_at, y_at, offs_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """sum_d x_nd y_nd over all D columns, of which x and y hold the first BLOCK_D."""
+def row_products(x, y, x_at, y_at, offs_d, D: tl.constexpr):
+    """sum_d x_nd y_nd over all D columns, of which x and y hold those of offs_d, the first."""
     result = tl.sum(x.to(tl.float32) * y.to(tl.float32), 1)
-    for d0 in tl.static_range(BLOCK_D, D, BLOCK_D):
+    for d0 in tl.static_range(offs_d.shape[0], D, offs_d.shape[0]):
         x_d = load_tile(x_at, d0 + offs_d, D).to(tl.float32)
         y_d = load_tile(y_at, d0 + offs_d, D).to(tl.float32)
         result += tl.sum(x_d * y_d, 1)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from medformer_kernels._dispatch import resolve_backend
-from medformer_kernels.performer.arguments import Feature, check, elementwise, shared_heads, two_sided, without_kernel
+from medformer_kernels._operators import first_order
+from medformer_kernels.performer.arguments import Call, Feature, prepare, without_kernel
 from medformer_kernels.performer.chunked import compute_dtype
 from medformer_kernels.performer.ops import performer_state
 from medformer_kernels.performer.reference import performer_features
@@ -43,13 +44,9 @@ def performer_prefill(
     An omega for each of several query heads that share a key head needs k and v repeated to them.
     """
     function = "performer_prefill"
-    check(
-        k, k, v, omega, causal=True, key_padding_mask=key_padding_mask, cu_seqlens=None, feature=feature, eps=0.0,
-        function=function,
-    )  # fmt: skip
-    _refuse_elementwise(function, feature)
-    omega = two_sided(omega, feature)
-    backend = resolve_backend(function, backend, k, without_kernel(k, v, omega, False, feature))
+    call = _prepare(function, k, k, v, omega, causal=True, key_padding_mask=key_padding_mask, feature=feature)
+    backend = resolve_backend(function, backend, k, without_kernel(k, v, call.omega, False, feature))
+    k, v, omega = first_order(function, "performer_features", k, v, call.omega)
     with torch.autocast(k.device.type, enabled=False):  # which would round the state
         values, lse, _ = performer_state(k, v, omega, key_padding_mask, False, backend)
     return PerformerState(values, lse)
@@ -74,21 +71,15 @@ def performer_step(
     Cost, whatever the number of tokens before: 4 B H M (D + Dv) FLOP. Plain PyTorch on every device.
     """
     function = "performer_step"
-    check(
-        q, k, v, omega, causal=False, key_padding_mask=None, cu_seqlens=None, feature=feature, eps=0.0,
-        function=function,
-    )  # fmt: skip
-    _refuse_elementwise(function, feature)
+    call = _prepare(function, q, k, v, omega, feature=feature)
     if q.shape[2] != 1 or k.shape[2] != 1:
         raise ValueError(f"{function}: q and k hold {q.shape[2]} and {k.shape[2]} tokens; a step takes 1")
     with torch.autocast(q.device.type, enabled=False):  # which would round the state
-        return _step(state, q, k, v, two_sided(omega, feature), reset)
+        return _step(state, call, reset)
 
 
-def _step(
-    state: PerformerState | None, q: Tensor, k: Tensor, v: Tensor, omega: Tensor, reset: Tensor | None
-) -> tuple[Tensor, PerformerState]:
-    k, v, omega_k, groups = shared_heads(q, k, v, omega, repeat_keys=False)
+def _step(state: PerformerState | None, call: Call, reset: Tensor | None) -> tuple[Tensor, PerformerState]:
+    q, (k, v, omega_k, groups) = call.q, call.shared_heads(repeat_keys=False)
     dtype = compute_dtype(q)
     log_k, v32 = performer_features(k.to(dtype), omega_k).squeeze(2), v.to(dtype)
     if state is None:
@@ -104,8 +95,7 @@ def _step(
     state = PerformerState(values, lse)
     if groups > 1:
         values, lse = values.repeat_interleave(groups, 1), lse.repeat_interleave(groups, 1)
-        omega = omega if omega.ndim == 2 else omega.repeat_interleave(groups, 0)
-    log_q = performer_features(q.to(dtype), omega)
+    log_q = performer_features(q.to(dtype), call.omega_of_queries)
     return (torch.softmax(log_q + lse.unsqueeze(2), -1) @ values).to(q.dtype), state
 
 
@@ -119,6 +109,8 @@ def _check_state(state: PerformerState, v: Tensor, log_k: Tensor, reset: Tensor 
         )
 
 
-def _refuse_elementwise(function: str, feature: Feature) -> None:
-    if elementwise(feature):
+def _prepare(function: str, *tensors: Tensor, feature: Feature, **arguments) -> Call:
+    call = prepare(function, *tensors, feature=feature, **arguments)
+    if call.function is not None:
         raise ValueError(f"{function}: feature={feature!r} has no decoding state here; use 'softmax' or 'hyperbolic'")
+    return call

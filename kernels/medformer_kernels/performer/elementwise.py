@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from medformer_kernels._operators import transformed
+from medformer_kernels.performer.arguments import Call
 from medformer_kernels.performer.chunked import chunk_length, columns, compute_dtype, scaled_omega
 
 __all__ = ["attention"]
@@ -20,18 +22,11 @@ __all__ = ["attention"]
 _CAUSAL_CHUNK = 128
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    omega: Tensor,
-    function: Callable[[Tensor], Tensor],
-    *,
-    causal: bool,
-    key_padding_mask: Tensor | None,
-    eps: float,
-) -> Tensor:
-    """phi(q) (phi(k)^T v) / (phi(q) sum_j phi(k_j)), j up to the query's own position if `causal`."""
+def attention(call: Call) -> Tensor:
+    """phi(q) (phi(k)^T v) / (phi(q) sum_j phi(k_j)), j up to the query's own position if causal."""
+    assert call.function is not None
+    q, function, eps = call.q, call.function, call.eps
+    k, v, omega, _ = call.shared_heads(repeat_keys=True)
     dtype = compute_dtype(q)
     omega = scaled_omega(omega, q, 1.0).transpose(-1, -2)
 
@@ -58,13 +53,13 @@ def attention(
         return _divide(sums).to(q.dtype), state + phi_k.transpose(-1, -2) @ rows
 
     step = chunk_length(q.shape[0] * q.shape[1] * omega.shape[-1])
-    if causal:
+    if call.causal:
         step = min(step, _CAUSAL_CHUNK)
     state = q.new_zeros((*q.shape[:2], omega.shape[-1], v.shape[-1] + 1), dtype=dtype)
-    masks = [None] * -(-k.shape[2] // step) if key_padding_mask is None else key_padding_mask.split(step, 1)
+    masks = [None] * -(-k.shape[2] // step) if call.mask is None else call.mask.split(step, 1)
     keys = zip(k.split(step, 2), v.split(step, 2), masks, strict=True)
     queries, outs = q.split(step, 2), []
-    if causal:
+    if call.causal:
         for q_chunk, (k_chunk, v_chunk, mask) in zip(queries, keys, strict=True):
             out, state = _recomputed(causal_step, state, q_chunk, k_chunk, v_chunk, mask)
             outs.append(out)
@@ -75,7 +70,8 @@ def attention(
 
 
 def _recomputed(function: Callable, *args):
-    return checkpoint(function, *args, use_reentrant=False)
+    # Transforms of torch.func know no checkpoints.
+    return function(*args) if transformed() else checkpoint(function, *args, use_reentrant=False)
 
 
 def _divide(sums: Tensor) -> Tensor:

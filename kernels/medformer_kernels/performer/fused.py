@@ -1,14 +1,15 @@
-"""Launches of the FAVOR+ kernels: tiles, slices, and the bytes and FLOP they come to.
+"""Launches of the FAVOR+ kernels: tiles and slices.
 
 Cost, forward: 8 B H N M D FLOP and 2 B H N M exponentials; q, k, v and out pass through memory once, plus a float32 a
-query and the partial states of `Plan.slices`. Backward: 18 B H N M D FLOP, 4 B H N M exponentials (`cost` counts).
+query and the partial states of `Plan.slices`. Backward: 18 B H N M D FLOP, 4 B H N M exponentials
+(counted in benchmarks/compile_cases).
 
 Tested in Triton's interpreter (float32, float16) and compiled ahead of time for every tile shipped
 (`benchmarks/compile_report.py`). Not yet run on a GPU.
 """
 
 # Triton's kernel[grid](...) is not the call that a type checker sees.
-# pyright: reportCallIssue=false
+# pyright: reportCallIssue=false, reportArgumentType=false
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ import torch
 from torch import Tensor
 
 from medformer_kernels import _dispatch
-from medformer_kernels._dispatch import Chip, Plan, block, chip_of, mask_arguments
+from medformer_kernels._dispatch import AttentionPlan, Chip, block, chip_of, precision
+from medformer_kernels._triton import Rows, constexprs, mask_rows, rows
 from medformer_kernels.performer.backward_kernels import (
     performer_omega_kernel,
     performer_read_dq_kernel,
@@ -30,12 +32,13 @@ from medformer_kernels.performer.backward_kernels import (
     performer_state_bwd_kernel,
 )
 from medformer_kernels.performer.kernels import (
+    Meta,
     performer_merge_kernel,
     performer_read_fwd_kernel,
     performer_state_fwd_kernel,
 )
 
-__all__ = ["Cost", "costs", "launch_plan", "read", "read_backward", "state", "state_backward"]
+__all__ = ["launch_plan", "read", "read_backward", "state", "state_backward"]
 
 
 def launch_plan(
@@ -48,7 +51,7 @@ def launch_plan(
     tokens: int,
     batch_heads: int,
     with_max: bool = False,
-) -> Plan:
+) -> AttentionPlan:
     """How `kernel` ('state_fwd', 'read_fwd', 'read_dq', 'read_dstate', 'state_bwd', 'omega') is launched.
 
     `width` is the larger of D and Dv; `with_max` halves the features of a program, because the second maximum takes
@@ -64,70 +67,7 @@ def launch_plan(
     )  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cost:
-    """What one launch does: operations, exponentials, and bytes to and from memory (omega and the like not counted:
-    M rows that every program finds in the cache)."""
-
-    flop: int
-    exponentials: int
-    bytes: int
-
-
-def costs(
-    *, chip: Chip, batch_heads: int, tokens: int, num_features: int, width: int, width_v: int, itemsize: int
-) -> dict[str, Cost]:
-    """Cost by kernel of a forward and a backward pass over N = S = `tokens`, from the launch plans themselves.
-
-    Where programs share out the columns of a wide head, each makes the features, and reads what they take, again.
-    """
-
-    def plan(kernel: str) -> Plan:
-        return launch_plan(
-            kernel,
-            chip=chip,
-            num_features=num_features,
-            width=max(width, width_v),
-            itemsize=itemsize,
-            tokens=tokens,
-            batch_heads=batch_heads,
-        )
-
-    rows = batch_heads * tokens
-    both = width + width_v
-    partial = batch_heads * num_features * (width_v + 1) * 4
-    state_plan, dstate_plan = plan("state_fwd"), plan("read_dstate")
-    state_passes, dstate_passes = (-(-num_features // p.block_m) for p in (state_plan, dstate_plan))
-    merged = state_plan.slices + 1 if state_plan.slices > 1 else 0
-    # programs that share out columns
-    state, read, dstate = (column_blocks(width_v, p) for p in (state_plan, plan("read_fwd"), dstate_plan))
-    dq = column_blocks(width, plan("read_dq"))
-    dkv = max(column_blocks(size, plan("state_bwd")) for size in (width, width_v))
-    result = {
-        # kernel: (widths of its products with the features, exponentials a feature, numbers a token, other bytes)
-        "state_fwd": (
-            state * width + width_v, state, state_passes * (state * width + width_v), state_plan.slices * partial,
-        ),
-        "merge": (0, 0, 0, merged * partial),
-        "read_fwd": (read * width + width_v, read, read * width + width_v, rows * 4),
-        "read_dq": (dq * both + width, dq, dq * (both + width_v) + width, rows * 8),
-        "read_dstate": (
-            dstate * width + width_v, dstate, dstate_passes * (dstate * width + width_v),
-            dstate_passes * rows * 8 + 2 * dstate_plan.slices * partial,
-        ),
-        "state_bwd": (dkv * both + both, dkv, dkv * both + both, 0),
-    }  # fmt: skip
-    return {
-        kernel: Cost(
-            flop=2 * rows * num_features * widths,
-            exponentials=rows * num_features * exps,
-            bytes=rows * numbers * itemsize + rest,
-        )
-        for kernel, (widths, exps, numbers, rest) in result.items()
-    }
-
-
-def _plan(kernel: str, x: Tensor, omega: Tensor, width_v: int, with_max: bool = False) -> Plan:
+def _plan(kernel: str, x: Tensor, omega: Tensor, width_v: int, with_max: bool = False) -> AttentionPlan:
     batch, heads, tokens, width = x.shape
     return launch_plan(
         kernel,
@@ -180,31 +120,31 @@ def cut(boundaries: Sequence[int] | None, length: int, x: Tensor) -> Slices:
         rows += [(s, min(s + length, end), s == start, s == starts[-1], document) for s in starts]
         ends.append(len(rows))
     whole = ends == list(range(len(boundaries)))
-    table, ends = (torch.tensor(part, dtype=torch.int32).to(x.device, non_blocking=True) for part in (rows, ends))
+    table, ends = (
+        torch.tensor(part, dtype=torch.int32, pin_memory=x.is_cuda).to(x.device, non_blocking=True)
+        for part in (rows, ends)
+    )
     return Slices(count=len(rows), documents=len(boundaries) - 1, table=table, ends=ends, whole=whole)
 
 
-def precision(x: Tensor) -> str:
-    """float32 products run as three tf32 products on NVIDIA (24 bits), exactly elsewhere."""
-    return "tf32x3" if x.dtype == torch.float32 and chip_of(x).arch.startswith("sm_") else "ieee"
+def meta(x: Tensor, width_v: int, plan: AttentionPlan, **flags: Any) -> Meta:
+    width = x.shape[-1]
+    return Meta(
+        D=width,
+        DV=width_v,
+        BLOCK_M=plan.block_m,
+        BLOCK_N=plan.block_n,
+        BLOCK_D=min(block(width), plan.columns),
+        BLOCK_DV=min(block(width_v), plan.columns),
+        **{"PRECISION": precision(x), **flags},
+    )
 
 
-def common(x: Tensor, width_v: int, plan: Plan) -> dict[str, Any]:
-    return {
-        "BLOCK_M": plan.block_m,
-        "BLOCK_D": min(block(x.shape[-1]), plan.columns),
-        "BLOCK_DV": min(block(width_v), plan.columns),
-        "PRECISION": precision(x),
-        "num_warps": plan.num_warps,
-        "num_stages": plan.num_stages,
-    }
+def omega_rows(omega: Tensor) -> Rows:
+    return Rows(omega, h=omega.stride(0) if omega.ndim == 3 else 0, n=omega.stride(-2))
 
 
-def omega_strides(omega: Tensor) -> tuple[int, int]:
-    return (omega.stride(0) if omega.ndim == 3 else 0), omega.stride(-2)
-
-
-def column_blocks(width: int, plan: Plan) -> int:
+def column_blocks(width: int, plan: AttentionPlan) -> int:
     """Programs that share out the columns of an output."""
     return -(-width // min(block(width), plan.columns))
 
@@ -231,25 +171,24 @@ def state(
     part_values = k.new_empty((batch, heads, slices.count, num_features, width_v), dtype=torch.float32)
     part_lse = k.new_empty((batch, heads, slices.count, num_features), dtype=torch.float32)
     part_top = k.new_full((batch, heads, slices.count, m_blocks), -math.inf, dtype=torch.float32)
-    mask, *mask_strides = mask_arguments(key_padding_mask, k)
-    performer_state_fwd_kernel[(batch * heads * slices.count * m_blocks * column_blocks(width_v, plan),)](
-        k, v, omega, mask, slices.table, part_lse, part_lse, part_values, part_lse, part_top,
-        *k.stride(), *v.stride(), *omega_strides(omega), *mask_strides,
-        heads, 1, tokens, num_features, width, width_v, plan.slice_length, slices.count, width**-0.25,
-        BLOCK_S=plan.block_n, HAS_MASK=key_padding_mask is not None, WITH_MAX=with_max, CARRIED=False, QUERIES=False,
-        VARLEN=slices.varlen, **common(k, width_v, plan),
-    )  # fmt: skip
+    inputs = (rows(k), rows(v), omega_rows(omega), mask_rows(key_padding_mask, k), slices.table)
+    outputs = ((part_lse, part_lse), (part_values, part_lse, part_top))
+    sizes = (heads, 1, tokens, num_features, plan.slice_length, slices.count, width**-0.25)
+    constants = meta(k, width_v, plan, HAS_MASK=key_padding_mask is not None, WITH_MAX=with_max, VARLEN=slices.varlen)
+    programs = batch * heads * slices.count * m_blocks * column_blocks(width_v, plan)
+    performer_state_fwd_kernel[(programs,)](*inputs, *outputs, *sizes, META=constexprs(constants), **plan.launch)
     top = part_top.amax((-1, -2))
     if slices.whole:
         return (part_values, part_lse, top) if slices.varlen else (part_values.squeeze(2), part_lse.squeeze(2), top)
     documents = (slices.documents,) if slices.varlen else ()
     values = part_values.new_empty((batch, heads, *documents, num_features, width_v))
     lse = part_lse.new_empty((batch, heads, *documents, num_features))
-    rows = merged_rows(width_v)
-    performer_merge_kernel[(batch * heads * slices.documents * -(-num_features // rows),)](
-        part_values, part_lse, slices.ends, values, lse, num_features, width_v, slices.count, slices.documents,
-        BLOCK_M=rows, BLOCK_DV=block(width_v), VARLEN=slices.varlen, num_warps=4,
-    )  # fmt: skip
+    merged = merged_rows(width_v)
+    arguments = (part_values, part_lse, slices.ends, values, lse, num_features, slices.count, slices.documents)
+    constants = Meta(DV=width_v, BLOCK_M=merged, BLOCK_DV=block(width_v), VARLEN=slices.varlen)
+    performer_merge_kernel[(batch * heads * slices.documents * -(-num_features // merged),)](
+        *arguments, META=constexprs(constants), num_warps=4
+    )
     return values, lse, top
 
 
@@ -274,16 +213,15 @@ def read(
     blocks = cut(boundaries, plan.block_n, q)
     out = q.new_empty((batch, heads, tokens, width_v))
     out_lse = q.new_empty((batch, heads, tokens), dtype=torch.float32)
-    performer_read_fwd_kernel[(batch * heads * blocks.count * column_blocks(width_v, plan),)](
-        q, omega, blocks.table, values, lse, *_extra_arguments(extra_values, extra_lse, lse), out, out_lse,
-        *q.stride(), *omega_strides(omega), heads, tokens, omega.shape[-2], width, width_v, blocks.count,
-        blocks.documents, width**-0.25,
-        BLOCK_N=plan.block_n, HAS_EXTRA=extra_lse is not None, VARLEN=blocks.varlen, **common(q, width_v, plan),
-    )  # fmt: skip
+    inputs = (rows(q), omega_rows(omega), blocks.table, values, lse, _extra(extra_values, extra_lse, lse))
+    sizes = (heads, tokens, omega.shape[-2], blocks.count, blocks.documents, width**-0.25)
+    constants = meta(q, width_v, plan, HAS_EXTRA=extra_lse is not None, VARLEN=blocks.varlen)
+    programs = batch * heads * blocks.count * column_blocks(width_v, plan)
+    performer_read_fwd_kernel[(programs,)](*inputs, out, out_lse, *sizes, META=constexprs(constants), **plan.launch)
     return out, out_lse
 
 
-def _extra_arguments(extra_values: Tensor | None, extra_lse: Tensor | None, unused: Tensor) -> tuple[Tensor, Tensor]:
+def _extra(extra_values: Tensor | None, extra_lse: Tensor | None, unused: Tensor) -> tuple[Tensor, Tensor]:
     if extra_values is None or extra_lse is None:
         return unused, unused
     return extra_values.contiguous(), extra_lse.contiguous()
@@ -309,24 +247,22 @@ def read_backward(
     extra_weight = torch.empty_like(out_lse) if extra_lse is not None else delta
     plan = _plan("read_dq", q, omega, width_v)
     blocks = cut(boundaries, plan.block_n, q)
-    performer_read_dq_kernel[(batch * heads * blocks.count * column_blocks(width, plan),)](
-        q, omega, blocks.table, packed(values, q.dtype), lse, *_extra_arguments(extra_values, extra_lse, lse),
-        out, out_lse, dout, dq, delta, extra_weight,
-        *q.stride(), *omega_strides(omega), *dout.stride(), *dq.stride(),
-        heads, tokens, num_features, width, width_v, blocks.count, blocks.documents, width**-0.25,
-        BLOCK_N=plan.block_n, HAS_EXTRA=extra_lse is not None, VARLEN=blocks.varlen, **common(q, width_v, plan),
-    )  # fmt: skip
+    inputs = (rows(q), omega_rows(omega), blocks.table, (packed(values, q.dtype), lse))
+    outputs = (_extra(extra_values, extra_lse, lse), (out, out_lse), (rows(dout), rows(dq), delta, extra_weight))
+    sizes = (heads, tokens, num_features, blocks.count, blocks.documents, width**-0.25)
+    constants = meta(q, width_v, plan, HAS_EXTRA=extra_lse is not None, VARLEN=blocks.varlen)
+    programs = batch * heads * blocks.count * column_blocks(width, plan)
+    performer_read_dq_kernel[(programs,)](*inputs, *outputs, *sizes, META=constexprs(constants), **plan.launch)
     plan = _plan("read_dstate", q, omega, width_v)
     slices = cut(boundaries, plan.slice_length, q)
     part_dvalues = values.new_empty((batch, heads, slices.count, num_features, width_v))
     part_pdelta = values.new_empty((batch, heads, slices.count, num_features))
     programs = batch * heads * slices.count * -(-num_features // plan.block_m) * column_blocks(width_v, plan)
-    performer_read_dstate_kernel[(programs,)](
-        q, omega, slices.table, lse, out_lse, dout, delta, part_dvalues, part_pdelta,
-        *q.stride(), *omega_strides(omega), *dout.stride(),
-        heads, tokens, num_features, width, width_v, plan.slice_length, slices.count, slices.documents, width**-0.25,
-        BLOCK_N=plan.block_n, VARLEN=slices.varlen, **common(q, width_v, plan),
-    )  # fmt: skip
+    gradients = (rows(dout), delta, part_dvalues, part_pdelta)
+    arguments = (rows(q), omega_rows(omega), slices.table, lse, out_lse, gradients)
+    sizes = (heads, tokens, num_features, plan.slice_length, slices.count, slices.documents, width**-0.25)
+    constants = meta(q, width_v, plan, VARLEN=slices.varlen)
+    performer_read_dstate_kernel[(programs,)](*arguments, *sizes, META=constexprs(constants), **plan.launch)
     dvalues = slices.sums(part_dvalues)
     dlse = (dvalues * values).sum(-1) - slices.sums(part_pdelta)
     if extra_values is None:
@@ -363,16 +299,13 @@ def _omega_gradient(
     plan = _plan("omega", x, omega, width_v)
     slices = cut(boundaries, plan.slice_length, x)
     part = lse.new_empty((batch, heads, slices.count, num_features, width))
-    bytes_mask, *mask_strides = mask_arguments(mask, x)
     shift, out_lse, delta, unit = (lse if given is None else given for given in (shift, out_lse, delta, unit))
     programs = batch * heads * slices.count * -(-num_features // plan.block_m) * column_blocks(width, plan)
-    performer_omega_kernel[(programs,)](
-        x, y, omega, bytes_mask, slices.table, values, lse, shift, out_lse, delta, unit, part,
-        *x.stride(), *y.stride(), *omega_strides(omega), *mask_strides,
-        heads, tokens, num_features, width, width_v, plan.slice_length, slices.count, slices.documents, width**-0.25,
-        bits, BLOCK_N=plan.block_n, KEYS=unit is not lse, HAS_MASK=mask is not None, VARLEN=slices.varlen,
-        **common(x, width_v, plan),
-    )  # fmt: skip
+    inputs = (rows(x), rows(y), omega_rows(omega), mask_rows(mask, x), slices.table)
+    outputs = ((values, lse, shift, unit, out_lse, delta), part)
+    sizes = (heads, tokens, num_features, plan.slice_length, slices.count, slices.documents, width**-0.25, bits)
+    constants = meta(x, width_v, plan, KEYS=unit is not lse, HAS_MASK=mask is not None, VARLEN=slices.varlen)
+    performer_omega_kernel[(programs,)](*inputs, *outputs, *sizes, META=constexprs(constants), **plan.launch)
     return part.sum(2)
 
 
@@ -400,14 +333,12 @@ def state_backward(
     plan = _plan("state_bwd", k, omega, width_v)
     blocks = cut(boundaries, plan.block_n, k)
     programs = batch * heads * blocks.count * max(column_blocks(width, plan), column_blocks(width_v, plan))
-    mask, *mask_strides = mask_arguments(key_padding_mask, k)
     bits = float(min(8, max(0, tokens.bit_length() - 1)))
-    performer_state_bwd_kernel[(programs,)](
-        k, v, omega, mask, blocks.table, lse, dvalues, shift, unit, dk, dv,
-        *k.stride(), *v.stride(), *dk.stride(), *dv.stride(), *omega_strides(omega), *mask_strides,
-        heads, tokens, omega.shape[-2], width, width_v, blocks.count, blocks.documents, width**-0.25, bits,
-        BLOCK_S=plan.block_n, HAS_MASK=key_padding_mask is not None, VARLEN=blocks.varlen, **common(k, width_v, plan),
-    )  # fmt: skip
+    inputs = (rows(k), rows(v), omega_rows(omega), mask_rows(key_padding_mask, k), blocks.table)
+    outputs = ((lse, dvalues, shift, unit), rows(dk), rows(dv))
+    sizes = (heads, tokens, omega.shape[-2], blocks.count, blocks.documents, width**-0.25, bits)
+    constants = meta(k, width_v, plan, HAS_MASK=key_padding_mask is not None, VARLEN=blocks.varlen)
+    performer_state_bwd_kernel[(programs,)](*inputs, *outputs, *sizes, META=constexprs(constants), **plan.launch)
     domega = lse.new_empty(0)
     if with_omega:
         domega = _omega_gradient(

@@ -20,6 +20,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from medformer_kernels._operators import operator
 from medformer_kernels.performer import causal, chunked
 
 __all__ = [
@@ -60,7 +61,16 @@ def _omega_buffer(like: Tensor, x: Tensor, omega: Tensor, with_omega: bool) -> T
     return like.new_empty((*x.shape[:2], *omega.shape[-2:]) if with_omega else (0,))
 
 
-@torch.library.custom_op("medformer::performer_state", mutates_args=())
+def _state_fake(k, v, omega, key_padding_mask, with_max, backend, boundaries=None):
+    axes, num_features, dtype = _state_axes(k, boundaries), omega.shape[-2], _state_dtype(k)
+    return (
+        k.new_empty((*axes, num_features, v.shape[-1]), dtype=dtype),
+        k.new_empty((*axes, num_features), dtype=dtype),
+        k.new_empty(k.shape[:2], dtype=dtype),
+    )
+
+
+@operator("performer_state", _state_fake, public="performer_attention", samples=("k", "v", "key_padding_mask"))
 def performer_state(
     k: Tensor,
     v: Tensor,
@@ -79,17 +89,16 @@ def performer_state(
     return implementation.state(k, v, omega, key_padding_mask, with_max, *last)
 
 
-@performer_state.register_fake
-def _(k, v, omega, key_padding_mask, with_max, backend, boundaries=None):
-    axes, num_features, dtype = _state_axes(k, boundaries), omega.shape[-2], _state_dtype(k)
-    return (
-        k.new_empty((*axes, num_features, v.shape[-1]), dtype=dtype),
-        k.new_empty((*axes, num_features), dtype=dtype),
-        k.new_empty(k.shape[:2], dtype=dtype),
-    )
+def _state_backward_fake(
+    k, v, omega, key_padding_mask, values, lse, dvalues, dlse, with_omega, backend, boundaries=None
+):
+    return torch.empty_like(k), torch.empty_like(v), _omega_buffer(values, k, omega, with_omega)
 
 
-@torch.library.custom_op("medformer::performer_state_backward", mutates_args=())
+@operator(
+    "performer_state_backward", _state_backward_fake, public="performer_attention", gradient=True,
+    samples=("k", "v", "key_padding_mask", "values", "lse", "dvalues", "dlse"),
+)  # fmt: skip
 def performer_state_backward(
     k: Tensor,
     v: Tensor,
@@ -111,11 +120,6 @@ def performer_state_backward(
     return implementation.state_backward(*arguments, with_omega, *last)
 
 
-@performer_state_backward.register_fake
-def _(k, v, omega, key_padding_mask, values, lse, dvalues, dlse, with_omega, backend, boundaries=None):
-    return torch.empty_like(k), torch.empty_like(v), _omega_buffer(values, k, omega, with_omega)
-
-
 def _setup_state(ctx, inputs, output):
     k, v, omega, key_padding_mask, _, ctx.backend, ctx.boundaries = inputs
     values, lse, exponent_max = output
@@ -135,7 +139,16 @@ def _state_autograd(ctx, dvalues, dlse, _):
 performer_state.register_autograd(_state_autograd, setup_context=_setup_state)
 
 
-@torch.library.custom_op("medformer::performer_read", mutates_args=())
+def _read_fake(q, omega, values, lse, extra_values, extra_lse, backend, boundaries=None):
+    return q.new_empty((*q.shape[:3], values.shape[-1])), lse.new_empty(q.shape[:3])
+
+
+@operator(
+    "performer_read",
+    _read_fake,
+    public="performer_attention",
+    samples=("q", "values", "lse", "extra_values", "extra_lse"),
+)
 def performer_read(
     q: Tensor,
     omega: Tensor,
@@ -149,18 +162,30 @@ def performer_read(
     """Query pass: (out (B, H, N, Dv), log of its denominator (B, H, N)); `boundaries` as for the state.
 
     `extra_values` (B, H, Dv) and `extra_lse` (B, H) add one feature of exponent
-    |q'_i|^2 / 2 + max_m omega_m q'_i + extra_lse: the published epsilon, as it stands beside exp(u - |q'|^2/2 - max u).
+    |q'_i|^2 / 2 + max_m omega_m q'_i + extra_lse: the published epsilon, as it is added to exp(u - |q'|^2/2 - max u).
     """
     implementation, last = _implementation(backend, boundaries)
     return implementation.read(q, omega, values, lse, extra_values, extra_lse, *last)
 
 
-@performer_read.register_fake
-def _(q, omega, values, lse, extra_values, extra_lse, backend, boundaries=None):
-    return q.new_empty((*q.shape[:3], values.shape[-1])), lse.new_empty(q.shape[:3])
+def _read_backward_fake(
+    q, omega, values, lse, extra_values, extra_lse, out, out_lse, dout, with_omega, backend, boundaries=None
+):
+    extra = values.new_empty((*values.shape[:2], values.shape[-1]))
+    return (
+        torch.empty_like(q),
+        torch.empty_like(values),
+        torch.empty_like(lse),
+        extra,
+        lse.new_empty(lse.shape[:2]),
+        _omega_buffer(values, q, omega, with_omega),
+    )
 
 
-@torch.library.custom_op("medformer::performer_read_backward", mutates_args=())
+@operator(
+    "performer_read_backward", _read_backward_fake, public="performer_attention", gradient=True,
+    samples=("q", "values", "lse", "extra_values", "extra_lse", "out", "out_lse", "dout"),
+)  # fmt: skip
 def performer_read_backward(
     q: Tensor,
     omega: Tensor,
@@ -185,19 +210,6 @@ def performer_read_backward(
     arguments = (q, omega, values, lse, extra_values, extra_lse, out, out_lse, dout)
     implementation, last = _implementation(backend, boundaries)
     return implementation.read_backward(*arguments, with_omega, *last)
-
-
-@performer_read_backward.register_fake
-def _(q, omega, values, lse, extra_values, extra_lse, out, out_lse, dout, with_omega, backend, boundaries=None):
-    extra = values.new_empty((*values.shape[:2], values.shape[-1]))
-    return (
-        torch.empty_like(q),
-        torch.empty_like(values),
-        torch.empty_like(lse),
-        extra,
-        lse.new_empty(lse.shape[:2]),
-        _omega_buffer(values, q, omega, with_omega),
-    )
 
 
 def _setup_read(ctx, inputs, output):
@@ -226,7 +238,17 @@ def _document_slices(boundaries: Sequence[int]) -> list[slice]:
     return [slice(start, end) for start, end in pairwise(boundaries) if start < end] or [slice(0, 0)]
 
 
-@torch.library.custom_op("medformer::performer_causal", mutates_args=())
+def _causal_fake(q, k, v, omega, key_padding_mask, boundaries, backend):
+    dtype = _state_dtype(q)
+    tops = q.new_empty((3, *q.shape[:3]) if backend == "triton" else (0,), dtype=dtype)
+    return (
+        q.new_empty((*q.shape[:3], v.shape[-1])),
+        q.new_empty(q.shape[:3], dtype=dtype),
+        tops.transpose(0, 1) if backend == "triton" else tops,
+    )
+
+
+@operator("performer_causal", _causal_fake, public="performer_attention", samples=("q", "k", "v", "key_padding_mask"))
 def performer_causal(
     q: Tensor,
     k: Tensor,
@@ -239,7 +261,7 @@ def performer_causal(
     """(out (B, H, N, Dv), log of its denominator (B, H, N), tops): query i over the keys of its document up to i.
 
     `boundaries` of the documents, 0 first and N last; [0, N] for one. k and v may have fewer heads, each shared by as
-    many consecutive heads of q. tops (3, B, H, N), of the kernels only: the largest and the smallest exponent of each
+    many consecutive heads of q. tops (B, 3, H, N), of the kernels only: the largest and the smallest exponent of each
     query and the largest of each key, in base 2.
     """
     if backend == "triton":
@@ -254,18 +276,15 @@ def performer_causal(
     return out, out_lse, out_lse.new_empty(0)
 
 
-@performer_causal.register_fake
-def _(q, k, v, omega, key_padding_mask, boundaries, backend):
-    tops = (3, *q.shape[:3]) if backend == "triton" else (0,)
-    dtype = _state_dtype(q)
-    return (
-        q.new_empty((*q.shape[:3], v.shape[-1])),
-        q.new_empty(q.shape[:3], dtype=dtype),
-        q.new_empty(tops, dtype=dtype),
-    )
+def _causal_backward_fake(q, k, v, omega, key_padding_mask, boundaries, out, out_lse, tops, dout, with_omega, backend):
+    domega = _omega_buffer(out_lse, q, omega, with_omega)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), domega
 
 
-@torch.library.custom_op("medformer::performer_causal_backward", mutates_args=())
+@operator(
+    "performer_causal_backward", _causal_backward_fake, public="performer_attention", gradient=True,
+    samples=("q", "k", "v", "key_padding_mask", "out", "out_lse", "tops", "dout"),
+)  # fmt: skip
 def performer_causal_backward(
     q: Tensor,
     k: Tensor,
@@ -284,9 +303,7 @@ def performer_causal_backward(
     if backend == "triton":
         from medformer_kernels.performer import causal_fused
 
-        return causal_fused.backward(
-            q, k, v, omega, key_padding_mask, boundaries, out, out_lse, tops, dout, with_omega
-        )  # fmt: skip
+        return causal_fused.backward(q, k, v, omega, key_padding_mask, boundaries, out, out_lse, tops, dout, with_omega)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     domega = _omega_buffer(out_lse, q, omega, with_omega).zero_()
     for part in _document_slices(boundaries):
@@ -297,12 +314,6 @@ def performer_causal_backward(
         if with_omega:
             domega += part_domega
     return dq, dk, dv, domega
-
-
-@performer_causal_backward.register_fake
-def _(q, k, v, omega, key_padding_mask, boundaries, out, out_lse, tops, dout, with_omega, backend):
-    domega = _omega_buffer(out_lse, q, omega, with_omega)
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), domega
 
 
 def _setup_causal(ctx, inputs, output):
@@ -321,14 +332,3 @@ def _causal_autograd(ctx, dout, *_):
 
 
 performer_causal.register_autograd(_causal_autograd, setup_context=_setup_causal)
-
-
-def _refuse_double_backward(ctx, *_):
-    raise RuntimeError(
-        "performer_attention: double backward is not implemented; use performer_attention_reference, or torch.no_grad "
-        "around the first gradient"
-    )
-
-
-for _op in (performer_state_backward, performer_read_backward, performer_causal_backward):
-    _op.register_autograd(_refuse_double_backward)

@@ -6,12 +6,13 @@ Everything here is plain PyTorch that also runs in float64 and is meant to be re
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from medformer_kernels.performer.arguments import Feature, documents, elementwise, shared_heads, two_sided
+from medformer_kernels.performer.arguments import Call, Feature, prepare
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -92,7 +93,7 @@ def performer_attention_reference(
     *,
     causal: bool = False,
     key_padding_mask: Bool[Tensor, "B S"] | None = None,
-    cu_seqlens: Int[Tensor, " docs+1"] | None = None,
+    cu_seqlens: Int[Tensor, " docs+1"] | Sequence[int] | None = None,
     feature: Feature = "softmax",
     eps: float = 0.0,
 ) -> Float[Tensor, "B H N Dv"]:
@@ -107,22 +108,24 @@ def performer_attention_reference(
 
     Source: Choromanski et al. 2021, eq. (5) and (6); (11) for the causal form.
     """
-    if cu_seqlens is not None:
-        kwargs = {"causal": causal, "feature": feature, "eps": eps}
-        parts = documents(cu_seqlens, q, k, v, key_padding_mask)
-        outs = [
-            performer_attention_reference(q, k, v, omega, key_padding_mask=mask, **kwargs) for q, k, v, mask in parts
-        ]
-        return torch.cat(outs, 2)
-    k, v, omega, _ = shared_heads(q, k, v, two_sided(omega, feature), repeat_keys=True)
+    call = prepare(
+        "performer_attention_reference", q, k, v, omega, causal=causal, key_padding_mask=key_padding_mask,
+        cu_seqlens=cu_seqlens, feature=feature, eps=eps,
+    )  # fmt: skip
+    return _reference(call) if call.ends is None else torch.cat([_reference(part) for part in call.documents()], 2)
+
+
+def _reference(call: Call) -> Tensor:
+    q, eps, key_padding_mask = call.q, call.eps, call.mask
+    k, v, omega, _ = call.shared_heads(repeat_keys=True)
     if key_padding_mask is not None:
         v = v.masked_fill(~key_padding_mask[:, None, :, None], 0)
-    if elementwise(feature):
-        return _elementwise_reference(q, k, v, omega, causal, key_padding_mask, feature, eps)
+    if call.function is not None:
+        return _elementwise_reference(q, k, v, omega, call)
     log_q, log_k = performer_features(q, omega), performer_features(k, omega)
     if key_padding_mask is not None:
         log_k = log_k.masked_fill(~key_padding_mask[:, None, :, None], -math.inf)
-    if causal:
+    if call.causal:
         return _causal_reference(log_q, log_k, v)
     if eps == 0:
         stabiliser_k = log_k.detach().amax(-2, keepdim=True)
@@ -155,16 +158,14 @@ def _causal_reference(log_q: Tensor, log_k: Tensor, v: Tensor) -> Tensor:
     return log_weights.masked_fill(without_key, 0).softmax(-1).masked_fill(without_key, 0) @ v
 
 
-def _elementwise_reference(
-    q: Tensor, k: Tensor, v: Tensor, omega: Tensor, causal: bool, mask: Tensor | None, feature: Feature, eps: float
-) -> Tensor:
-    function = feature if callable(feature) else torch.relu
+def _elementwise_reference(q: Tensor, k: Tensor, v: Tensor, omega: Tensor, call: Call) -> Tensor:
+    assert call.function is not None
     omega = omega.to(q.dtype).transpose(-1, -2)
-    phi_q, phi_k = (function((x * x.shape[-1] ** -0.25) @ omega) + eps for x in (q, k))
+    phi_q, phi_k = (call.function((x * x.shape[-1] ** -0.25) @ omega) + call.eps for x in (q, k))
     weights = phi_q @ phi_k.transpose(-1, -2)
-    if mask is not None:
-        weights = weights.masked_fill(~mask[:, None, None], 0)
-    if causal:
+    if call.mask is not None:
+        weights = weights.masked_fill(~call.mask[:, None, None], 0)
+    if call.causal:
         weights = weights.tril()
     total = weights.sum(-1, keepdim=True)
     return (weights @ v) / total.masked_fill(total == 0, 1)

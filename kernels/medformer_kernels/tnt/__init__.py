@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 from medformer_kernels._dispatch import chip_of, resolve_backend
+from medformer_kernels._dropout import seed_tensor
+from medformer_kernels._operators import followed
+from medformer_kernels._tracing import constant, standard
 from medformer_kernels.tnt import ops
 from medformer_kernels.tnt.outer import tnt_inner_to_outer, tnt_inner_to_outer_reference
 from medformer_kernels.tnt.plans import KERNELS, fits
@@ -64,8 +67,10 @@ def tnt_inner_block(
         ValueError: shapes, dtypes or probabilities that do not fit, or a backend that cannot run.
     """
     x, weights, seed_tensor = _prepare("tnt_inner_block", x, weights, num_heads, dropout, drop_path, seed)
+    if standard():
+        return reference(x, weights, seed_tensor, num_heads, eps, dropout, drop_path)
     wanted = backend == "triton" or (backend == "auto" and x.is_cuda)
-    save = torch.is_grad_enabled() and _wants_gradient(x, weights)
+    save = followed(x, *weights.tensors())
     unsupported = _unsupported(x, weights.qkv_weight, num_heads, save) if wanted else None
     backend = resolve_backend("tnt_inner_block", backend, weights.qkv_weight, unsupported)
     with torch.autocast(x.device.type, enabled=False):
@@ -116,18 +121,7 @@ def _prepare(
     weights.check(function, x)
     if not dropout and not drop_path:
         return x, weights, None
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
-            raise ValueError(
-                f"{function}: seed is {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}; a tensor must be "
-                f"int64 of one element on {x.device}"
-            )
-        return x, weights, seed.reshape(())
-    if seed is None:
-        return x, weights, torch.randint(2**62, (), device=x.device)
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"{function}: seed={seed} must be at least 0 and below 2**63")
-    return x, weights, torch.full((), seed, dtype=torch.int64, device=x.device)
+    return x, weights, seed_tensor(function, seed, x.device)
 
 
 def _unsupported(x: Tensor, matrix: Tensor, num_heads: int, gradients: bool) -> str | None:
@@ -144,12 +138,8 @@ def _unsupported(x: Tensor, matrix: Tensor, num_heads: int, gradients: bool) -> 
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _holds(device: torch.device, tokens: int, width: int, head: int, itemsize: int, gradients: bool) -> bool:
     return fits(
         chip_of(torch.empty(0, device=device)), tokens, width, head, itemsize, KERNELS if gradients else KERNELS[:1]
     )
-
-
-def _wants_gradient(x: Tensor, weights: TNTInnerWeights) -> bool:
-    return x.requires_grad or any(tensor is not None and tensor.requires_grad for tensor in weights.tensors())

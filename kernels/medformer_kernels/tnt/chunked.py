@@ -2,7 +2,7 @@
 the cache. Forward keeps two tensors of the size of x for backward (`Kept`), which computes the rest of a chunk again:
 memory fresh from the system costs more than the arithmetic.
 
-Attention over so few and so narrow tokens is a question of layout. Tokens of one head lie either as rows (n, D) or as
+Attention over so few and so narrow tokens is a question of layout. Tokens of one head are either rows (n, D) or
 columns (D, n): with columns the products of up to `_COLUMNS` tokens are up to three times as fast in float32, and so
 is the softmax, which then runs along them side by side. Longer sequences take PyTorch's fused attention forward.
 16-bit inputs keep LayerNorm, softmax and the residual in float32, and all of attention too where columns are faster.
@@ -122,7 +122,7 @@ def _attention(block: _Block, qkv: Tensor) -> Tensor:
 
 
 class _Heads:
-    """Where the tokens of each head lie, (s H, n, D) as rows or as the transpose of columns, and products of that."""
+    """The tokens of each head, (s H, n, D) as rows or as the transpose of columns, and products of that."""
 
     def __init__(self, qkv: Tensor, heads: int) -> None:
         self.sequences, self.tokens, width = qkv.shape

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from medformer_kernels._operators import operator
 from medformer_kernels.tnt import chunked
 from medformer_kernels.tnt.weights import NAMES, TNTInnerWeights
 
@@ -30,7 +31,18 @@ def _weights(*tensors: Tensor | None) -> TNTInnerWeights:
     return TNTInnerWeights(**dict(zip(NAMES, tensors, strict=True)))  # type: ignore[arg-type]
 
 
-@torch.library.custom_op("medformer::tnt_inner_block", mutates_args=())
+def _inner_fake(x, *arguments):
+    w, (save, backend) = _weights(*arguments[: len(NAMES)]), arguments[-2:]
+    return x.new_empty(x.shape), *_kept(x, w.qkv_weight, save, backend)
+
+
+@operator(
+    "tnt_inner_block",
+    _inner_fake,
+    public="tnt_inner_block",
+    samples=("x",),
+    per_sample=lambda call: call["seed"] is not None,
+)
 def tnt_inner_block(
     x: Tensor,
     norm1_weight: Tensor,
@@ -73,13 +85,21 @@ def _kept(x: Tensor, qkv_weight: Tensor, save: bool, backend: str) -> tuple[Tens
     return x.new_empty(x.shape if save else (0,)), x.new_empty(0)
 
 
-@tnt_inner_block.register_fake
-def _(x, *arguments):
-    w, (save, backend) = _weights(*arguments[: len(NAMES)]), arguments[-2:]
-    return x.new_empty(x.shape), *_kept(x, w.qkv_weight, save, backend)
+def _inner_backward_fake(dout, x, *arguments):
+    tensors, with_weights = arguments[_KEPT : _KEPT + len(NAMES)], arguments[-2]
+    return x.new_empty(x.shape), *(
+        x.new_empty(0) if tensor is None or not with_weights else torch.empty_like(tensor) for tensor in tensors
+    )
 
 
-@torch.library.custom_op("medformer::tnt_inner_block_backward", mutates_args=())
+@operator(
+    "tnt_inner_block_backward",
+    _inner_backward_fake,
+    public="tnt_inner_block",
+    gradient=True,
+    samples=("dout", "x", "middle", "mixed"),
+    per_sample=lambda call: call["seed"] is not None or call["with_weights"],
+)
 def tnt_inner_block_backward(
     dout: Tensor,
     x: Tensor,
@@ -104,9 +124,7 @@ def tnt_inner_block_backward(
     drop_path: float,
     with_weights: bool,
     backend: str,
-) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
-]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, then the gradient of each weight; empty where it is absent, and all of them unless `with_weights`."""
     w = _weights(
         norm1_weight, norm1_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, norm2_weight, norm2_bias,
@@ -122,14 +140,6 @@ def tnt_inner_block_backward(
         for name, tensor in zip(NAMES, w.tensors(), strict=True)
     ]
     return dx, *gradients  # type: ignore[return-value]
-
-
-@tnt_inner_block_backward.register_fake
-def _(dout, x, *arguments):
-    tensors, with_weights = arguments[_KEPT : _KEPT + len(NAMES)], arguments[-2]
-    return x.new_empty(x.shape), *(
-        x.new_empty(0) if tensor is None or not with_weights else torch.empty_like(tensor) for tensor in tensors
-    )
 
 
 def _setup(ctx, inputs, output):
@@ -153,13 +163,3 @@ def _autograd(ctx, dout, *_):
 
 
 tnt_inner_block.register_autograd(_autograd, setup_context=_setup)
-
-
-def _refuse_double_backward(ctx, *_):
-    raise RuntimeError(
-        "tnt_inner_block: double backward is not implemented; use tnt_inner_block_reference, or torch.no_grad around "
-        "the first gradient"
-    )
-
-
-tnt_inner_block_backward.register_autograd(_refuse_double_backward)

@@ -4,7 +4,7 @@
 
 Source: Han et al. 2021, eq. (5). Fused, the normalised tokens never reach memory; gain and shift of the LayerNorm are
 folded into W and b in PyTorch, whose autograd takes their gradients apart again. The kernels are right in Triton's
-interpreter; every tile of configs/tnt.json compiles without spills. No GPU has run them.
+interpreter; their tiles in configs/tnt.json compile without spills. No GPU has run them.
 Shapes: S windows of n tokens of width c, E width of the outer token.
 """
 
@@ -13,7 +13,7 @@ Shapes: S windows of n tokens of width c, E width of the outer token.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,9 @@ from torch import Tensor
 
 from medformer_kernels._dispatch import block, chip_of, resolve_backend
 from medformer_kernels._linear import linear
-from medformer_kernels.tnt.plans import OUTER_KERNELS, Plan, fits, launch_plan
+from medformer_kernels._operators import operator
+from medformer_kernels._tracing import constant
+from medformer_kernels.tnt.plans import OUTER_KERNELS, TilePlan, fits, launch_plan
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -105,10 +107,8 @@ def _check(
         )
     sequences, tokens, width = x.shape
     channels = weight.shape[0] if weight.ndim else 0
-    shapes = {
-        "outer": (outer, (sequences, channels)), "norm_weight": (norm_weight, (width,)),
-        "norm_bias": (norm_bias, (width,)), "weight": (weight, (channels, tokens * width)), "bias": (bias, (channels,)),
-    }  # fmt: skip
+    shapes = {"outer": (outer, (sequences, channels)), "weight": (weight, (channels, tokens * width))}
+    shapes |= {"norm_weight": (norm_weight, (width,)), "norm_bias": (norm_bias, (width,)), "bias": (bias, (channels,))}
     for name, (tensor, expected) in shapes.items():
         if tensor is not None and tuple(tensor.shape) != expected:
             raise ValueError(
@@ -123,23 +123,24 @@ def _unsupported(x: Tensor, weight: Tensor) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _holds(device: torch.device, width: int, itemsize: int) -> bool:
     return fits(chip_of(torch.empty(0, device=device)), 1, width, 1, itemsize, kernels=OUTER_KERNELS)
 
 
-def _plan(kernel: str, x: Tensor, w: Tensor, parts: int = 1) -> Plan:
-    return launch_plan(
-        kernel, chip=chip_of(x), sequences=x.shape[0], tokens=1, width=x.shape[2], head=1, parts=parts,
-        itemsize=w.element_size(),
-    )  # fmt: skip
+def _plan(kernel: str, x: Tensor, w: Tensor, parts: int = 1) -> TilePlan:
+    sizes = {"sequences": x.shape[0], "tokens": 1, "width": x.shape[2], "head": 1, "parts": parts}
+    return launch_plan(kernel, chip=chip_of(x), itemsize=w.element_size(), **sizes)
 
 
-def _constants(x: Tensor, w: Tensor, plan: Plan) -> dict[str, int]:
-    return {
-        "C": x.shape[2], "E": w.shape[0], "BLOCK_R": plan.block_r, "BLOCK_C": block(x.shape[2]),
-        "BLOCK_E": plan.block_f, "num_warps": plan.num_warps, "num_stages": plan.num_stages,
-    }  # fmt: skip
+def _meta(x: Tensor, w: Tensor, plan: TilePlan, add: bool = False) -> tuple[Any, ...]:
+    """Of `outer_kernels`."""
+    blocks = {"BLOCK_R": plan.block_r, "BLOCK_C": block(x.shape[2]), "BLOCK_E": plan.block_f}
+    return _kernels().constexprs(_kernels().Meta(C=x.shape[2], E=w.shape[0], **blocks, ADD=add))
+
+
+def _rows(x: Tensor) -> tuple[Any, ...]:
+    return _kernels().Rows(x, b=x.stride(0), n=x.stride(1), d=x.stride(2))
 
 
 def _kernels():
@@ -155,10 +156,10 @@ def forward(x: Tensor, outer: Tensor | None, w: Tensor, b: Tensor, eps: float) -
     if x.shape[0] == 0:
         return out
     plan = _plan("outer_fwd", x, w)
-    _kernels().tnt_outer_fwd_kernel[(plan.tiles * -(-channels // plan.block_f),)](
-        x, w, b, outer, out, *x.stride(), *((0, 0) if outer is None else outer.stride()), x.shape[0], x.shape[1],
-        plan.tiles, eps, ADD=outer is not None, **_constants(x, w, plan),
-    )  # fmt: skip
+    stride, column = (0, 0) if outer is None else outer.stride()
+    arguments = (_rows(x), w, b, _kernels().Rows(outer, b=stride, d=column), out, x.shape[0], x.shape[1], eps)
+    programs = plan.tiles * -(-channels // plan.block_f)
+    _kernels().tnt_outer_fwd_kernel[(programs,)](*arguments, META=_meta(x, w, plan, outer is not None), **plan.launch)
     return out
 
 
@@ -166,12 +167,11 @@ def _result(outer: Tensor | None, w: Tensor) -> torch.dtype:
     return w.dtype if outer is None else torch.promote_types(w.dtype, outer.dtype)
 
 
-_project = torch.library.custom_op("medformer::tnt_inner_to_outer", forward, mutates_args=())
-
-
-@_project.register_fake
-def _(x, outer, w, b, eps):
+def _fake(x, outer, w, b, eps):
     return x.new_empty((x.shape[0], w.shape[0]), dtype=_result(outer, w))
+
+
+_project = operator("tnt_inner_to_outer", _fake, public="tnt_inner_to_outer", samples=("x", "outer"))(forward)
 
 
 def backward(dout: Tensor, x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,24 +184,30 @@ def backward(dout: Tensor, x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Te
         return dx, dw, db
     plan = _plan("outer_dx", x, w)
     _kernels().tnt_outer_dx_kernel[(plan.tiles * tokens,)](
-        dout, x, w, dx, *x.stride(), sequences, tokens, plan.tiles, eps, **_constants(x, w, plan)
+        dout, _rows(x), w, dx, sequences, tokens, eps, META=_meta(x, w, plan), **plan.launch
     )
     plan = _plan("outer_dw", x, w, channels)
     parts = -(-channels // plan.block_f) * tokens
     small = {"dtype": torch.float32, "device": x.device}
     dws, dbs = torch.empty(plan.slices, *w.shape, **small), torch.empty(plan.slices, channels, **small)
-    _kernels().tnt_outer_dw_kernel[(plan.slices * parts,)](
-        dout, x, dws, dbs, *x.stride(), sequences, tokens, plan.tiles, plan.slice_length, eps, **_constants(x, w, plan)
-    )
+    arguments = (dout, _rows(x), dws, dbs, sequences, tokens, plan.tiles, plan.slice_length, eps)
+    _kernels().tnt_outer_dw_kernel[(plan.slices * parts,)](*arguments, META=_meta(x, w, plan), **plan.launch)
     return dx, dws.sum(0).to(w.dtype), dbs.sum(0)
 
 
-_project_backward = torch.library.custom_op("medformer::tnt_inner_to_outer_backward", backward, mutates_args=())
-
-
-@_project_backward.register_fake
-def _(dout, x, w, eps):
+def _backward_fake(dout, x, w, eps):
     return x.new_empty(x.shape), w.new_empty(w.shape), w.new_empty(w.shape[0], dtype=torch.float32)
+
+
+# Its weight gradients are sums over the batch.
+_project_backward = operator(
+    "tnt_inner_to_outer_backward",
+    _backward_fake,
+    public="tnt_inner_to_outer",
+    gradient=True,
+    samples=("dout", "x"),
+    per_sample=lambda call: True,
+)(backward)
 
 
 def _setup(ctx, inputs, output):
@@ -217,13 +223,3 @@ def _autograd(ctx, dout):
 
 
 _project.register_autograd(_autograd, setup_context=_setup)
-
-
-def _refuse_double_backward(ctx, *_):
-    raise RuntimeError(
-        "tnt_inner_to_outer: double backward is not implemented; use tnt_inner_to_outer_reference, or torch.no_grad "
-        "around the first gradient"
-    )
-
-
-_project_backward.register_autograd(_refuse_double_backward)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from medformer_kernels import _dispatch
-from medformer_kernels._dispatch import Chip, block
+from medformer_kernels._dispatch import Chip, Plan, block
 
-__all__ = ["KERNELS", "OUTER_KERNELS", "Plan", "fits", "launch_plan"]
+__all__ = ["KERNELS", "OUTER_KERNELS", "TilePlan", "fits", "launch_plan"]
 
 KERNELS = ("fwd", "mlp_dx", "mlp_dw", "attn_dx", "attn_dw")
 OUTER_KERNELS = ("outer_fwd", "outer_dx", "outer_dw")
@@ -18,21 +18,18 @@ _BY_SEQUENCE = ("fwd", "attn_dx", "attn_dw")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Tiles of one launch: `block_r` rows that hold `per_tile` sequences, `block_f` channels of the MLP at a time."""
+class TilePlan(Plan):
+    """Tiles of one launch: `block_r` rows that hold `per_tile` sequences, `block_f` channels of the MLP at a time.
+
+    Slices, of tiles, are there where programs share out weights.
+    """
 
     block_r: int
     block_f: int
-    num_warps: int
-    num_stages: int
     per_tile: int
     tiles: int
     programs: int
     """Where programs share out tiles: how many; each walks over tiles / programs of them."""
-    slices: int
-    """Where programs share out weights: parts that the tiles are cut into."""
-    slice_length: int
-    """Tiles of a slice."""
     split: bool
     """Whether 'fwd', 'attn_dx' or 'attn_dw' takes two launches for its two halves."""
 
@@ -68,7 +65,7 @@ def fits(chip: Chip, tokens: int, width: int, head: int, itemsize: int, kernels:
 
 def launch_plan(
     kernel: str, *, chip: Chip, sequences: int, tokens: int, width: int, head: int, parts: int, itemsize: int
-) -> Plan:
+) -> TilePlan:
     """How a kernel of `KERNELS` is launched.
 
     `parts` of the weights have programs of their own in 'attn_dw': the heads. In 'mlp_dw' and 'outer_dw' it is the
@@ -85,17 +82,17 @@ def launch_plan(
         tiles = -(-sequences // per_tile)
     else:
         per_tile, tiles = 0, -(-sequences * tokens // rows)
-    slices = max(1, min(-(-2 * chip.units // max(1, parts)), tiles // 8))  # no less than 8 tiles a program
-    slice_length = -(-tiles // slices)
-    return Plan(
+    slice_length, slices = _dispatch.cut(tiles, 1, _dispatch.parts_for(chip, parts))
+    return TilePlan(
         block_r=rows,
         block_f=entry["block_f"],
         num_warps=entry["num_warps"],
         num_stages=entry["num_stages"],
         per_tile=per_tile,
         tiles=tiles,
-        programs=min(tiles, chip.units * max(1, 16 // entry["num_warps"])),
-        slices=-(-tiles // slice_length),
-        slice_length=slice_length,
+        # Several times what a multiprocessor holds: programs that do not fill the last round cost a part of a round.
+        programs=min(tiles, chip.units * max(1, 64 // entry["num_warps"])),
         split=entry.get("split", False),
+        slice_length=slice_length,
+        slices=slices,
     )

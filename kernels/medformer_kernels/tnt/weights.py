@@ -39,10 +39,8 @@ class TNTInnerWeights:
     def check(self, function: str, x: Tensor) -> None:
         """Raise ValueError, naming `function` and the tensor, where these do not fit tokens `x` (S, n, c)."""
         width, hidden = x.shape[-1], self.fc1_weight.shape[0]
-        shapes = {
-            "qkv_weight": (3 * width, width), "qkv_bias": (3 * width,), "proj_weight": (width, width),
-            "fc1_weight": (hidden, width), "fc1_bias": (hidden,), "fc2_weight": (width, hidden),
-        }  # fmt: skip
+        shapes = {"qkv_weight": (3 * width, width), "qkv_bias": (3 * width,), "proj_weight": (width, width)}
+        shapes |= {"fc1_weight": (hidden, width), "fc1_bias": (hidden,), "fc2_weight": (width, hidden)}
         for name, tensor in zip(NAMES, self.tensors(), strict=True):
             if tensor is None:
                 continue

@@ -1,4 +1,4 @@
-"""Zip files: unpacked into a private folder that is gone afterwards, whatever their member names ask for."""
+"""Zip files: unpacked into a private folder, whatever their member names ask for; other archives are named."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ from contextlib import contextmanager
 from medformer.data.geometry import ScanError
 from medformer.data.volumes import MAX_VOLUME_BYTES
 
-__all__ = ["sniff_zip", "unpacked"]
+__all__ = ["ARCHIVES", "archive_note", "sniff_zip", "unpack", "unpacked", "unpacked_for_good"]
+
+# Endings of archives that may hold scans. Zip is read where it is asked for by its own path; none inside a folder.
+ARCHIVES = (
+    ".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".7z", ".rar", ".dcm.gz",
+    ".mha.gz", ".mhd.gz", ".nrrd.gz", ".dcm.zst", ".nii.zst", ".nii.bz2", ".nii.xz",
+)  # fmt: skip
+_FOREVER: dict[tuple[str, int, int], tempfile.TemporaryDirectory[str]] = {}
 
 _MAX_MEMBERS = 100_000
 _MAX_RATIO = 1100
@@ -32,9 +39,36 @@ def sniff_zip(head: bytes) -> bool:
     return head.startswith(b"PK\x03\x04")
 
 
+def archive_note(path: str, head: bytes) -> str | None:
+    """What to do about an archive among scans; None for any other file."""
+    name = os.path.basename(path)
+    if not (name.lower().endswith(ARCHIVES) or head[257:262] == b"ustar"):
+        return None
+    read = "pass its own path, or unpack it" if sniff_zip(head) else "unpack it"
+    return f"{name}: an archive, which is not searched; {read}"
+
+
 @contextmanager
 def unpacked(path: str) -> Iterator[str]:
-    """A folder with the members, each folder of the archive a numbered one, each name reduced to plain letters.
+    """A folder with the members, gone when the context ends; see `unpack`."""
+    with tempfile.TemporaryDirectory(prefix="medformer-") as root:
+        unpack(path, root)
+        yield root
+
+
+def unpacked_for_good(path: str) -> str:
+    """The same, kept until this process ends; an archive is unpacked once."""
+    state = os.stat(path)
+    key = (os.path.realpath(path), state.st_size, state.st_mtime_ns)
+    if key not in _FOREVER:
+        folder = tempfile.TemporaryDirectory(prefix="medformer-")
+        unpack(path, folder.name)
+        _FOREVER[key] = folder
+    return _FOREVER[key].name
+
+
+def unpack(path: str, root: str) -> None:
+    """Write the members into the folder `root`, each folder of the archive a numbered one, names of plain letters.
 
     Links, encrypted members and absolute or climbing names are never followed: names are only labels here. Raises
     ScanError for an archive that declares, or turns out to hold, more than its size can.
@@ -44,7 +78,7 @@ def unpacked(path: str) -> Iterator[str]:
         archive = zipfile.ZipFile(path)
     except _ERRORS as error:
         raise ScanError(f"{name}: zip file is cut off or damaged; copy it again") from error
-    with archive, tempfile.TemporaryDirectory(prefix="medformer-") as root:
+    with archive:
         members = [m for m in archive.infolist() if not m.is_dir()]
         total = sum(m.file_size for m in members)
         budget = min(MAX_VOLUME_BYTES, _MAX_RATIO * os.path.getsize(path) + 2**20)
@@ -62,7 +96,6 @@ def unpacked(path: str) -> Iterator[str]:
             os.makedirs(folder, exist_ok=True)
             plain = _UNSAFE.sub("_", base)[-100:].lstrip(".") or "file"
             budget -= _copy(archive, member, os.path.join(folder, plain), budget, name)
-        yield root
 
 
 def _copy(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: str, budget: int, name: str) -> int:

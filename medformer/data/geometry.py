@@ -14,7 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 
 __all__ = [
+    "FARTHEST_MM",
+    "LARGEST_MM",
+    "LENGTH_UNITS_MM",
     "ORIENTATION_TOLERANCE",
+    "SMALLEST_MM",
+    "MissingSlices",
     "ScanError",
     "SliceStack",
     "axis_codes",
@@ -27,6 +32,14 @@ __all__ = [
 
 # Direction cosines of one series may differ by rounding: 5e-4 is 0.18 mm at the far edge of a 350 mm image.
 ORIENTATION_TOLERANCE = 5e-4
+# What a voxel may measure, and how far from the origin it may lie: a nanometre to 10 m, and 100 km.
+SMALLEST_MM, LARGEST_MM, FARTHEST_MM = 1e-6, 1e4, 1e8
+# Names of units of length in headers, in mm.
+LENGTH_UNITS_MM = {
+    "m": 1e3, "meter": 1e3, "metre": 1e3, "cm": 10.0, "mm": 1.0, "um": 1e-3, "\u00b5m": 1e-3, "\u03bcm": 1e-3,
+    "micron": 1e-3, "nm": 1e-6, **{f"{short}met{end}": size for short, size in (
+        ("centi", 10.0), ("milli", 1.0), ("micro", 1e-3), ("nano", 1e-6)) for end in ("er", "re")},
+}  # fmt: skip
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -35,6 +48,10 @@ class ScanError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+class MissingSlices(ScanError):
+    """A stack with gaps of whole steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,15 +89,23 @@ def stack_slices(
     positions = np.asarray(positions, dtype=np.float64).reshape(-1, 3)
     row, col = _frame(np.asarray(orientation, dtype=np.float64), what)
     row_mm, col_mm = (float(s) for s in pixel_spacing)
-    if not (np.isfinite([row_mm, col_mm]).all() and row_mm > 0 and col_mm > 0):
-        raise ScanError(f"{what}: PixelSpacing {row_mm:g} x {col_mm:g} mm must be positive and finite; fix the header")
-    if not np.isfinite(positions).all():
-        raise ScanError(f"{what}: ImagePositionPatient holds a value that is not finite; fix the header")
+    if not (min(row_mm, col_mm) > SMALLEST_MM and max(row_mm, col_mm) <= LARGEST_MM):
+        raise ScanError(
+            f"{what}: PixelSpacing {row_mm:g} x {col_mm:g} mm must be positive and at most "
+            f"{LARGEST_MM:g}; fix the header"
+        )
+    if not (np.abs(positions) <= FARTHEST_MM).all():
+        raise ScanError(
+            f"{what}: ImagePositionPatient holds a value that is not finite, or beyond {FARTHEST_MM:g} mm; fix the "
+            "header"
+        )
     normal = np.cross(row, col)
     groups = _group_by_depth(positions, normal, min(row_mm, col_mm), what)
     unique = np.array([positions[g[0]] for g in groups])
     if len(unique) == 1:
         depth = single_depth_mm if single_depth_mm else 1.0
+        if not SMALLEST_MM < depth <= LARGEST_MM:
+            raise ScanError(f"{what}: slice {depth:g} mm deep, at most {LARGEST_MM:g} are read; fix SliceThickness")
         origin, step, residual = unique[0], normal * depth, 0.0
     else:
         origin, step, residual = _fit_step(unique, normal, what)
@@ -143,7 +168,7 @@ def _fit_step(unique: np.ndarray, normal: np.ndarray, what: str) -> tuple[np.nda
         lost = [depth[i] + typical * j for i in np.flatnonzero(whole >= 2) for j in range(1, int(min(whole[i], 50)))]
         count = int((whole - 1).sum())
         named = ", ".join(f"{_place(unique, normal, depth, x)}" for x in lost[:3]) + (", ..." if count > 3 else "")
-        raise ScanError(
+        raise MissingSlices(
             f"{what}: {count} of {len(unique) + count} slices missing, at {named} (steps of {typical:.4g} mm, "
             f"gap of {gaps.max():.4g}); a stack must be complete: copy the missing files, or read the parts separately"
         )
@@ -192,8 +217,14 @@ def check_affine(affine: np.ndarray, what: str) -> np.ndarray:
         raise ScanError(f"{what}: affine must be 4 x 4 and finite; fix the header's sform or qform")
     if not np.array_equal(affine[3], [0, 0, 0, 1]):
         raise ScanError(f"{what}: last row of the affine is {affine[3].tolist()}, must be 0 0 0 1; fix the header")
-    lengths = np.linalg.norm(affine[:3, :3], axis=0)
-    if not (lengths > 1e-6).all() or abs(np.linalg.det(affine[:3, :3] / np.maximum(lengths, 1e-12))) < 1e-3:
+    with np.errstate(over="ignore"):
+        lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    if lengths.max() > LARGEST_MM or np.abs(affine[:3, 3]).max() > FARTHEST_MM:
+        raise ScanError(
+            f"{what}: voxels of {', '.join(f'{v:.4g}' for v in lengths)} mm at up to {np.abs(affine[:3, 3]).max():.4g} "
+            f"mm from the origin, at most {LARGEST_MM:g} and {FARTHEST_MM:g} are read; fix the header"
+        )
+    if not (lengths > SMALLEST_MM).all() or abs(np.linalg.det(affine[:3, :3] / np.maximum(lengths, 1e-12))) < 1e-3:
         raise ScanError(
             f"{what}: affine with axes of {', '.join(f'{v:.4g}' for v in lengths)} mm is singular: it gives voxels no "
             "place; fix the header's sform or qform"

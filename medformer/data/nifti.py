@@ -21,12 +21,13 @@ from nibabel.arrayproxy import ArrayProxy
 from nibabel.spatialimages import HeaderDataError
 
 from medformer.data.geometry import ScanError, check_affine
-from medformer.data.volumes import MAX_VOLUME_BYTES, Volume, rescale
+from medformer.data.modality import guess
+from medformer.data.volumes import EXTENSION_MARK, MAX_VOLUME_BYTES, Volume, as_float32, odd_values, rescale
 
-__all__ = ["NiftiHeader", "header_of", "looks_like_hu", "pack_extension", "probe_nifti", "read_nifti", "sniff_nifti"]
+__all__ = ["NiftiHeader", "header_of", "probe_nifti", "read_nifti", "sniff_nifti"]
 
 _MAX_GZIP_RATIO = 1100  # deflate cannot do better than 1032 to 1
-_MARK, _MAX_EXTENSION = b"medformer 1 ", 2**26
+_MAX_EXTENSION = 2**26
 _UNIT_MM = {1: 1000.0, 2: 1.0, 3: 1e-3}
 _NUMERIC = {2, 4, 8, 16, 64, 256, 512, 768, 1024, 1280}
 _REFUSED = {1: "1-bit", 32: "complex64", 128: "RGB colour", 1792: "complex128", 2048: "complex256", 2304: "RGBA colour"}
@@ -45,6 +46,7 @@ class NiftiHeader:
     dtype: np.dtype
     offset: int
     affine: np.ndarray
+    geometry: Literal["patient", "spacing"]
     slope: float
     intercept: float
     notes: tuple[str, ...]
@@ -93,14 +95,12 @@ def probe_nifti(path: str) -> NiftiHeader:
     if block[344:348] == b"ni1\0" or block[4:8] == b"ni2\0":
         image = _image_of(path) or ""
         if not image:
-            raise ScanError(f"{name}: header of a pair whose .img file is not beside it; copy it too")
+            raise ScanError(f"{name}: header of a pair whose .img file is not next to it; copy it too")
     size, zipped = os.path.getsize(image), _is_gzip(image)
     shape, frames = _shape(header, name)
     dtype = _dtype(header, name)
     count = frames * int(np.prod([int(v) for v in shape], dtype=object))
-    offset = int(header["vox_offset"])
-    if offset < 0 or offset > 2**30:
-        raise ScanError(f"{name}: vox_offset {offset} is out of range; the header is damaged")
+    offset, moved = _offset(header, image, count * dtype.itemsize, image == path, name)
     needed = offset + count * dtype.itemsize
     if zipped and needed > _MAX_GZIP_RATIO * size:
         raise ScanError(
@@ -112,12 +112,13 @@ def probe_nifti(path: str) -> NiftiHeader:
     frame_bytes = count // frames * dtype.itemsize
     if frame_bytes > MAX_VOLUME_BYTES:
         raise ScanError(f"{name}: {frame_bytes:,} bytes a frame, at most {MAX_VOLUME_BYTES:,} are read; crop it first")
-    affine, notes = _affine(header, name)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite in the end is refused
+        affine, notes = _affine(header, name)
     slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
-    if not np.isfinite(slope) or slope == 0:
+    if np.isnan(slope) or slope == 0:
         slope, intercept = 1.0, 0.0
-    if not np.isfinite(intercept):
-        raise ScanError(f"{name}: scl_inter {intercept} beside scl_slope {slope:g} must be finite; fix the header")
+    if not (np.isfinite(slope) and np.isfinite(intercept)):
+        raise ScanError(f"{name}: scl_slope {slope:g} and scl_inter {intercept:g} must be finite; fix the header")
     return NiftiHeader(
         path=path,
         image=image,
@@ -126,10 +127,34 @@ def probe_nifti(path: str) -> NiftiHeader:
         dtype=dtype,
         offset=offset,
         affine=affine,
+        geometry="patient" if max(int(header["sform_code"]), int(header["qform_code"])) > 0 else "spacing",
         slope=slope,
         intercept=intercept,
-        notes=notes,
+        notes=(*moved, *notes),
     )
+
+
+def _offset(
+    header: nib.Nifti1Header, image: str, voxel_bytes: int, single: bool, name: str
+) -> tuple[int, tuple[str, ...]]:
+    """Where the voxels start. Below the end of a single file's header they start behind it, if the size says so too."""
+    value = float(header["vox_offset"])
+    if not 0 <= value <= 2**30 or value != int(value):
+        raise ScanError(f"{name}: vox_offset {value:g} must be a whole number of bytes; the header is damaged")
+    least = (header.sizeof_hdr + 4) if single else 0
+    if value >= least:
+        return int(value), ()
+    size = os.path.getsize(image)
+    if _is_gzip(image):
+        with open(image, "rb") as file:  # what it inflates to, modulo 2^32; reading to its end checks that
+            file.seek(-4, os.SEEK_END)
+            size = int.from_bytes(file.read(4), "little")
+    if size != (least + voxel_bytes) % (2**32 if _is_gzip(image) else 2**63):
+        raise ScanError(
+            f"{name}: vox_offset {value:g} lies inside the header of {least} bytes, and the size of the file does not "
+            "show where the voxels start; fix the header"
+        )
+    return least, (f"vox_offset {value:g} lies inside the header: voxels taken from behind it, which fits the size",)
 
 
 def _parse(block: bytes, name: str) -> nib.Nifti1Header:
@@ -210,35 +235,22 @@ def read_nifti(path: str, *, frame: int = 0, modality: str | None = None) -> Vol
         notes.append(f"4D: frame {frame} of {header.frames} used")
     stored = _read_frame(header, frame, name)
     if stored.dtype.kind == "f":
-        bad = int(stored.size - np.isfinite(stored).sum())
-        if bad:
-            raise ScanError(
-                f"{name}: {bad} of {stored.size} voxels are NaN or infinite, all must be finite; replace them first "
-                "(numpy.nan_to_num) and save the file again"
-            )
-        with np.errstate(over="ignore"):
-            stored = stored.astype(np.float32)
-        if not np.isfinite(stored).all():
-            raise ScanError(f"{name}: voxels exceed float32 (3.4e38); rescale them first")
+        stored = as_float32(stored, name)
     else:
         stored = stored.astype(stored.dtype.newbyteorder("="), copy=False)
-    voxels = np.ascontiguousarray(rescale(stored, header.slope, header.intercept).T)
+    voxels = np.ascontiguousarray(rescale(stored, header.slope, header.intercept, name).T)
     kept = _read_extension(path, voxels.shape)
-    notes += kept.notes
-    modality = modality or kept.modality
-    if modality is None:
-        modality = "CT" if looks_like_hu(voxels) else "unknown"
-        if modality == "CT":
-            notes.append("NIfTI names no modality: taken as CT since the values look like HU")
+    taken, units, remarks = guess(voxels, modality or kept.modality, "NIfTI names no modality")
+    notes += [*kept.notes, *odd_values(voxels), *remarks]
     return Volume(
         voxels=voxels,
         affine=header.affine,
-        modality=modality,
-        units=kept.units or ("HU" if modality == "CT" else "arbitrary"),
+        modality=taken,
+        units=kept.units or units,
         notes=tuple(dict.fromkeys(notes)),
         source=path,
         valid=kept.valid,
-        geometry=kept.geometry,
+        geometry=kept.geometry or header.geometry,
         provenance=kept.provenance
         | {
             "format": "NIfTI",
@@ -251,26 +263,14 @@ def read_nifti(path: str, *, frame: int = 0, modality: str | None = None) -> Vol
 
 @dataclass(frozen=True)
 class _Kept:
-    """What Volume.save wrote beside the voxels."""
+    """What Volume.save wrote next to the voxels."""
 
     modality: str | None = None
-    units: str | None = None
-    geometry: Literal["patient", "spacing", "none"] = "patient"
+    units: Literal["HU", "arbitrary"] | None = None
+    geometry: Literal["patient", "spacing", "none"] | None = None
     notes: tuple[str, ...] = ()
     valid: np.ndarray | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
-
-
-def pack_extension(volume: Volume) -> bytes:
-    """Modality, units, notes and the padding mask as the text of a NIfTI header extension (code 6, comment)."""
-    values: dict[str, Any] = {
-        "modality": volume.modality, "units": volume.units, "geometry": volume.geometry, "notes": list(volume.notes),
-        "tags": dict(volume.provenance.get("tags", {})),
-    }  # fmt: skip
-    if volume.valid is not None:
-        packed = zlib.compress(np.packbits(volume.valid.ravel()).tobytes(), 9)
-        values["valid"] = base64.b64encode(packed).decode()
-    return _MARK + json.dumps(values, separators=(",", ":")).encode()
 
 
 def _read_extension(path: str, shape: tuple[int, ...]) -> _Kept:
@@ -279,10 +279,10 @@ def _read_extension(path: str, shape: tuple[int, ...]) -> _Kept:
         text = _extension_text(path)
     except (OSError, EOFError, zlib.error):  # the header file of a pair, cut off behind its header
         return _Kept()
-    if not text.startswith(_MARK):
+    if not text.startswith(EXTENSION_MARK):
         return _Kept()
     try:
-        values = json.loads(text[len(_MARK) :].rstrip(b"\0"))
+        values = json.loads(text[len(EXTENSION_MARK) :].rstrip(b"\0"))
         valid = None
         if "valid" in values:
             count = int(np.prod(shape))
@@ -290,7 +290,7 @@ def _read_extension(path: str, shape: tuple[int, ...]) -> _Kept:
             if len(bits) != (count + 7) // 8:
                 raise ValueError("mask cut short")
             valid = np.unpackbits(np.frombuffer(bits, np.uint8), count=count).astype(bool).reshape(shape)
-        units, geometry = str(values["units"]), values["geometry"]
+        units, geometry = values["units"], values["geometry"]
         if units not in {"HU", "arbitrary"} or geometry not in {"patient", "spacing", "none"}:
             raise ValueError(units)
         notes = tuple(str(n) for n in values["notes"])
@@ -348,18 +348,3 @@ def _drain(file: gzip.GzipFile | BinaryIO, header: NiftiHeader, name: str) -> No
 def _is_gzip(path: str) -> bool:
     with open(path, "rb") as file:
         return file.read(2) == b"\x1f\x8b"
-
-
-def looks_like_hu(voxels: np.ndarray) -> bool:
-    """Whether values look like Hounsfield units: air near -1000, next to nothing below but one padding value.
-
-    Phase images and signed maps fail on the values below -1100, ordinary MR on the missing air.
-    """
-    sample = voxels.ravel()[:: max(1, voxels.size // 500_000)].astype(np.float64)
-    low = float(sample.min())
-    body = sample[sample > low] if low < -1100 else sample
-    if body.size < 0.05 * sample.size or body.max() > 32767:
-        return False
-    air = ((body >= -1100) & (body <= -700)).mean()
-    soft = ((body >= -200) & (body <= 300)).mean()
-    return bool((body < -1100).mean() < 0.01 and air > 0.005 and soft > 0.05 and np.percentile(body, 99) <= 4000)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,11 +19,9 @@ __all__ = [
     "POSITIVE",
     "UNCERTAIN",
     "UNKNOWN",
-    "About",
     "Box",
     "Record",
     "data_root",
-    "find_file",
     "hash_patient",
     "new_salt",
     "patient_split",
@@ -101,57 +99,6 @@ def data_root(given: str | os.PathLike[str] | None = None, environment: Mapping[
     raise ScanError(f"data root: {', '.join(looked)}; pass --root DIR or set MEDFORMER_DATA")
 
 
-@dataclass(frozen=True, kw_only=True)
-class About:
-    """What a data set is called, where it comes from and how it lies on disk."""
-
-    name: str
-    folders: tuple[str, ...]
-    """Names it is known under below the data root."""
-    source: str
-    """What to get, and where."""
-    layout: str
-
-    def present(self, root: str | os.PathLike[str], recognise: Callable[[Path], bool]) -> Path | None:
-        """The data set's folder: one of its names below `root`, or `root` itself; None where neither holds it."""
-        for name in (*self.folders, ""):
-            folder = Path(root) / name
-            if folder.is_dir() and recognise(folder):
-                return folder
-        return None
-
-    def folder(self, root: str | os.PathLike[str], recognise: Callable[[Path], bool]) -> Path:
-        """The same, or a ScanError that says what was looked for and where it comes from."""
-        found = self.present(root, recognise)
-        if found is None:
-            where = os.path.basename(os.path.abspath(root))
-            raise ScanError(f"{self.name}: not under {where!r} (looked for {self.layout}); get it from {self.source}")
-        return found
-
-
-def find_file(root: str | os.PathLike[str], *names: str, depth: int = 3) -> Path | None:
-    """The first of `names` at most `depth` folders below root, nearest first; label files move between releases."""
-    level = [Path(root)]
-    for _ in range(depth + 1):
-        for folder in level:
-            for name in names:
-                if "*" in name:
-                    found = sorted(p for p in folder.glob(name) if p.is_file())
-                    if found:
-                        return found[0]
-                elif (folder / name).is_file():
-                    return folder / name
-        level = [p for folder in level for p in sorted(_folders(folder)) if not p.name.startswith(".")]
-        if len(level) > 20_000:
-            return None  # the images themselves, not where tables lie
-    return None
-
-
-def _folders(folder: Path) -> Iterator[Path]:
-    with os.scandir(folder) as entries:
-        yield from (Path(e.path) for e in entries if e.is_dir(follow_symlinks=False))
-
-
 def state_of(value: str) -> str:
     """1, 0, -1 or blank, as CheXpert writes them. Raises ScanError for anything else."""
     states = {"": UNKNOWN, "1": POSITIVE, "0": NEGATIVE, "-1": UNCERTAIN, "nan": UNKNOWN}
@@ -195,7 +142,9 @@ def patient_split(
 
 
 def hash_patient(patient: str, salt: bytes) -> str:
-    """A name for caches and logs that does not lead back without the salt."""
+    """A name for caches and logs that does not lead back without the salt. Raises ValueError for an empty salt."""
+    if not salt:
+        raise ValueError("hash_patient: salt is empty, which hides nothing; make one with new_salt()")
     return hashlib.blake2b(patient.encode(), key=salt[:64], digest_size=8).hexdigest()
 
 

@@ -1,15 +1,22 @@
-"""The one resampling this package does: a sheared stack (tilted gantry) onto a rectangular grid, on request."""
+"""Resampling, on request only: a sheared stack (tilted gantry) made upright, a scan onto another's grid, an image to a
+size."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from medformer.data.geometry import ScanError
 from medformer.data.volumes import MAX_VOLUME_BYTES, Volume
 
-__all__ = ["deskew"]
+if TYPE_CHECKING:  # which takes a second and more to load, and processes that read headers need none of it
+    from torch import Tensor
+
+__all__ = ["deskew", "on_grid", "onto", "resize"]
+
+_OFF = 0.5  # voxels that a corner may lie off before two grids count as different
 
 
 def deskew(volume: Volume) -> Volume:
@@ -70,3 +77,67 @@ def _shift(plane: np.ndarray, inside: np.ndarray, axis: int, part: float, fill: 
         return np.pad(plane, after, constant_values=fill), np.pad(inside, after)
     moved = (1 - part) * np.pad(plane, after, constant_values=fill) + part * np.pad(plane, before, constant_values=fill)
     return moved, np.pad(inside, after) & np.pad(inside, before)
+
+
+def on_grid(volume: Volume, grid: Volume) -> bool:
+    """Whether both have the same voxels: equal shapes, and corners less than half a voxel apart."""
+    if volume.shape != grid.shape:
+        return False
+    ends = np.array([[x, y, z, 1] for z in (0, 1) for y in (0, 1) for x in (0, 1)], float)
+    corners = (ends * [*(n - 1 for n in grid.shape[::-1]), 1]).T
+    off = np.linalg.solve(grid.affine, volume.affine @ corners) - corners
+    return bool(np.abs(off).max() < _OFF)
+
+
+def onto(volume: Volume, grid: Volume) -> Volume:
+    """The volume on another's grid, by trilinear interpolation; unchanged where it is on it already.
+
+    What it does not cover is marked in `valid` and holds its lowest value. Raises ScanError where the two do not
+    overlap, as scans of two patients do not.
+    """
+    if on_grid(volume, grid):
+        return volume
+    import torch
+    import torch.nn.functional as F
+
+    name, other = (v.source.rstrip("/").rpartition("/")[2] for v in (volume, grid))
+    if "none" in (volume.geometry, grid.geometry):
+        raise ScanError(
+            f"{name}: {volume.shape} voxels, {other} has {grid.shape}, and no place in the patient to align"
+        )
+    source = torch.from_numpy(np.ascontiguousarray(volume.voxels, np.float32))
+    measured = torch.ones(volume.shape) if volume.valid is None else torch.from_numpy(volume.valid).float()
+    stack = torch.stack([source, measured])[None]
+    to_source = np.linalg.solve(volume.affine, grid.affine)  # voxels (x, y, z, 1) of the grid to those of the volume
+    rows = np.stack(np.meshgrid(*(np.arange(n) for n in grid.shape[:0:-1]), indexing="xy"), -1).astype(np.float64)
+    last = np.maximum(np.array(volume.shape[::-1]) - 1, 1)
+    lowest = float(volume.voxels.min() if volume.valid is None else volume.voxels[volume.valid].min())
+    voxels, valid = np.empty(grid.shape, np.float32), np.empty(grid.shape, bool)
+    for z in range(grid.shape[0]):  # a plane at a time: places are three times the voxels
+        places = rows @ to_source[:3, :2].T + (to_source[:3, 2] * z + to_source[:3, 3])
+        inside = ((places > -_OFF) & (places < np.array(volume.shape[::-1]) - _OFF)).all(-1)
+        at = torch.from_numpy((2 * places / last - 1).astype(np.float32))[None, None]
+        found = F.grid_sample(stack, at, mode="bilinear", padding_mode="border", align_corners=True)[0, :, 0].numpy()
+        valid[z] = inside & (found[1] > _OFF)
+        voxels[z] = np.where(valid[z], found[0], lowest)
+    if not valid.any():
+        raise ScanError(f"{name} and {other} do not overlap; are they of one patient and session?")
+    note = f"resampled onto the grid of {other} by linear interpolation"
+    return replace(volume, voxels=voxels, affine=grid.affine.copy(), valid=None if valid.all() else valid,
+                   notes=(*volume.notes, note))  # fmt: skip
+
+
+def resize(image: Tensor, size: tuple[int, ...]) -> Tensor:
+    import torch.nn.functional as F
+
+    if tuple(image.shape[1:]) == size:
+        return image
+    x = image[None].float()
+    for _ in range(8):  # halve first: interpolation alone would skip voxels
+        halve = [n >= 2 * s for n, s in zip(x.shape[2:], size, strict=True)]
+        if not any(halve):
+            break
+        pool = F.avg_pool3d if len(size) == 3 else F.avg_pool2d
+        x = pool(x, [2 if h else 1 for h in halve])
+    mode = "trilinear" if len(size) == 3 else "bilinear"
+    return F.interpolate(x, size=size, mode=mode, align_corners=False)[0].half()

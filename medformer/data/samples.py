@@ -51,7 +51,7 @@ def sample_scans(cache_dir: str | os.PathLike[str]) -> ScanIndex:
 
 
 def _phantoms(cache: Path) -> Path:
-    """Write the phantoms beside their final place and rename: the folder exists whole or not at all."""
+    """Write the phantoms next to their final place and rename: the folder exists whole or not at all."""
     target = cache / _PHANTOMS
     if target.is_dir():
         return target

@@ -5,10 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import stat
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -16,33 +17,27 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from medformer.data.archives import sniff_zip, unpacked
-from medformer.data.dicom.headers import ImageFile, NotAnImage, SliceFile, probe_dicom, sniff_dicom
+from medformer.data.archives import archive_note, sniff_zip, unpacked, unpacked_for_good
+from medformer.data.dicom.headers import probe_dicom, sniff_dicom
 from medformer.data.dicom.planar import read_image, why_left_out
+from medformer.data.dicom.records import ImageFile, NotAnImage, SliceFile
 from medformer.data.dicom.series import Series, group_slices, read_series
 from medformer.data.fastmri import probe_fastmri, read_fastmri, sniff_hdf5
 from medformer.data.geometry import ScanError
 from medformer.data.itk import ItkHeader, probe_itk, read_itk, sniff_itk
+from medformer.data.modality import MODALITY_FILE
 from medformer.data.nifti import NiftiHeader, header_of, probe_nifti, read_nifti, sniff_nifti
+from medformer.data.pictures import split_page
 from medformer.data.plain import PlainHeader, probe_plain, read_plain, sniff_plain
 from medformer.data.resample import deskew as upright
 from medformer.data.volumes import Volume
+from medformer.data.walking import Said, Skipped, walk
 
 __all__ = ["Scan", "ScanIndex", "Skipped", "find_scans", "read_volume"]
 
-# Below this many files a pool costs more than it saves: a header takes about half a millisecond.
-_POOL_FROM = 4000
+# Below this many files a pool costs more than it saves: a header takes 0.5 to 2 ms, a worker half a second to start.
+_POOL_FROM = 2000
 Kind = Literal["nifti", "dicom", "itk", "fastmri", "image", "npy"]
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A file or series left out, and why."""
-
-    path: str
-    reason: str
-    refused: bool = False
-    """True for a scan that cannot be read right, False for what is no scan at all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +70,8 @@ class Scan:
     """Which of several DICOM stacks in the same files it is, e.g. "EchoTime 4.6"."""
     notes: tuple[str, ...] = ()
     """What the headers alone already tell; reading may add to it."""
+    said: str | None = None
+    """The modality that a modality.txt gives to a scan whose format names none."""
 
     def read(
         self,
@@ -89,17 +86,34 @@ class Scan:
     ) -> Volume:
         """The volume; options as in `read_volume`. Every check is made again: files may have changed."""
         options = Options(
-            frame=frame, canonical=canonical, strict=strict, modality=modality, deskew=deskew, colour=colour, voi=voi
+            frame=frame,
+            canonical=canonical,
+            strict=strict,
+            modality=_known(modality) or self.said,
+            deskew=deskew,
+            colour=colour,
+            voi=voi,
         )
+        with _naming(self.name):
+            return self._read(options)
+
+    def _read(self, options: Options) -> Volume:
         if self.kind != "dicom":
             return _finish(_read_file(self.files[0], _probe(self.files[0]), options), options)
-        _only_frame(frame, self.name)
+        _only_frame(options.frame, self.name)
         parts, refused = group_slices([_probe_slices(f) for f in self.files])
-        # Files of one repeat alone no longer show that there are others.
-        parts = [p for p in parts if p.repeat == self.repeat] if len(parts) > 1 else parts
+        # Files of one repeat alone no longer show that there are others, nor every tag that told them apart.
+        told = set(self.repeat.split(", "))
+        same = [p for p in parts if p.repeat == self.repeat] or [
+            p for p in parts if told.issuperset(p.repeat.split(", "))
+        ]
+        parts = same if len(parts) > 1 else parts
         if len(parts) != 1:
             raise ScanError(refused[0][1] if refused else f"{self.name}: files no longer form one series; index again")
-        return _finish(read_series(parts[0], self.name, os.path.dirname(self.files[0])), options)
+        volume = read_series(parts[0], self.name, os.path.dirname(self.files[0]))
+        # What the index saw of its neighbours is not in these files.
+        lost = tuple(n for n in self.notes if n not in volume.notes and n not in parts[0].doubts)
+        return _finish(replace(volume, notes=(*lost, *volume.notes)), options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,22 +141,52 @@ def read_volume(
     """Read one scan or image: a file of any known format, a zip file, or a folder that holds one scan.
 
     Formats: NIfTI (.nii, .nii.gz, .hdr with .img), DICOM (a slice, a multi-frame file, a mosaic, an X-ray; a folder of
-    slices), NRRD and MetaImage, fastMRI HDF5, .npy, PNG and JPEG.
+    slices), NRRD and MetaImage, fastMRI HDF5, .npy, PNG, JPEG, TIFF (a page is named `file.tif#2`) and BMP.
 
     frame: which frame of a 4D NIfTI or a 4D multi-frame DICOM file. canonical: flip and swap axes (never resample) to
     run closest to right, anterior, superior; mammograms: chest wall on the left. strict: refuse a scan that needs any
     note, that is where anything was assumed, dropped or is unusual. modality: overrides the header, or the guess for
-    formats that name none. deskew: resample a sheared stack (tilted gantry) onto an upright grid. colour: "grey"
-    weighs colour pictures, which are refused otherwise. voi: apply an X-ray's VOI LUT or window, to 0..1.
+    formats that name none (as the first word of a file modality.txt next to one of these does). deskew: resample a
+    sheared stack (tilted gantry) onto an upright grid. colour: "grey" weighs colour pictures, which are refused
+    otherwise. voi: apply an X-ray's VOI LUT or window, to 0..1.
 
     Raises ScanError with one line: what is wrong and the way out. Never returns a geometry it is not sure of.
     """
     options = Options(
-        frame=frame, canonical=canonical, strict=strict, modality=modality, deskew=deskew, colour=colour, voi=voi
-    )
+        frame=frame, canonical=canonical, strict=strict, modality=_known(modality), deskew=deskew, colour=colour,
+        voi=voi,
+    )  # fmt: skip
     path = os.fspath(path)
+    if split_page(path)[1]:
+        return _finish(_read_file(path, probe_plain(path), options), options)
     if not os.path.exists(path):
         raise ScanError(f"read_volume: {os.path.basename(path) or path!r} does not exist (looked at {path!r})")
+    with _naming(os.path.basename(os.path.abspath(path))):
+        return _read_path(path, options)
+
+
+def _known(modality: str | None) -> str | None:
+    return None if modality == "unknown" else modality
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Whatever goes wrong inside becomes the refusal of this one scan, so that an index or a preparation goes on."""
+    try:
+        yield
+    except ScanError:
+        raise
+    except Exception as error:
+        raise ScanError(unexpected(name, error)) from error
+
+
+def unexpected(name: str, error: Exception) -> str:
+    """The reason of a refusal that no check foresaw."""
+    text = " ".join(str(error).split())[:120]
+    return f"{name}: cannot be read, {type(error).__name__}{f' ({text})' if text else ''}; please report it"
+
+
+def _read_path(path: str, options: Options) -> Volume:
     if os.path.isdir(path):
         return _finish(_read_folder(path, path, options), options)
     if _is_zip(path):
@@ -168,9 +212,10 @@ def _read_file(path: str, found: _Found, options: Options) -> Volume:
     name = os.path.basename(path)
     match found:
         case Skipped():
-            raise ScanError(found.reason)
+            unknown = f"{name}: not a scan, nor a PNG, JPEG, TIFF or BMP picture, whatever its name says"
+            raise ScanError(unknown if found.reason == _JUNK else found.reason)
         case NiftiHeader():
-            return read_nifti(found.path, frame=options.frame, modality=options.modality)
+            return read_nifti(found.path, frame=options.frame, modality=options.modality or _said(path))
         case SliceFile():
             return _read_frames(found, name, path, options.frame)
     if options.frame != 0:
@@ -179,11 +224,17 @@ def _read_file(path: str, found: _Found, options: Options) -> Volume:
         case ImageFile():
             return read_image(found, canonical=options.canonical, colour=options.colour, voi=options.voi)
         case ItkHeader():
-            return read_itk(path, modality=options.modality)
+            said = _said(path) if found.modality == "unknown" else None
+            return read_itk(path, modality=options.modality or said)
         case PlainHeader():
-            return read_plain(path, colour=options.colour, modality=options.modality)
+            return read_plain(path, colour=options.colour, modality=options.modality or _said(path))
         case _FastMri():
             return read_fastmri(path)
+
+
+def _said(path: str) -> str | None:
+    folder = os.path.dirname(os.path.abspath(path))
+    return Said(folder).of(folder)
 
 
 def _read_frames(found: SliceFile, name: str, path: str, frame: int) -> Volume:
@@ -234,14 +285,18 @@ def find_scans(
 ) -> ScanIndex:
     """Index all scans below `root`, whatever its layout and formats: nested, mixed with other files.
 
-    workers: processes that read headers; None uses them from 4000 files on, 0 never. progress: show a bar. images:
-    also list what has no place in a patient: X-rays, mammograms, PNG, JPEG and .npy.
+    workers: processes that read headers; None uses them from 2000 files on, 0 never. progress: show a bar. images:
+    also list what has no place in a patient: X-rays, mammograms, pictures and .npy.
     The order of scans and skipped is that of their names, the same on every run. Raises ScanError where
-    nothing readable is found. Links to folders are not followed and hidden folders not searched.
+    nothing readable is found. root may also be one file, or a zip file, which is unpacked until this process ends.
+    Linked folders are searched once each; hidden folders are not. A file modality.txt says in its first word what the
+    scans below its folder are, where their format does not.
     """
     root = os.fspath(root)
     if not os.path.exists(root):
         raise ScanError(f"find_scans: no folder {root!r}; point --data.root at the folder that holds the scans")
+    if os.path.isfile(root) and _is_zip(root):
+        root = unpacked_for_good(root)
     scans, skipped, seen, _ = _index(root, workers, progress, images)
     if not scans:
         raise ScanError(
@@ -264,16 +319,19 @@ class _FastMri:
 
 
 _JUNK = "not a scan"
+_EMPTY = "empty file (0 bytes)"
 _Found = NiftiHeader | SliceFile | ImageFile | ItkHeader | PlainHeader | _FastMri | Skipped
 
 
 def _index(
     root: str, workers: int | None, progress: bool, images: bool
 ) -> tuple[list[Scan], list[Skipped], int, list[Series]]:
-    paths = [root] if os.path.isfile(root) else _walk(root)
+    paths, skipped = ([root], []) if os.path.isfile(root) else walk(root)
     base = os.path.dirname(root) if os.path.isfile(root) else root
     found = _probe_all(paths, workers, progress)
-    skipped = [f for f in found if isinstance(f, Skipped)]
+    skipped += [f for f in found if isinstance(f, Skipped)]
+    empty: Counter[str] = Counter(os.path.dirname(s.path) for s in skipped if s.reason.endswith(_EMPTY))
+    said = Said(base)
     series, refused = group_slices([f for f in found if isinstance(f, SliceFile)])
     skipped += [Skipped(path, reason, refused=True) for path, reason in refused]
     drafts: list[Scan] = []
@@ -282,11 +340,12 @@ def _index(
             continue
         if isinstance(item, ImageFile | PlainHeader) and not images:
             skipped.append(Skipped(item.path, str(why_left_out(item)) if isinstance(item, ImageFile) else _JUNK))
-        elif isinstance(item, ImageFile) and item.problem:
+        elif isinstance(item, ImageFile | PlainHeader) and item.problem:
             skipped.append(Skipped(item.path, item.problem, refused=True))
         else:
-            drafts.append(_of_one_file(item, base))
+            drafts.append(_of_one_file(item, base, said))
     for part in series:
+        lost = empty[part.folder]
         one = len(part.files) == 1
         name = _relative(part.files[0].path, base) if one else _relative(part.folder, base)
         name = name.removesuffix(".dcm") if one else name
@@ -299,7 +358,11 @@ def _index(
                 shape=part.shape,
                 spacing_mm=_spacing(part.stack.affine),
                 repeat=part.repeat,
-                notes=part.notes,
+                notes=(
+                    *part.notes,
+                    *part.doubts,
+                    *([f"{lost} empty files in its folder: slices lost?"] if lost else []),
+                ),
             )
         )
     # Stable: scans of one folder stay in the order of their first file, repeats in that of their tag.
@@ -312,7 +375,7 @@ def _spacing(affine: np.ndarray) -> tuple[float, float, float]:
     return z, y, x
 
 
-def _of_one_file(item: NiftiHeader | ImageFile | ItkHeader | PlainHeader | _FastMri, base: str) -> Scan:
+def _of_one_file(item: NiftiHeader | ImageFile | ItkHeader | PlainHeader | _FastMri, base: str, folders: Said) -> Scan:
     name, kind, modality, notes = _relative(item.path, base), "image", "unknown", ()
     stem = name.removesuffix(".gz")
     match item:
@@ -323,6 +386,7 @@ def _of_one_file(item: NiftiHeader | ImageFile | ItkHeader | PlainHeader | _Fast
             stem = stem.removesuffix(".nii").removesuffix(".hdr")
         case ItkHeader():
             kind, shape, spacing, notes = "itk", item.shape, _spacing(item.affine), item.notes
+            modality = item.modality
             stem = os.path.splitext(name)[0]
         case _FastMri():
             kind, modality, shape, spacing = "fastmri", "MR", item.shape, item.spacing_mm
@@ -334,9 +398,11 @@ def _of_one_file(item: NiftiHeader | ImageFile | ItkHeader | PlainHeader | _Fast
             modality, shape, notes = item.modality, (item.frames, item.rows, item.columns), item.notes
             spacing = None if item.spacing is None else (item.depth_mm or 1.0, *item.spacing)
             stem = name.removesuffix(".dcm")
+    said = folders.of(os.path.dirname(item.path)) if modality == "unknown" else None
     return Scan(
-        name=stem, kind=kind, files=(item.path,), modality=modality, shape=shape, spacing_mm=spacing, notes=notes
-    )
+        name=stem, kind=kind, files=(item.path,), modality=said or modality, shape=shape, spacing_mm=spacing,
+        notes=(*notes, f"{said} by {MODALITY_FILE}") if said else notes, said=said,
+    )  # fmt: skip
 
 
 def _unique(drafts: list[Scan]) -> list[Scan]:
@@ -355,14 +421,6 @@ def _unique(drafts: list[Scan]) -> list[Scan]:
             scan = replace(scan, name=new)
         scans.append(scan)
     return scans
-
-
-def _walk(root: str) -> list[str]:
-    paths = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        paths += [os.path.join(folder, f) for f in sorted(files)]
-    return paths
 
 
 def _relative(path: str, base: str) -> str:
@@ -405,6 +463,10 @@ def _probe(path: str, one: bool = True) -> _Found:
             return probe_plain(path)
         if one and (header := header_of(path)) is not None:
             return probe_nifti(header)
+        if (told := archive_note(path, head)) is not None:
+            return Skipped(path, told)
+        if not head and name.lower().endswith(".dcm"):
+            return Skipped(path, f"{name}: {_EMPTY}")
         named = name.lower().endswith((".nii", ".nii.gz", ".dcm")) and not name.startswith(".")
         reason = f"{name}: named like a scan, but its content is none ({os.path.getsize(path):,} bytes)"
         return Skipped(path, reason, refused=True) if named else Skipped(path, _JUNK)
@@ -415,6 +477,8 @@ def _probe(path: str, one: bool = True) -> _Found:
     except OSError as error:
         name = os.path.basename(path)
         return Skipped(path, f"{name}: cannot be opened ({error.strerror or error})", refused=True)
+    except Exception as error:
+        return Skipped(path, unexpected(os.path.basename(path), error), refused=True)
 
 
 def _probe_many(path: str) -> _Found:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import uuid
-from collections.abc import Mapping
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,10 +19,16 @@ from nibabel.nifti1 import Nifti1Extension
 
 from medformer.data.geometry import ScanError, axis_codes, check_affine, closest_ras, spacing_of
 
-__all__ = ["MAX_VOLUME_BYTES", "Volume", "rescale"]
+__all__ = ["EXTENSION_MARK", "MAX_VOLUME_BYTES", "Volume", "as_float32", "counted", "odd_values", "rescale"]
 
 # A header may declare any size; more than this is refused before a byte is allocated.
 MAX_VOLUME_BYTES = 8 * 2**30
+# Begins the header extension that `Volume.save` writes and nifti.py reads.
+EXTENSION_MARK = b"medformer 1 "
+# Beyond the root of float32's range variances overflow; no scanner measures that.
+_LARGEST = 1e18
+# A note is due for values above this that are so many times what 99% of the voxels reach.
+_ODD, _ODD_RATIO = 1e5, 1e3
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -94,14 +104,21 @@ class Volume:
         valid = None if self.valid is None else turn(self.valid)
         return replace(self, voxels=turn(self.voxels), affine=affine, valid=valid)
 
+    def turned_back(self, array: np.ndarray) -> np.ndarray:
+        """An array [..., Z, Y, X] on the grid of `canonical()`, on this volume's own axes."""
+        order, flips = closest_ras(self.affine)
+        lead = array.ndim - 3
+        xyz = np.moveaxis(array, (-1, -2, -3), (lead, lead + 1, lead + 2))
+        xyz = xyz[(..., *(slice(None, None, -1 if flip else 1) for flip in flips))]
+        xyz = xyz.transpose(*range(lead), *(lead + int(i) for i in np.argsort(order)))
+        return np.ascontiguousarray(np.moveaxis(xyz, (lead, lead + 1, lead + 2), (-1, -2, -3)))
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write .nii or .nii.gz, whole or not at all.
 
         Modality, units, notes and the padding mask travel in a header extension, which `read_volume` takes up again
         and other readers pass over.
         """
-        from medformer.data.nifti import pack_extension  # which needs Volume
-
         target = Path(path)
         suffix = ".nii.gz" if target.name.endswith(".nii.gz") else target.suffix
         if suffix not in {".nii", ".nii.gz"}:
@@ -109,7 +126,7 @@ class Volume:
         voxels = self.voxels.view(np.uint8) if self.voxels.dtype == bool else self.voxels
         image = nib.Nifti1Image(voxels.T, self.affine, dtype=voxels.dtype)
         image.header.set_xyzt_units("mm", "sec")
-        image.header.extensions.append(Nifti1Extension("comment", pack_extension(self)))
+        image.header.extensions.append(Nifti1Extension("comment", _pack_extension(self)))
         image.set_sform(self.affine, code=1)
         cosines = self.affine[:3, :3] / np.linalg.norm(self.affine[:3, :3], axis=0)
         rigid = bool(np.allclose(cosines.T @ cosines, np.eye(3), atol=1e-5))
@@ -126,7 +143,53 @@ class Volume:
         return target
 
 
-def rescale(stored: np.ndarray, slope: np.ndarray | float, intercept: np.ndarray | float) -> np.ndarray:
+def _pack_extension(volume: Volume) -> bytes:
+    """Modality, units, notes and the padding mask as the text of a NIfTI header extension (code 6, comment)."""
+    values: dict[str, Any] = {
+        "modality": volume.modality, "units": volume.units, "geometry": volume.geometry, "notes": list(volume.notes),
+        "tags": dict(volume.provenance.get("tags", {})),
+    }  # fmt: skip
+    if volume.valid is not None:
+        packed = zlib.compress(np.packbits(volume.valid.ravel()).tobytes(), 9)
+        values["valid"] = base64.b64encode(packed).decode()
+    return EXTENSION_MARK + json.dumps(values, separators=(",", ":")).encode()
+
+
+def as_float32(values: np.ndarray, name: str) -> np.ndarray:
+    """Floating-point values as float32. Raises ScanError for NaN, infinity, and what float32 cannot square."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        out = values.astype(np.float32, copy=False)
+        low, high = float(out.min()), float(out.max())  # NaN where any is
+    if max(-low, high) <= _LARGEST:
+        return out
+    bad = int(values.size - np.isfinite(values).sum())
+    if bad:
+        raise ScanError(
+            f"{name}: {bad} of {values.size} voxels are NaN or infinite, all must be finite; replace them first "
+            "(numpy.nan_to_num) and save the file again"
+        )
+    raise ScanError(
+        f"{name}: voxels of up to {max(-low, high):.3g} in float32, at most {_LARGEST:g} are read; rescale them first, "
+        "or fix the slope in the header"
+    )
+
+
+def odd_values(voxels: np.ndarray) -> tuple[str, ...]:
+    """A note where a few values lie far beyond all others, as a damaged file or a fill value has them."""
+    if voxels.dtype.itemsize <= 2 and voxels.dtype.kind != "f":
+        return ()
+    high = max(-float(voxels.min()), float(voxels.max()))
+    if high <= _ODD:
+        return ()
+    usual = float(np.percentile(np.abs(voxels.ravel()[:: max(1, voxels.size // 500_000)]), 99))
+    if high <= _ODD_RATIO * usual:
+        return ()
+    return (f"values reach {high:.3g} while 99% are below {usual:.3g}: a fill value, or damage",)
+
+
+def rescale(
+    stored: np.ndarray, slope: np.ndarray | float, intercept: np.ndarray | float, name: str = "scan"
+) -> np.ndarray:
     """stored * slope + intercept in the smallest type that is exact; float32 where none is.
 
     slope and intercept broadcast against `stored`. Unity keeps the stored type; whole numbers give int16,
@@ -145,13 +208,17 @@ def rescale(stored: np.ndarray, slope: np.ndarray | float, intercept: np.ndarray
                 if (slope == 1).all() and np.abs(intercept).max() <= info.max and high <= info.max and low >= info.min:
                     return stored.astype(dtype) + intercept.astype(dtype)
                 return (stored.astype(np.int64) * slope.astype(np.int64) + intercept.astype(np.int64)).astype(dtype)
-    with np.errstate(over="ignore"):
-        out = (stored.astype(np.float64) * slope + intercept).astype(np.float32)
-    if not np.isfinite(out).all():
-        raise ScanError(
-            f"slope {np.abs(slope).max():g} and intercept {np.abs(intercept).max():g} exceed float32; fix the header"
-        )
-    return out
+    with np.errstate(over="ignore", invalid="ignore"):
+        out = stored.astype(np.float64) * slope + intercept
+    return as_float32(out, name)
+
+
+def counted(notes: Iterable[Sequence[str]], what: str, most: int = 8) -> list[str]:
+    """The notes of many scans as a few lines, each note once with how many have it, the most frequent first."""
+    lists = list(notes)
+    count = Counter(note for some in lists for note in dict.fromkeys(some))
+    lines = [f"{number} of {len(lists)} {what}: {note}" for note, number in count.most_common(most)]
+    return [*lines, f"and {len(count) - most} more kinds of notes"] if len(count) > most else lines
 
 
 def _base(source: str) -> str:

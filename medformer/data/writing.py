@@ -87,7 +87,7 @@ def write_dicom_series(volume: Volume, folder: str | os.PathLike[str], *, patien
         ds.PixelData = np.ascontiguousarray(plane).tobytes()
         ds.save_as(path, enforce_file_format=True)
 
-    # Written beside and renamed: a killed run must not leave half a series that looks whole.
+    # Written under another name and renamed: a killed run must not leave half a series that looks whole.
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".draft-{uuid.uuid4().hex}")
     draft.mkdir()

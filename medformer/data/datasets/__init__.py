@@ -1,7 +1,9 @@
 """One file a data set: what to download, how it lies on disk, and `scan(root)` to records.
 
-Every module has ABOUT (its names, where to get it, its layout), `recognise(folder)` and `scan(root)`; where files
-need mending, `repair(volume, record)`; where a file holds many records, `read(record)`.
+Every module has ABOUT (its names, where to get it, its layout), `recognise(folder)` and `scan(root)`, which returns
+`Records`: a list, with notes of what did not join; where files need mending, `repair(volume)`; where a file holds many
+records, `read(record)`. Shared: `layout.py` finds folders and tables, `joins.py` counts what joins, `series.py` groups
+DICOM.
 """
 
 from __future__ import annotations

@@ -1,9 +1,15 @@
 """BIMCV-COVID19+ and -: X-rays and CTs of Valencian hospitals, BIDS-like.
 
-Get: bimcv.cipf.es/bimcv-projects/bimcv-covid19 (tar parts of both; unpack them and `derivatives/`).
+Get: bimcv.cipf.es/bimcv-projects/bimcv-covid19 (tar parts of both; unpack them and their derivatives: of the positive
+`covid19_posi_head.tar.gz`, of the negative `covid19_neg_derivative.tar.gz`).
 
-Quirks: X-rays are 16-bit PNG whose DICOM header lies beside as `.json`, which may be missing or broken; only it tells
-MONOCHROME1, which `repair` inverts; the `vp-` part of a name may be absent; label cells are Python lists; some CTs
+Layout: `covid19_{posi,neg}/sub-S*/ses-E*/mod-*/`, `derivatives/labels/` in each; people also call them `bimcv+` and
+`bimcv-`. The table of labels has had many names: `labels_covid_posi.tsv`, `labels_covid19_posi.tsv`,
+`Labels_covid_123.tsv`, `Labels_covid_NEG_JAN21.tsv`, `labels_SARS-cov-2_nega.tsv`; all that are there are read. Their
+ReportID is a session with or without `ses-`.
+
+Quirks: X-rays are 16-bit PNG with their DICOM header next to them as `.json`, which may be missing or broken; it alone
+says MONOCHROME1, which `repair` inverts; the `vp-` part of a name may be absent; label cells are Python lists; some CTs
 exceed int16; ages are written "[80]".
 """
 
@@ -17,52 +23,76 @@ from typing import Any
 
 import numpy as np
 
+from medformer.data.datasets.joins import Join, Records, reported
+from medformer.data.datasets.layout import About, Near, folders_in
 from medformer.data.geometry import ScanError
-from medformer.data.records import POSITIVE, UNCERTAIN, UNKNOWN, About, Record, find_file
-from medformer.data.tables import parse_literal, pick, read_table
+from medformer.data.records import POSITIVE, UNCERTAIN, UNKNOWN, Record
+from medformer.data.tables import has_columns, parse_literal, pick, read_table
 from medformer.data.volumes import Volume
 
 ABOUT = About(
     name="BIMCV-COVID19",
     folders=("bimcv_covid19", "BIMCV-COVID19"),
+    also=("covid19_posi", "covid19_neg", "bimcv"),
     source="https://bimcv.cipf.es/bimcv-projects/bimcv-covid19",
     layout="[covid19_posi/]sub-S*/ses-E*/mod-*/*.png and *.nii.gz, derivatives/labels/*.tsv",
+    loose=True,
 )
 _NAME = re.compile(r"sub-(?P<patient>S\d+)_ses-(?P<study>E\d+)(?P<rest>_.*)?\.(?P<type>png|nii\.gz)")
 _VIEW, _ORDER = re.compile(r"_vp-([a-z-]+)"), {"cr": "CR", "dx": "DX", "ct": "CT"}
+_TABLES = ("labels_*.tsv", "labels_*.tsv.gz", "labels_*.csv")
 _MAX_JSON = 2**20
 
 
 def recognise(folder: Path) -> bool:
-    return any(folder.glob("sub-S*")) or any(folder.glob("covid19_*/sub-S*"))
+    parts = [folder, *(child for child in folders_in(folder) if _side(child))]
+    return any(True for part in parts for _ in part.glob("sub-S*/ses-E*"))
 
 
-def scan(root: str | Path) -> list[Record]:
+def _side(folder: Path) -> str:
+    """Which of the two collections a folder is of, by its name or that of one around it."""
+    for name in (folder.name.lower(), folder.parent.name.lower(), folder.parent.parent.name.lower()):
+        if re.search(r"covid.*posi|bimcv.*(\+|posi)", name):
+            return "positive"
+        if re.search(r"covid.*neg|bimcv.*(-$|neg)", name):
+            return "negative"
+    return ""
+
+
+def scan(root: str | Path) -> Records:
     """One record a file. Raises ScanError where the data set is not there."""
     folder = ABOUT.folder(root, recognise)
-    labels: dict[str, dict[str, str]] = {}
-    for name in ("labels_covid_posi.tsv", "labels_covid_neg.tsv", "labels_covid19_posi.tsv", "labels_covid19_neg.tsv"):
-        table = find_file(folder, name, depth=4)
-        for row in read_table(table, ["ReportID", "Labels"]) if table else ():
-            labels[row["ReportID"]] = states_of(row["Labels"], name)
-    records = []
+    labels = _labels(Near(folder, ABOUT))
+    sides: dict[Path, str] = {}
+    records, odd = [], 0
     for path in sorted([*folder.rglob("sub-*.png"), *folder.rglob("sub-*.nii.gz")]):
         match = _NAME.fullmatch(path.name)
         if match is None:
+            odd += 1
             continue
         view = _VIEW.search(match["rest"] or "")
         kind = (match["rest"] or "").rpartition("_")[2]
-        side = (
-            "positive" if "covid19_posi" in path.as_posix() else "negative" if "covid19_neg" in path.as_posix() else ""
-        )
+        above = next((p for p in path.parents if p.name == f"sub-{match['patient']}"), path.parent).parent
+        side = sides.setdefault(above, _side(above))
         records.append(
             Record(
                 dataset="bimcv_covid19", patient=match["patient"], study=match["study"], paths=(str(path),),
-                modality=_ORDER.get(kind, "unknown"), labels=labels.get(match["study"], {}),
+                modality=_ORDER.get(kind, "unknown"), labels=labels.get(match["study"]) or {},
                 info={"view": view[1] if view else "", "collection": side, "tags": read_sidecar(path)},
             )
         )  # fmt: skip
-    return records
+    return reported(ABOUT, records, [labels], [f"{odd} files not named sub-S*_ses-E* are left out"] if odd else [])
+
+
+def _labels(near: Near) -> Join[str, dict[str, str]]:
+    """Session to its findings, of every table of labels that is here."""
+    columns = ["ReportID", "Labels"]
+    tables = [t for t in near.all(*_TABLES, columns=columns) if has_columns(t, columns)]
+    rows: dict[str, dict[str, str]] = {}
+    for table in tables:
+        for row in read_table(table, columns):
+            rows[row["ReportID"].removeprefix("ses-")] = states_of(row["Labels"], table.name)
+    return Join("labels", "sessions", _TABLES, near, tables, rows)
 
 
 def states_of(cell: str, what: str) -> dict[str, str]:
@@ -84,7 +114,7 @@ def states_of(cell: str, what: str) -> dict[str, str]:
 
 
 def read_sidecar(path: Path) -> dict[str, str]:
-    """The few header values reading needs, from the .json beside an image; empty where it is missing or broken."""
+    """The few header values reading needs, from the .json next to an image; empty where it is missing or broken."""
     beside = path.with_name(path.name.removesuffix(".nii.gz").removesuffix(".png") + ".json")
     try:
         if beside.stat().st_size > _MAX_JSON:

@@ -1,7 +1,10 @@
 """LIDC-IDRI: chest CT of 1,010 patients, every nodule outlined and rated by up to four readers.
 
-Get: cancerimagingarchive.net/collection/lidc-idri: DICOM (CT, and radiographs of some patients) and the radiologists'
-annotations `LIDC-XML-only.zip`, unpacked anywhere below the folder.
+Get: cancerimagingarchive.net/collection/lidc-idri: DICOM (CT, and radiographs of some patients; NBIA or IDC) and the
+radiologists' annotations `LIDC-XML-only.zip`.
+
+Layout: any tree of DICOM files (`series.py`). Annotations as the zip file unpacks, `[LIDC-XML-only/]tcia-lidc-xml/157/
+158.xml`, in the tree or next to it, or as older downloads of NBIA had them: `069.xml` next to the slices of its series.
 
 Quirks: file names are padded or not, so headers group; an outline runs along the first pixels *outside* the nodule;
 an outline with inclusion FALSE is a hole; findings below 3 mm and non-nodules are points; readers name nodules on
@@ -18,17 +21,22 @@ from statistics import median
 import numpy as np
 from PIL import Image, ImageDraw
 
-from medformer.data.datasets.series import series_below
+from medformer.data.datasets.joins import Join, Records, reported
+from medformer.data.datasets.layout import About, Near
+from medformer.data.datasets.series import is_here, series_below
 from medformer.data.geometry import ScanError
-from medformer.data.records import NEGATIVE, POSITIVE, UNCERTAIN, UNKNOWN, About, Record
+from medformer.data.records import NEGATIVE, POSITIVE, UNCERTAIN, UNKNOWN, Record
 from medformer.data.safe_xml import parse_xml
 
 ABOUT = About(
     name="LIDC-IDRI",
     folders=("lidc_idri", "LIDC-IDRI"),
     source="https://www.cancerimagingarchive.net/collection/lidc-idri",
-    layout="any tree of DICOM files with PatientID LIDC-IDRI-*, beside the unpacked LIDC-XML-only.zip",
+    layout="any tree of DICOM files with PatientID LIDC-IDRI-*, the unpacked LIDC-XML-only.zip in it or next to it",
+    patients=r"LIDC-IDRI-\d+",
+    loose=True,
 )
+_XML = ("*lidc*xml*", "*xml*lidc*")  # folders of annotations
 _RATINGS = (
     "malignancy", "texture", "spiculation", "lobulation", "margin", "sphericity", "calcification", "internalStructure",
     "subtlety",
@@ -60,24 +68,19 @@ class Nodule:
 
 
 def recognise(folder: Path) -> bool:
-    return (
-        folder.name.upper().startswith("LIDC") or any(folder.glob("LIDC-IDRI-*")) or (folder / "tcia-lidc-xml").is_dir()
-    )
+    return is_here(folder, ABOUT)
 
 
-def scan(root: str | Path) -> list[Record]:
+def scan(root: str | Path) -> Records:
     """One record a CT series. Raises ScanError where the data set is not there."""
     folder = ABOUT.folder(root, recognise)
-    drawn: dict[str, list[Nodule]] = {}
-    for path in sorted(folder.rglob("*.xml")):
-        try:
-            series, nodules = read_annotations(path)
-        except ScanError:
-            continue  # radiographs have annotations of another kind
-        drawn[series] = nodules
-    records = []
-    for found, who in series_below(folder):
+    near = Near(folder, ABOUT)
+    drawn, notes = _annotations(folder, near)
+    records, others = [], 0
+    tree = series_below(folder, near, ABOUT)
+    for found, who in tree.found:
         if who.modality != "CT":
+            others += 1
             continue
         nodules = drawn.get(who.series)
         groups = match_readers(nodules) if nodules is not None else []
@@ -87,7 +90,29 @@ def scan(root: str | Path) -> list[Record]:
                 labels=_labels(nodules, groups), scan=found, info={"series": who.series, "nodules": groups},
             )
         )  # fmt: skip
-    return records
+    notes += [f"{others} series are no CT and are left out"] if others else []
+    return reported(ABOUT, records, [drawn], [*tree.notes, *notes])
+
+
+def _annotations(folder: Path, near: Near) -> tuple[Join[str, list[Nodule]], list[str]]:
+    """Series to what its readers drew, of every XML file in the tree and in the folders of annotations around it."""
+    places = [folder, *(f for pattern in _XML for f in near.folders(pattern))]
+    paths = sorted({path.absolute() for place in places for path in place.rglob("*.xml")})
+    rows: dict[str, list[Nodule]] = {}
+    used, damaged = [], 0
+    for path in paths:
+        try:
+            series, nodules = read_annotations(path)
+        except ScanError as error:
+            # Radiographs have annotations of another kind.
+            damaged += "not an annotation of a CT" not in str(error)
+            continue
+        used.append(path)
+        rows[series] = nodules
+    notes = [f"{damaged} XML files do not parse and are left out"] if damaged else []
+    if not used and (packed := near.first("LIDC-XML-only*.zip")) is not None:
+        notes.append(f"{packed.name} is here and not unpacked; unpack it where it lies")
+    return Join("annotations", "series", ("*.xml", *_XML), near, used, rows), notes
 
 
 def _labels(nodules: list[Nodule] | None, groups: list[list[Nodule]]) -> dict[str, str]:

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from medformer.data.dicom.planar import grey_of
+from medformer.data.datasets.joins import Records, reported
+from medformer.data.datasets.layout import About
 from medformer.data.geometry import ScanError
-from medformer.data.records import About, Record, Split
+from medformer.data.pictures import grey_of
+from medformer.data.records import Record, Split
 from medformer.data.tables import ZIP_ERRORS
 from medformer.data.volumes import MAX_VOLUME_BYTES, Volume
 
@@ -34,22 +36,28 @@ def recognise(folder: Path) -> bool:
 
 
 def _is_one(path: Path) -> bool:
+    return _has(path, "train_images")
+
+
+def _has(path: Path, array: str) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
-            return "train_images.npy" in archive.namelist()
+            return f"{array}.npy" in archive.namelist()
     except (*ZIP_ERRORS, ValueError):
         return False
 
 
-def scan(root: str | Path) -> list[Record]:
+def scan(root: str | Path) -> Records:
     """One record an image of each archive. Raises ScanError where there is none."""
     folder = ABOUT.folder(root, recognise)
-    records = []
+    records, notes = [], []
     for path in sorted(p for p in folder.glob("*.npz") if _is_one(p)):
         for part, split in _PARTS.items():
             try:
                 labels = load(path, f"{part}_labels")
-            except ScanError:
+            except ScanError as error:
+                if _has(path, f"{part}_images"):
+                    notes.append(f"the {part} part is left out: {error}")
                 continue  # a part may be left out
             for i, label in enumerate(labels.reshape(len(labels), -1) if labels.size else ()):
                 named = {f"label{k}" if label.size > 1 else "label": str(int(v)) for k, v in enumerate(label)}
@@ -60,7 +68,7 @@ def scan(root: str | Path) -> list[Record]:
                         split=split, labels=named, info={"array": f"{part}_images", "index": i},
                     )
                 )  # fmt: skip
-    return records
+    return reported(ABOUT, records, [], notes)
 
 
 @lru_cache(maxsize=6)

@@ -2,6 +2,9 @@
 
 Get: kaggle.com/c/rsna-intracranial-hemorrhage-detection (`stage_2_train/`, `stage_2_test/`, `stage_2_train.csv`).
 
+Layout: as listed; the archive has one more folder of the same name around, a notebook `input/` too. Of the first stage
+(`stage_1_*`, folders also `stage_1_train_images/`) all images are in the second, which is taken where both lie.
+
 Quirks: one file is one slice, names are random and all lie in one folder, so series come from headers; the label
 table is long (six rows a slice) and repeats four slices; `ID_6431af929.dcm` is cut off, which costs its series; some
 12-bit files have wrapped around: air is stored at the top of the range with an intercept of about 0, which `repair`
@@ -16,9 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
+from medformer.data.datasets.joins import Join, Records, reported
+from medformer.data.datasets.layout import About, Near
 from medformer.data.datasets.series import series_below
 from medformer.data.geometry import ScanError
-from medformer.data.records import NEGATIVE, POSITIVE, UNKNOWN, About, Record, Split, find_file
+from medformer.data.records import NEGATIVE, POSITIVE, UNKNOWN, Record, Split
 from medformer.data.tables import read_table
 from medformer.data.volumes import Volume
 
@@ -26,30 +31,36 @@ ABOUT = About(
     name="RSNA Intracranial Hemorrhage",
     folders=("rsna_ich", "rsna-intracranial-hemorrhage-detection", "RSNA-Intracranial-Hemorrhage"),
     source="https://www.kaggle.com/c/rsna-intracranial-hemorrhage-detection",
-    layout="stage_2_train/ID_*.dcm beside stage_2_train.csv",
+    layout="stage_2_train/ID_*.dcm next to stage_2_train.csv",
 )
 KINDS = ("epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural", "any")
 _PARTS: dict[str, Split] = {
-    "stage_2_train": "train",
-    "stage_1_train": "train",
-    "stage_2_test": "test",
-    "stage_1_test": "test",
+    f"stage_{stage}_{part}{more}": part for stage in (2, 1) for part in ("train", "test") for more in ("", "_images")
 }
+_TABLES = ("stage_2_train.csv", "stage_2_train.csv.gz", "stage_1_train.csv", "stage_1_train.csv.gz")
 
 
 def recognise(folder: Path) -> bool:
     return any((folder / part).is_dir() for part in _PARTS)
 
 
-def scan(root: str | Path) -> list[Record]:
+def scan(root: str | Path) -> Records:
     """One record a series; `info["slices"]` maps each image to its labels. Raises ScanError where it is not there."""
     folder = ABOUT.folder(root, recognise)
-    table = find_file(folder, "stage_2_train.csv", "stage_1_train.csv", depth=1)
-    slices = {} if table is None else read_labels(table)
+    near = Near(folder, ABOUT)
+    table = near.first(*_TABLES)
+    labels = Join("labels of the train part", "slices", _TABLES, near, table, read_labels(table) if table else {})
+    parts = [part for part in _PARTS if (folder / part).is_dir()]
+    latest = parts[0][: len("stage_2")]
+    notes = [f"{part} is left out: its images are in {latest} too" for part in parts if not part.startswith(latest)]
     records = []
-    for part in sorted(_PARTS):
-        for found, who in series_below(folder / part) if (folder / part).is_dir() else ():
-            of_slices = {Path(f).stem: slices[Path(f).stem] for f in found.files if Path(f).stem in slices}
+    for part in (part for part in parts if part.startswith(latest)):
+        tree = series_below(folder / part, near, ABOUT)
+        notes += tree.notes
+        for found, who in tree.found:
+            names = [Path(f).stem for f in found.files]
+            known = {name: labels.get(name) for name in names} if _PARTS[part] == "train" else {}
+            of_slices = {name: states for name, states in known.items() if states is not None}
             records.append(
                 Record(
                     dataset="rsna_ich", patient=who.patient, study=who.study, paths=found.files, modality="CT",
@@ -57,7 +68,7 @@ def scan(root: str | Path) -> list[Record]:
                     info={"slices": of_slices}, scan=found,
                 )
             )  # fmt: skip
-    return records
+    return reported(ABOUT, records, [labels], notes)
 
 
 def read_labels(table: Path) -> dict[str, dict[str, str]]:

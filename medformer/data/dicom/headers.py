@@ -10,33 +10,23 @@ Source: DICOM PS3.3 and PS3.5 (2024), sections named where they are used.
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset, FileDataset
-from pydicom.multival import MultiValue
 from pydicom.uid import UID
 
-from medformer.data.dicom.anatomy import laterality_of, view_of
-from medformer.data.dicom.mosaic import mosaic_places
+from medformer.data.dicom.mosaic import grid_places, mosaic_places
+from medformer.data.dicom.planar import describe_image
+from medformer.data.dicom.records import Frame, ImageFile, NotAnImage, SliceFile
 from medformer.data.dicom.syntax import PARSE_ERRORS, check_syntax, pixel_problem, quiet
-from medformer.data.geometry import ScanError
+from medformer.data.dicom.tags import values_of
+from medformer.data.geometry import FARTHEST_MM, LARGEST_MM, SMALLEST_MM, ScanError
 from medformer.data.volumes import MAX_VOLUME_BYTES
 
-__all__ = [
-    "DIMENSIONS",
-    "SPLIT_TAGS",
-    "Frame",
-    "ImageFile",
-    "NotAnImage",
-    "SliceFile",
-    "acquisition_tags",
-    "probe_dicom",
-    "sniff_dicom",
-]
+__all__ = ["DIMENSIONS", "MARKS", "NUMBER", "SPLIT_TAGS", "probe_dicom", "sniff_dicom"]
 
 _NOT_IMAGES = {"SR", "KO", "PR", "RTSTRUCT", "RTPLAN", "RTRECORD", "RTDOSE", "SEG", "REG", "RWV", "FID", "DOC", "ECG"}
 _NOT_IMAGES |= {"AU", "PLAN", "M3D", "OSS", "TEXTUREMAP", "SMR", "HD", "EPS", "RESP"}
@@ -48,20 +38,26 @@ _PROJECTIONS = {"CR", "DX", "MG"}
 # StackID, SliceLocation, ImageOrientationPatient.
 _PLACES = {0x00200032, 0x00209057, 0x00209056, 0x00201041, 0x00200037}
 _DEEPER = ("DiffusionGradientDirectionSequence",)
-_KEPT_TAGS = (
-    "SOPClassUID", "Modality", "Manufacturer", "ManufacturerModelName", "BodyPartExamined", "PatientPosition", "KVP",
-    "ConvolutionKernel", "SliceThickness", "SpacingBetweenSlices", "MagneticFieldStrength", "RepetitionTime",
-    "EchoTime", "FlipAngle", "ScanningSequence", "PhotometricInterpretation", "BitsStored", "PixelRepresentation",
-    "RescaleSlope", "RescaleIntercept", "ViewPosition", "ImageLaterality", "PresentationIntentType",
-    "EstimatedRadiographicMagnificationFactor", "BurnedInAnnotation", "BreastImplantPresent",
-)  # fmt: skip
-_PLAIN = re.compile(r"[A-Za-z0-9 ._+\-/\\]*")
 _DIRECTORY = "1.2.840.10008.1.3.10"
 _CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
-# What tells repeats of one position apart, in the order it is tried: the dimension index of an enhanced image, the
-# file where each holds a whole stack, then single tags.
+# Raw Data Storage, and Philips' private classes of spectra, series data and exam cards.
+_RAW, _RAW_PRIVATE = "1.2.840.10008.5.1.4.1.1.66", "1.3.46.670589.11.0.0.12."
+# What differs between scans of one series, but between slices of one scan too; it splits only what is no stack.
+MARKS = ("FrameOfReferenceUID", "ImageType")
+# The same in Philips' own tags: name to group, private creator and element.
+_PRIVATE = {
+    "phase": (0x2001, "Philips Imaging DD 001", 0x08),
+    "b-value number": (0x2005, "Philips MR Imaging DD 005", 0x12),
+    "gradient number": (0x2005, "Philips MR Imaging DD 005", 0x13),
+    "label": (0x2005, "Philips MR Imaging DD 005", 0x29),
+}
+# Tells whole volumes apart, in series.py, and never places a slice.
+NUMBER = "InstanceNumber"
+# What tells repeats of one position apart, in the order it is tried: these, the dimension index of an enhanced image,
+# the file where each holds a whole stack, then single tags.
 DIMENSIONS, _FILE = "dimension index", "file"
 SPLIT_TAGS = (
+    *MARKS,
     DIMENSIONS,
     _FILE,
     "AcquisitionNumber",
@@ -75,73 +71,8 @@ SPLIT_TAGS = (
     "TriggerTime",
     "NominalCardiacTriggerDelayTime",
     "AcquisitionTime",
+    *_PRIVATE,
 )
-
-
-class NotAnImage(ScanError):
-    """A sound DICOM file that is no slice of a 3D scan: a report, a plan, a screen capture, a localizer."""
-
-
-@dataclass(frozen=True, slots=True)
-class Frame:
-    """One slice of a file: where it lies, and how stored values become measured ones."""
-
-    path: str
-    index: int
-    """Its number in the file, from 0."""
-    position: tuple[float, float, float]
-    orientation: tuple[float, ...]
-    spacing: tuple[float, float]
-    slope: float
-    intercept: float
-    split: dict[str, str]
-    """What tells repeats of one position apart; see SPLIT_TAGS."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SliceFile:
-    """The header of one file: one slice, the tiles of a mosaic, or the frames of an enhanced multi-frame image."""
-
-    path: str
-    series: tuple[Any, ...]
-    """What all slices of a scan share exactly."""
-    series_uid: str
-    modality: str
-    rows: int
-    columns: int
-    frames: tuple[Frame, ...]
-    depth_mm: float | None
-    depth_source: str
-    hounsfield: bool
-    notes: tuple[str, ...]
-    tiles: int = 0
-    """Tiles a side of a mosaic; 0 where the file is none."""
-    problem: str | None = None
-    """Why the pixels cannot be read; the file still counts as a slice, so that its series is refused."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ImageFile:
-    """The header of an image with no place in the patient: an X-ray, a mammogram, a tomosynthesis stack."""
-
-    path: str
-    modality: str
-    rows: int
-    columns: int
-    frames: int
-    spacing: tuple[float, float] | None
-    """(row, column) in mm; None where the header has none."""
-    depth_mm: float | None
-    colour: str
-    """The photometric interpretation."""
-    laterality: str
-    """"L", "R", "B" or "" where the header does not say."""
-    view: str
-    """"CC", "MLO", "PA", ... or ""."""
-    orientation: tuple[str, ...]
-    """PatientOrientation: where the rows and the columns run to."""
-    notes: tuple[str, ...]
-    problem: str | None = None
 
 
 def sniff_dicom(head: bytes) -> bool:
@@ -173,8 +104,6 @@ def probe_dicom(path: str) -> SliceFile | ImageFile:
 
 
 def _describe(ds: FileDataset, path: str, problem: str | None) -> SliceFile | ImageFile:
-    from medformer.data.dicom.planar import describe_image  # which needs the records above
-
     name = os.path.basename(path)
     sop = str(ds.get("SOPClassUID") or ds.file_meta.get("MediaStorageSOPClassUID") or "")
     modality = str(ds.get("Modality") or "").strip().upper()
@@ -182,6 +111,8 @@ def _describe(ds: FileDataset, path: str, problem: str | None) -> SliceFile | Im
         raise NotAnImage(f"{name}: DICOMDIR, an index of files and no scan")
     if modality in _NOT_IMAGES:
         raise NotAnImage(f"{name}: DICOM without a scan in it ({modality})")
+    if (sop == _RAW or sop.startswith(_RAW_PRIVATE)) and "ImagePositionPatient" not in ds:
+        raise NotAnImage(f"{name}: raw data, no image")
     if "Rows" not in ds or "Columns" not in ds:
         if modality in _SCANNERS:
             raise ScanError(
@@ -189,21 +120,26 @@ def _describe(ds: FileDataset, path: str, problem: str | None) -> SliceFile | Im
             )
         kind = modality or (UID(sop).name if sop else "no image attributes")
         raise NotAnImage(f"{name}: DICOM without a scan in it ({kind})")
-    kinds = [str(v).upper() for v in _values(ds.get("ImageType"))]
+    kinds = [str(v).upper() for v in values_of(ds.get("ImageType"))]
     if any(word in kind for kind in kinds for word in ("LOCALIZER", "SCOUT")):
         raise NotAnImage(f"{name}: localizer image")
-    if "SCREEN SAVE" in kinds or (sop.startswith(_CAPTURE) and modality not in _PROJECTIONS):
+    capture = sop == _CAPTURE or sop.startswith(_CAPTURE + ".")  # 1.1.77 and its like are other classes
+    groups = "PerFrameFunctionalGroupsSequence" in ds or "SharedFunctionalGroupsSequence" in ds
+    placed = groups or all(tag in ds for tag in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"))
+    if "SCREEN SAVE" in kinds or (capture and modality not in _PROJECTIONS and not placed):
         raise NotAnImage(f"{name}: screen capture (Secondary Capture), no geometry to trust")
     notes = _burned_in(ds)
+    if capture and placed:
+        notes += ("of the Secondary Capture class, with a place in the patient: believed",)
     colour = str(ds.get("PhotometricInterpretation") or "MONOCHROME2").strip()
     grey = int(ds.get("SamplesPerPixel") or 1) == 1 and colour in {"MONOCHROME1", "MONOCHROME2"}
-    groups = "PerFrameFunctionalGroupsSequence" in ds or "SharedFunctionalGroupsSequence" in ds
     if not grey or (modality not in _VOLUMES and not groups and "ImagePositionPatient" not in ds):
         return describe_image(ds, path, modality, colour if not grey or colour else "", notes, problem)
-    columns, rows, tiles = int(ds.Columns), int(ds.Rows), 0
-    if "MOSAIC" in kinds:
-        places = mosaic_places(ds, name)
-        header = _frame_header(name, modality, [ds])
+    columns, rows, tiles = int(ds.Columns), int(ds.Rows), None
+    grid = "VFRAME" in kinds and "ImagePositionPatient" not in ds
+    if grid or "MOSAIC" in kinds:
+        places = grid_places(ds, name) if grid else mosaic_places(ds, name)
+        header = _frame_header(name, modality, [ds], places.positions[0] if grid else None)
         split = _split_values([ds]) | {_FILE: str(ds.get("SOPInstanceUID") or path)}
         frames = [replace(header, position=p, split=split) for p in places.positions]
         rows, columns, tiles = places.rows, places.columns, places.tiles
@@ -211,24 +147,23 @@ def _describe(ds: FileDataset, path: str, problem: str | None) -> SliceFile | Im
         frames = _frame_headers(ds, modality, name)
     depth, source = _depth(ds, frames[0])
     hounsfield, unit_notes = _units(ds, modality, frames)
+    marks = {"FrameOfReferenceUID": str(ds.get("FrameOfReferenceUID") or ""), "ImageType": "\\".join(kinds[2:])}
     inverted = (f"{colour} kept as stored",) if colour == "MONOCHROME1" else ()
     return SliceFile(
         path=path,
         series=(
             str(ds.get("StudyInstanceUID") or ""),
             str(ds.get("SeriesInstanceUID") or "") or "in " + os.path.dirname(path),
-            str(ds.get("FrameOfReferenceUID") or ""),
             modality,
             rows,
             columns,
-            tuple(kinds[2:]),
         ),
         series_uid=str(ds.get("SeriesInstanceUID") or ""),
         modality=modality or "unknown",
         rows=rows,
         columns=columns,
         frames=tuple(
-            Frame(path, i, f.position, f.orientation, f.spacing, f.slope, f.intercept, f.split)
+            Frame(path, i, f.position, f.orientation, f.spacing, f.slope, f.intercept, f.split | marks)
             for i, f in enumerate(frames)
         ),
         depth_mm=depth,
@@ -244,19 +179,6 @@ def _burned_in(ds: Dataset) -> tuple[str, ...]:
     if str(ds.get("BurnedInAnnotation") or "").strip().upper() == "YES":
         return ("BurnedInAnnotation is YES: names may be written into the pixels",)
     return ()
-
-
-def acquisition_tags(ds: Dataset) -> dict[str, str]:
-    """How the image was made: an allow-list without names, dates, identifiers or free text, for provenance."""
-    out = {}
-    for tag in _KEPT_TAGS:
-        text = "\\".join(str(v) for v in _values(ds.get(tag)))
-        if text and len(text) <= 64 and _PLAIN.fullmatch(text):
-            out[tag] = text
-    for key, text in (("laterality", laterality_of(ds)), ("view", view_of(ds))):
-        if text and _PLAIN.fullmatch(text):
-            out[key] = text
-    return out
 
 
 @dataclass(frozen=True)
@@ -292,7 +214,7 @@ def _frame_headers(ds: Dataset, modality: str, name: str) -> list[_FrameHeader]:
     for group in groups:
         parts = [*_parts(group), *shared_parts]
         header = _frame_header(name, modality, parts)
-        index = next((_values(p.get("DimensionIndexValues")) for p in parts if "DimensionIndexValues" in p), [])
+        index = next((values_of(p.get("DimensionIndexValues")) for p in parts if "DimensionIndexValues" in p), [])
         told = "/".join(str(index[i]) for i in pointers if i < len(index))
         headers.append(replace(header, split=header.split | whole | ({DIMENSIONS: told} if told else {})))
     return headers
@@ -317,21 +239,44 @@ def _first(sequence: Any) -> Dataset | None:
 
 
 def _split_values(parts: list[Dataset]) -> dict[str, str]:
-    return {tag: str(value) for tag in SPLIT_TAGS for p in parts if (value := p.get(tag)) not in (None, "")}
+    found = {
+        tag: str(value)
+        for tag in (*SPLIT_TAGS[len(MARKS) :], NUMBER)
+        for p in parts
+        if (value := p.get(tag)) not in (None, "")
+    }
+    for name, (group, creator, element) in _PRIVATE.items():
+        for part in parts:
+            if (group << 16) + 0x10 in part and (value := _private(part, group, creator, element)):
+                found[name] = value
+    return found
 
 
-def _frame_header(name: str, modality: str, parts: list[Dataset]) -> _FrameHeader:
+def _private(part: Dataset, group: int, creator: str, element: int) -> str:
+    try:
+        value = part.private_block(group, creator)[element].value
+    except KeyError:
+        return ""
+    return str(value) if isinstance(value, str | int | float) else ""
+
+
+def _frame_header(
+    name: str, modality: str, parts: list[Dataset], place: tuple[float, float, float] | None = None
+) -> _FrameHeader:
+    """place: the position of a frame whose tags do not hold it."""
+
     def find(tag: str) -> Any:
         return next((part.get(tag) for part in parts if part.get(tag) not in (None, "")), None)
 
-    position, orientation = _floats(find("ImagePositionPatient")), _floats(find("ImageOrientationPatient"))
+    position = _floats(find("ImagePositionPatient")) if place is None else place
+    orientation = _floats(find("ImageOrientationPatient"))
     spacing = _floats(find("PixelSpacing"))
     for tag, value, length in (
         ("ImagePositionPatient", position, 3),
         ("ImageOrientationPatient", orientation, 6),
         ("PixelSpacing", spacing, 2),
     ):
-        if len(value) != length:
+        if len(value) != length or not (np.abs(value) <= FARTHEST_MM).all():
             raise ScanError(
                 f"{name}: {tag} is {'absent' if not value else 'malformed'}: a 2D image, or a scan without its "
                 "geometry; export the series again with its geometry"
@@ -357,22 +302,16 @@ def _frame_header(name: str, modality: str, parts: list[Dataset]) -> _FrameHeade
         intercept=intercept_value,
         rescaled=rescaled,
         rescale_type=kind,
-        thickness=thickness[0] if thickness and thickness[0] > 0 else None,
+        thickness=thickness[0] if thickness and SMALLEST_MM < thickness[0] <= LARGEST_MM else None,
         split=_split_values(parts),
     )
 
 
 def _floats(value: Any) -> tuple[float, ...]:
     try:
-        return tuple(float(v) for v in _values(value))
+        return tuple(float(v) for v in values_of(value))
     except (TypeError, ValueError):
         return ()
-
-
-def _values(value: Any) -> list[Any]:
-    if value is None or value == "":
-        return []
-    return list(value) if isinstance(value, MultiValue | list | tuple) else [value]
 
 
 def _depth(ds: Dataset, frame: _FrameHeader) -> tuple[float | None, str]:
@@ -380,7 +319,12 @@ def _depth(ds: Dataset, frame: _FrameHeader) -> tuple[float | None, str]:
     if frame.thickness:
         return frame.thickness, "SliceThickness"
     between = _floats(ds.get("SpacingBetweenSlices"))
-    return (between[0], "SpacingBetweenSlices") if between and between[0] > 0 else (None, "")
+    usable = between and SMALLEST_MM < between[0] <= LARGEST_MM
+    return (between[0], "SpacingBetweenSlices") if usable else (None, "")
+
+
+# Defined terms of RescaleType (PS3.3 C.11.1.1.2): the value is free text and may say anything.
+_UNITS = {"OD", "US", "MGML", "Z_EFF", "ED", "EDW", "HU_MOD", "PCT", "an unnamed unit"}
 
 
 def _units(ds: Dataset, modality: str, frames: list[_FrameHeader]) -> tuple[bool, tuple[str, ...]]:
@@ -390,5 +334,6 @@ def _units(ds: Dataset, modality: str, frames: list[_FrameHeader]) -> tuple[bool
         return False, ("CT without RescaleSlope and RescaleIntercept: values may not be HU",)
     kinds = {f.rescale_type for f in frames} - {"", "HU", "US"}
     if kinds:
-        return False, (f"CT values in {', '.join(sorted(kinds))}, not HU",)
+        named = ", ".join(sorted(kind if kind in _UNITS else "a unit of the header's own" for kind in kinds))
+        return False, (f"CT values in {named}, not HU",)
     return True, ()

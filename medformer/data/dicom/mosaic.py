@@ -1,8 +1,10 @@
-"""Siemens mosaics: the slices of one volume tiled into one image, with the true places in a private header.
+"""Siemens mosaics and UIH grids: the slices of a volume tiled into one image, their true places in a private header.
 
-Source: nibabel's documentation of the CSA header and of the mosaic origin (nipy.org/nibabel/dicom/dicom_mosaic.html).
+Siemens: nibabel's documentation of the CSA header and the mosaic origin (nipy.org/nibabel/dicom/dicom_mosaic.html).
 ImagePositionPatient is the corner that one slice as large as the whole mosaic would have, so it is moved by half
 the difference; the direction from tile to tile is the CSA header's SliceNormalVector, whose sign no other tag holds.
+UIH: the maker's answers in github.com/rordenlab/dcm2niix/issues/225: MRVFrameSequence has an item a tile, in the
+order of the tiles, each with the ImagePositionPatient of its own corner.
 """
 
 from __future__ import annotations
@@ -17,7 +19,11 @@ from pydicom.dataset import Dataset
 
 from medformer.data.geometry import ScanError
 
-__all__ = ["MosaicPlaces", "cut_mosaic", "mosaic_places"]
+__all__ = ["MosaicPlaces", "cut_mosaic", "grid_places", "mosaic_places"]
+
+_UIH = "Image Private Header"
+_TILE_COUNT, _TILES = 0x50, 0x51  # of its private block: how many, and MRVFrameSequence
+_MOST = 4096
 
 
 @dataclass(frozen=True)
@@ -27,8 +33,8 @@ class MosaicPlaces:
     positions: list[tuple[float, float, float]]
     rows: int
     columns: int
-    tiles: int
-    """Tiles a side."""
+    tiles: tuple[int, int]
+    """Tiles down and across."""
 
 
 def mosaic_places(ds: Dataset, name: str) -> MosaicPlaces:
@@ -48,7 +54,7 @@ def mosaic_places(ds: Dataset, name: str) -> MosaicPlaces:
             "(anonymised away?); convert the original with dcm2niix"
         )
     tiles = math.ceil(math.sqrt(count))
-    if not 1 <= count <= 4096 or ds.Rows % tiles or ds.Columns % tiles:
+    if not 1 <= count <= _MOST or ds.Rows % tiles or ds.Columns % tiles:
         raise ScanError(
             f"{name}: mosaic of {ds.Rows} x {ds.Columns} does not divide into {tiles} x {tiles} tiles ({count} slices)"
         )
@@ -66,11 +72,38 @@ def mosaic_places(ds: Dataset, name: str) -> MosaicPlaces:
     corner = corner + direction[:3] * col_mm * (int(ds.Columns) - columns) / 2
     corner = corner + direction[3:] * row_mm * (int(ds.Rows) - rows) / 2
     places = corner + np.arange(count)[:, None] * step * (np.asarray(normal, float) / length)
-    return MosaicPlaces([(p[0], p[1], p[2]) for p in places.tolist()], rows, columns, tiles)
+    return MosaicPlaces([(p[0], p[1], p[2]) for p in places.tolist()], rows, columns, (tiles, tiles))
 
 
-def cut_mosaic(image: np.ndarray, tiles: int, count: int) -> np.ndarray:
-    """(rows, columns) of tiles, left to right and top to bottom, to (count, rows / tiles, columns / tiles)."""
-    rows, columns = image.shape[0] // tiles, image.shape[1] // tiles
-    cut = image.reshape(tiles, rows, tiles, columns).transpose(0, 2, 1, 3).reshape(-1, rows, columns)
+def grid_places(ds: Dataset, name: str) -> MosaicPlaces:
+    """The same for a UIH grid, whose rows of tiles may be fewer than its columns."""
+    try:
+        block = ds.private_block(0x0065, _UIH)
+        items, declared = list(block[_TILES].value), int(float(str(block[_TILE_COUNT].value)))
+        places = [tuple(float(v) for v in item.ImagePositionPatient) for item in items]
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise ScanError(
+            f"{name}: UIH grid without the private sequence that says where its slices lie (anonymised away?); export "
+            "it slice by slice, or convert the original with dcm2niix"
+        ) from error
+    count = len(places)
+    across = math.ceil(math.sqrt(count))
+    down = math.ceil(count / across) if count else 0
+    if count != declared or not 1 <= count <= _MOST or ds.Rows % down or ds.Columns % across:
+        raise ScanError(
+            f"{name}: UIH grid of {ds.Rows} x {ds.Columns} and {count} places for {declared} slices does not divide "
+            f"into {down} x {across} tiles; convert it with dcm2niix"
+        )
+    if any(len(place) != 3 for place in places):
+        raise ScanError(f"{name}: UIH grid with a slice whose ImagePositionPatient is malformed; the header is damaged")
+    return MosaicPlaces(
+        [(p[0], p[1], p[2]) for p in places], int(ds.Rows) // down, int(ds.Columns) // across, (down, across)
+    )
+
+
+def cut_mosaic(image: np.ndarray, tiles: tuple[int, int], count: int) -> np.ndarray:
+    """(rows, columns) of tiles, left to right and top to bottom, to (count, rows / down, columns / across)."""
+    down, across = tiles
+    rows, columns = image.shape[0] // down, image.shape[1] // across
+    cut = image.reshape(down, rows, across, columns).transpose(0, 2, 1, 3).reshape(-1, rows, columns)
     return cut[:count]

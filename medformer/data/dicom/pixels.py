@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
-import struct
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pydicom
-from pydicom import encaps, filereader
+from pydicom import filereader
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.multival import MultiValue
+from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.processing import apply_color_lut, apply_voi_lut
 from pydicom.uid import UID
 
-from medformer.data.dicom.headers import acquisition_tags
 from medformer.data.dicom.mosaic import cut_mosaic
+from medformer.data.dicom.stream import Stream, check_streams
 from medformer.data.dicom.syntax import NATIVE, PARSE_ERRORS, check_syntax, quiet, syntax_of
+from medformer.data.dicom.tags import acquisition_tags
 from medformer.data.geometry import ScanError
+from medformer.data.native import NativeError, call
 
 __all__ = ["Pixels", "read_pixels"]
 
@@ -43,10 +46,10 @@ class Pixels:
     """float32 0..1 after the VOI LUT or window, on request."""
 
 
-def read_pixels(path: str, *, tiles: int = 0, count: int = 0, voi: bool = False) -> Pixels:
+def read_pixels(path: str, *, tiles: tuple[int, int] | None = None, count: int = 0, voi: bool = False) -> Pixels:
     """Decode one file. Checks it again.
 
-    tiles, count: cut a mosaic of tiles x tiles into its first `count` slices. voi: fill `display`.
+    tiles, count: cut a mosaic of so many tiles down and across into its first `count` slices. voi: fill `display`.
     """
     name = os.path.basename(path)
     with open(path, "rb") as file, quiet():
@@ -54,20 +57,25 @@ def read_pixels(path: str, *, tiles: int = 0, count: int = 0, voi: bool = False)
         try:
             ds = pydicom.dcmread(file, force=True)
             syntax = syntax_of(ds)
-            ds.file_meta.TransferSyntaxUID = UID(syntax)
-            if syntax not in NATIVE:
-                _check_stream(ds, name)
+            stream = None
+            if syntax in NATIVE:
+                ds.file_meta.TransferSyntaxUID = UID(syntax)
+                # Bits above BitsStored are looked at below.
+                options: dict[str, Any] = {"correct_unused_bits": False}
+                array, _ = get_decoder(UID(syntax)).as_array(ds, **options)
+            else:
+                stream = check_streams(ds, syntax, name)
+                array = _decode(ds, stream, name)
             frames, samples = int(ds.get("NumberOfFrames") or 1), int(ds.get("SamplesPerPixel") or 1)
             expected = (frames, int(ds.Rows), int(ds.Columns), *((samples,) if samples > 1 else ()))
-            array = np.asarray(ds.pixel_array)
             if frames == 1 and array.ndim == len(expected) - 1:
                 array = array[None]
             if array.shape != expected:
                 raise ScanError(f"{name}: pixels decode to {array.shape}, header declares {expected}")
-            return _unpack(ds, array, tiles, count, voi, name)
+            return _unpack(ds, stream, array, tiles, count, voi, name)
         except ScanError:
             raise
-        except (*PARSE_ERRORS, RuntimeError) as error:
+        except (*PARSE_ERRORS, RuntimeError, NativeError) as error:
             reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
             raise ScanError(
                 f"{name}: pixels do not decode ({UID(_syntax_or_blank(path)).name}: {reason}); if a codec is missing: "
@@ -82,55 +90,46 @@ def _syntax_or_blank(path: str) -> str:
         return ""
 
 
-def _check_stream(ds: FileDataset, name: str) -> None:
-    """Size declared inside a JPEG or JPEG 2000 stream against the header, and the end-of-image marker."""
-    data = bytes(ds.PixelData)
-    rows, columns = int(ds.Rows), int(ds.Columns)
-    frames = int(ds.get("NumberOfFrames") or 1)
-    syntax = syntax_of(ds)
-    if not syntax.startswith("1.2.840.10008.1.2.4.") or frames < 1:
-        return
-    for stream in encaps.generate_frames(data, number_of_frames=frames):
-        size = _stream_size(stream)
-        if size is not None and size != (rows, columns):
-            raise ScanError(f"{name}: compressed image is {size[0]} x {size[1]}, header declares {rows} x {columns}")
-        if b"\xff\xd9" not in stream[-16:]:
-            raise ScanError(f"{name}: compressed image has no end marker, it is cut off; copy the file again")
+def _decode(ds: FileDataset, stream: Stream, name: str) -> np.ndarray:
+    """Compressed pixels, in the child process. What the stream says of its values is what the decoder is given."""
+    bits, stored, signed = int(ds.BitsAllocated), int(ds.get("BitsStored") or ds.BitsAllocated), _signed(ds, stream)
+    if stream.precision:
+        stored = stream.precision
+        bits = max(bits, next(width for width in (8, 16, 32) if width >= stored))
+    frames, samples = int(ds.get("NumberOfFrames") or 1), int(ds.get("SamplesPerPixel") or 1)
+    options = {
+        "rows": int(ds.Rows), "columns": int(ds.Columns), "number_of_frames": frames, "samples_per_pixel": samples,
+        "bits_allocated": bits, "bits_stored": stored, "pixel_representation": int(signed),
+        "photometric_interpretation": str(ds.get("PhotometricInterpretation") or "MONOCHROME2").strip(),
+        "pixel_keyword": "PixelData",
+    } | ({"planar_configuration": int(ds.get("PlanarConfiguration") or 0)} if samples > 1 else {})  # fmt: skip
+    frame = int(ds.Rows) * int(ds.Columns) * samples
+    # OpenJPEG works on 4 bytes a value, several times over.
+    _, array = call(
+        name, "decode", {"syntax": stream.syntax, "options": options}, ds.PixelData, most=4 * frames * frame,
+        memory=40 * frame,
+    )  # fmt: skip
+    return array
 
 
-def _stream_size(stream: bytes) -> tuple[int, int] | None:
-    """(rows, columns) from the JPEG 2000 SIZ or the JPEG start-of-frame segment."""
-    at = stream[:4096].find(b"\xff\x4f\xff\x51")
-    if at >= 0 and len(stream) >= at + 24:
-        x, y, x0, y0 = struct.unpack(">4L", stream[at + 8 : at + 24])
-        return y - y0, x - x0
-    at = 2
-    while stream[:2] == b"\xff\xd8" and at + 9 <= len(stream) and stream[at] == 0xFF:
-        marker = stream[at + 1]
-        if marker in {0xC0, 0xC1, 0xC2, 0xC3, 0xF7}:
-            rows, columns = struct.unpack(">HH", stream[at + 5 : at + 9])
-            return rows, columns
-        at += 2 + struct.unpack(">H", stream[at + 2 : at + 4])[0]
-    return None
+def _signed(ds: FileDataset, stream: Stream | None) -> bool:
+    """An unsigned stream may carry two's complement, which only the header says; a signed one is signed."""
+    return int(ds.get("PixelRepresentation") or 0) == 1 or (stream is not None and stream.signed)
 
 
-def _unpack(ds: FileDataset, array: np.ndarray, tiles: int, count: int, voi: bool, name: str) -> Pixels:
+def _unpack(
+    ds: FileDataset,
+    stream: Stream | None,
+    array: np.ndarray,
+    tiles: tuple[int, int] | None,
+    count: int,
+    voi: bool,
+    name: str,
+) -> Pixels:
     """Keep the stored bits only, restore the sign, find the padding (PS3.5 8.1.1, PS3.3 C.7.5.1.1.2), apply tables."""
-    allocated, stored = int(ds.BitsAllocated), int(ds.get("BitsStored") or ds.BitsAllocated)
-    signed = int(ds.get("PixelRepresentation") or 0) == 1
-    notes: tuple[str, ...] = ()
+    allocated, signed = int(ds.BitsAllocated), _signed(ds, stream)
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    if stored < allocated:
-        # pydicom may have decoded to a wider type than allocated: go by its own width.
-        width = array.dtype.itemsize * 8
-        unsigned = np.dtype(f"u{array.dtype.itemsize}")
-        kept = (array.view(unsigned) & unsigned.type((1 << stored) - 1)).astype(unsigned)
-        if signed:
-            left = width - stored
-            kept = (kept << left).view(f"i{array.dtype.itemsize}") >> left
-        if not np.array_equal(kept, array):
-            notes = ("bits outside BitsStored masked off (overlays or unused)",)
-        array = kept.astype(array.dtype, copy=False)
+    array, stored, notes = _stored_bits(ds, stream, array, signed, name)
     padding = None if array.ndim == 4 else _padding(ds, array, allocated, signed)
     if array.ndim == 4 or str(ds.get("PhotometricInterpretation") or "").strip() == "PALETTE COLOR":
         array = _rgb(ds, array)
@@ -148,6 +147,62 @@ def _unpack(ds: FileDataset, array: np.ndarray, tiles: int, count: int, voi: boo
         stored=array, padding=padding, notes=notes, tags=acquisition_tags(ds), signed=signed, bits=stored,
         slope=slope, intercept=intercept, table=table, display=display,
     )  # fmt: skip
+
+
+def _stored_bits(
+    ds: FileDataset, stream: Stream | None, array: np.ndarray, signed: bool, name: str
+) -> tuple[np.ndarray, int, tuple[str, ...]]:
+    """The values of BitsStored bits, sign restored; of as many as a coded stream says where it holds more.
+
+    Bits above BitsStored are masked off in uncompressed files (they are overlays or unused), unless HighBit disagrees:
+    then values that need them are refused, since they may lie at the other end of the word.
+    """
+    allocated, stored = int(ds.BitsAllocated), int(ds.get("BitsStored") or ds.BitsAllocated)
+    high, notes = ds.get("HighBit"), () if stream is None else stream.notes
+    high = stored - 1 if high in (None, "") else int(high)
+    if stream is not None and stream.signed and int(ds.get("PixelRepresentation") or 0) == 0:
+        notes += ("coded stream holds signed values, PixelRepresentation says unsigned: stream believed",)
+    odd = high != stored - 1
+    if odd:
+        notes += (f"HighBit {high} with BitsStored {stored}: taken as {stored - 1}",)
+    if array.dtype.kind not in "iu" or stored >= 8 * array.dtype.itemsize:
+        precision = stream.precision if stream is not None else 0
+        return array, precision or stored, notes
+    kept, whole = _low_bits(array, stored, signed)
+    if np.array_equal(kept, array) or whole:
+        return kept, stored, notes
+    if stream is not None and stream.precision > stored and not _overlay_in_pixels(ds, stored, allocated):
+        notes += (f"coded stream holds values of {stream.precision} bits, BitsStored says {stored}: stream believed",)
+        wide = 8 * array.dtype.itemsize
+        kept = _low_bits(array, stream.precision, signed)[0] if stream.precision < wide else array
+        return kept, stream.precision, notes
+    if odd:
+        raise ScanError(
+            f"{name}: BitsStored {stored} and HighBit {high} contradict each other, and values take more than "
+            f"{stored} bits; fix the header"
+        )
+    return kept, stored, (*notes, "bits outside BitsStored masked off (overlays or unused)")
+
+
+def _low_bits(array: np.ndarray, stored: int, signed: bool) -> tuple[np.ndarray, bool]:
+    """The lowest bits, sign restored; and whether the others are all 0."""
+    # pydicom may have decoded to a wider type than allocated: go by its own width.
+    width = array.dtype.itemsize * 8
+    unsigned = np.dtype(f"u{array.dtype.itemsize}")
+    raw = array.view(unsigned)
+    low = (raw & unsigned.type((1 << stored) - 1)).astype(unsigned)
+    kept = (low << (width - stored)).view(f"i{array.dtype.itemsize}") >> (width - stored) if signed else low
+    return kept.astype(array.dtype, copy=False), bool(signed and np.array_equal(low, raw))
+
+
+def _overlay_in_pixels(ds: FileDataset, stored: int, allocated: int) -> bool:
+    """Whether an overlay lies in unused bits of the pixels (retired, PS3.3 C.9.2 of 2004)."""
+    return any(
+        (element := ds.get((0x6000 + group, 0x0102))) is not None
+        and stored <= int(element.value or 0) < allocated
+        and (0x6000 + group, 0x3000) not in ds
+        for group in range(0, 0x20, 2)
+    )
 
 
 def _rescale_of(ds: FileDataset) -> tuple[float, float]:

@@ -13,15 +13,15 @@ import numpy as np
 from pydicom.dataset import Dataset, FileDataset
 
 from medformer.data.dicom.anatomy import laterality_of, view_of
-from medformer.data.dicom.headers import ImageFile, NotAnImage
 from medformer.data.dicom.pixels import Pixels, read_pixels
+from medformer.data.dicom.records import ImageFile, NotAnImage
 from medformer.data.geometry import ScanError
+from medformer.data.pictures import grey_of
 from medformer.data.volumes import Volume, rescale
 
-__all__ = ["describe_image", "grey_of", "read_image", "why_left_out"]
+__all__ = ["describe_image", "read_image", "why_left_out"]
 
 _TOMOSYNTHESIS = "1.2.840.10008.5.1.4.1.1.13.1.3"
-_GREY_WEIGHTS = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 
 
 def describe_image(
@@ -39,15 +39,17 @@ def describe_image(
         )
     spacing, source = _spacing(ds)
     depth = _positive(ds.get("SpacingBetweenSlices")) or _positive(ds.get("SliceThickness"))
-    told = [f"voxel size from {source}"] if spacing and source != "PixelSpacing" else []
+    remarks = [f"voxel size from {source}"] if spacing and source != "PixelSpacing" else []
     if spacing is None:
-        told.append("no voxel size in the header")
+        remarks.append("no voxel size in the header")
     if frames > 1:
-        told.append(f"{frames} frames stacked {depth:g} mm apart" if depth else f"{frames} frames of unknown distance")
+        remarks.append(
+            f"{frames} frames stacked {depth:g} mm apart" if depth else f"{frames} frames of unknown distance"
+        )
     if str(ds.get("PresentationIntentType") or "").strip().upper() == "FOR PROCESSING":
-        told.append("FOR PROCESSING: raw detector values, not those of a picture for reading")
+        remarks.append("FOR PROCESSING: raw detector values, not those of a picture for reading")
     if str(ds.get("BreastImplantPresent") or "").strip().upper() == "YES":
-        told.append("breast implant")
+        remarks.append("breast implant")
     return ImageFile(
         path=path,
         modality=modality or "unknown",
@@ -60,7 +62,7 @@ def describe_image(
         laterality=laterality_of(ds),
         view=view_of(ds),
         orientation=tuple(str(v).strip().upper() for v in _list(ds.get("PatientOrientation"))),
-        notes=(*told, *notes),
+        notes=(*remarks, *notes),
         problem=problem,
     )
 
@@ -94,8 +96,8 @@ def read_image(image: ImageFile, *, canonical: bool, colour: str, voi: bool) -> 
             notes.append("MONOCHROME1 inverted over the stored range")
         values = rescale(values, pixels.slope, pixels.intercept)
     if canonical and image.modality == "MG":
-        flips, told = _breast_flips(image, values, mask)
-        notes += told
+        flips, remarks = _breast_flips(image, values, mask)
+        notes += remarks
         axes = tuple(axis for axis, flip in ((1, flips[0]), (2, flips[1])) if flip)
         values = np.flip(values, axes) if axes else values
         mask = np.flip(mask, axes) if axes and mask is not None else mask
@@ -111,18 +113,6 @@ def read_image(image: ImageFile, *, canonical: bool, colour: str, voi: bool) -> 
         geometry="spacing" if image.spacing and (image.frames == 1 or image.depth_mm) else "none",
         provenance={"format": "DICOM", "files": 1, "bytes": os.path.getsize(image.path), "tags": pixels.tags},
     )
-
-
-def grey_of(values: np.ndarray, colour: str, name: str, kind: str) -> tuple[np.ndarray, str]:
-    """(..., 3) RGB to grey: exact where the channels agree, by weights where `colour` is "grey", else refused."""
-    if (values[..., 0] == values[..., 1]).all() and (values[..., 0] == values[..., 2]).all():
-        return np.ascontiguousarray(values[..., 0]), f"{kind} with three equal channels: one kept"
-    if colour != "grey":
-        raise ScanError(
-            f"{name}: colour image ({kind}), a scan is grey-scale; pass colour='grey' to weigh the channels"
-        )
-    grey = np.round(values[..., :3].astype(np.float64) @ _GREY_WEIGHTS).astype(values.dtype)
-    return grey, f"{kind} turned to grey by ITU-R BT.601 weights"
 
 
 def _inverted(pixels: Pixels) -> np.ndarray:

@@ -96,10 +96,9 @@ def pixel_problem(ds: FileDataset, file: BinaryIO, end: int, size: int, name: st
     allocated, frames = int(ds.get("BitsAllocated") or 0), int(ds.get("NumberOfFrames") or 1)
     if allocated not in {8, 16, 32}:
         return f"{name}: BitsAllocated {allocated} must be 8, 16 or 32"
-    stored, high = int(ds.get("BitsStored") or allocated), ds.get("HighBit")
-    high = stored - 1 if high in (None, "") else int(high)
-    if not 1 <= stored <= allocated or high != stored - 1:
-        return f"{name}: BitsStored {stored}, HighBit {high} do not fit BitsAllocated {allocated}; fix the header"
+    stored = int(ds.get("BitsStored") or allocated)
+    if not 1 <= stored <= allocated:
+        return f"{name}: BitsStored {stored} and BitsAllocated {allocated} do not fit; fix the header"
     voxels = int(ds.Rows) * int(ds.Columns) * int(ds.get("SamplesPerPixel") or 1)
     if str(ds.get("PhotometricInterpretation") or "").strip() == "YBR_FULL_422" and syntax_of(ds) in NATIVE:
         voxels = int(ds.Rows) * int(ds.Columns) * 2  # chroma is stored for every other column (PS3.3 C.7.6.3.1.2)

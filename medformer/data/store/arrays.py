@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import threading
-import uuid
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -19,15 +18,27 @@ import numpy as np
 
 from medformer.data.geometry import ScanError
 from medformer.data.intensity import Scaling
+from medformer.files import write_whole
 
-__all__ = ["MAX_OPEN", "Scaled", "compresses", "cut", "open_array", "random_crop", "suffix", "write_array"]
+__all__ = [
+    "MAX_OPEN",
+    "Scaled",
+    "compresses",
+    "cut",
+    "load_blosc2",
+    "open_array",
+    "random_crop",
+    "suffix",
+    "write_array",
+]
 
 MAX_OPEN = 64
 _CHUNK, _BLOCK, _LEVEL = 64, 16, 3
 
 
 @lru_cache(maxsize=1)
-def _blosc2() -> Any:
+def load_blosc2() -> Any:
+    """The module, for one thread; None where it is not installed."""
     try:
         import blosc2
     except ImportError:
@@ -38,7 +49,7 @@ def _blosc2() -> Any:
 
 def compresses() -> bool:
     """Whether blosc2 is installed."""
-    return _blosc2() is not None
+    return load_blosc2() is not None
 
 
 def suffix() -> str:
@@ -47,29 +58,25 @@ def suffix() -> str:
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
-    """Write .b2nd or .npy, by the suffix of `path`; whole or not at all, and on the disk when it returns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{uuid.uuid4().hex}.partial")
+    """Write .b2nd or .npy, by the suffix of `path`; whole or not at all, and on the disk when it returns.
+
+    Raises UserError where the disk is full or refuses.
+    """
     array = np.ascontiguousarray(array)
-    try:
-        if path.suffix == ".npy":
-            with open(draft, "xb") as file:
-                np.lib.format.write_array(file, array, allow_pickle=False)
-        else:
-            blosc2 = _blosc2()
-            if blosc2 is None:
-                raise ScanError(f"write_array: {path.name} needs blosc2; pip install -e '.[store]', or name it .npy")
-            chunks, blocks = (tuple(min(size, n) for n in array.shape) for size in (_CHUNK, _BLOCK))
-            settings = blosc2.CParams(
-                codec=blosc2.Codec.LZ4HC, clevel=_LEVEL, filters=[blosc2.Filter.BITSHUFFLE], filters_meta=[0],
-                nthreads=1, typesize=array.dtype.itemsize,
-            )  # fmt: skip
-            blosc2.asarray(array, urlpath=str(draft), mode="w", chunks=chunks, blocks=blocks, cparams=settings)
-        with open(draft, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    if path.suffix == ".npy":
+        write_whole(path, lambda file: np.lib.format.write_array(file, array, allow_pickle=False))
+        return
+    blosc2 = load_blosc2()
+    if blosc2 is None:
+        raise ScanError(f"write_array: {path.name} needs blosc2; pip install -e '.[store]', or name it .npy")
+    chunks, blocks = (tuple(min(size, n) for n in array.shape) for size in (_CHUNK, _BLOCK))
+    settings = blosc2.CParams(
+        codec=blosc2.Codec.LZ4HC, clevel=_LEVEL, filters=[blosc2.Filter.BITSHUFFLE], filters_meta=[0],
+        nthreads=1, typesize=array.dtype.itemsize,
+    )  # fmt: skip
+    # In memory first: writing a file itself, blosc2 says "error while writing" of a full disk and no more.
+    packed = blosc2.asarray(array, contiguous=True, chunks=chunks, blocks=blocks, cparams=settings).to_cframe()
+    write_whole(path, lambda file: file.write(packed))
 
 
 def open_array(path: str | os.PathLike[str]) -> Any:
@@ -78,7 +85,7 @@ def open_array(path: str | os.PathLike[str]) -> Any:
     try:
         if str(path).endswith(".npy"):
             return np.load(path, mmap_mode="r", allow_pickle=False)
-        blosc2 = _blosc2()
+        blosc2 = load_blosc2()
         if blosc2 is None:
             raise ScanError(f"{name}: compressed with blosc2, which is not installed; pip install -e '.[store]'")
         array = blosc2.open(str(path), mode="r", mmap_mode="r", dparams=blosc2.DParams(nthreads=1))

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 from medformer.linear import Linear
 from medformer.position import rotate
-from medformer_kernels import default_num_features, orthogonal_features, performer_attention
+from medformer_kernels import (
+    default_num_features,
+    orthogonal_features,
+    performer_attention,
+    performer_block_attention,
+)
+from medformer_kernels._tracing import certain
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -26,7 +32,9 @@ HAS_XFORMERS = importlib.util.find_spec("xformers") is not None
 # Keys times head width up to which PyTorch's gradient takes a CPU longer in 16 bits than in 32: 2 to 9 times as
 # long at 64 keys and below (misc/LOG.md).
 _SHORT = 16_384
-# Odd, and 2^32 over the golden ratio: seeds of successive draws lie far apart in the 32 bits that CPU generators keep.
+# Offsets in blocks, along an axis, that have weights of their own.
+_REACH = 8
+# Odd, and 2^32 over the golden ratio: seeds of successive draws are far apart in the 32 bits that CPU generators keep.
 _GOLDEN = 0x9E3779B1
 
 
@@ -72,7 +80,7 @@ class SelfAttention(nn.Module):
 
         Args:
             x: tokens.
-            key_padding_mask: True where a token is real; False tokens are read by nobody (their own output
+            key_padding_mask: True where a token is real; False tokens are never read (their own output
                 means nothing). A sample with no real token mixes to 0 before the last projection.
             rotary: of `RotaryPosition`, turning queries and keys by where they are.
             grid: tokens of each axis, z first, behind the class and register tokens; for attentions that look at it.
@@ -195,6 +203,10 @@ class PerformerAttention(SelfAttention):
         seed: of the random features.
         causal: a token reads itself and those before it only.
         train_features: make the random features parameters, which then are never redrawn.
+        state_blocks: tokens along each axis of the blocks whose states are kept apart, for calls with a `grid`: a token
+            reads those of near blocks more, by learned weights for each head, axis and offset up to `_REACH` blocks
+            (`medformer_kernels.performer_block_attention`). They start at a factor of e^-0.5 a block. None: one state.
+        prefix_tokens: class and register tokens in front, where there are `state_blocks`.
     """
 
     def __init__(
@@ -207,13 +219,24 @@ class PerformerAttention(SelfAttention):
         seed: int = 0,
         causal: bool = False,
         train_features: bool = False,
+        state_blocks: Sequence[int] | None = None,
+        prefix_tokens: int = 0,
     ) -> None:
         super().__init__(width, heads, qk_norm=qk_norm)
+        if causal and state_blocks is not None:
+            raise ValueError(
+                f"PerformerAttention: state_blocks={state_blocks} has no causal form; leave one of them out"
+            )
         head_dim = width // heads
         if num_features is None:
             num_features = default_num_features(head_dim)
         self.seed, self.causal = seed, causal
-        self._rows_alone = not causal
+        self.state_blocks = None if state_blocks is None else tuple(state_blocks)
+        self.prefix_tokens = prefix_tokens
+        if state_blocks is not None:
+            distance = torch.arange(-_REACH, _REACH + 1).abs()
+            self.block_log_weights = nn.Parameter(distance.mul(-0.5).repeat(len(state_blocks), heads, 1))
+        self._rows_alone = not causal and state_blocks is None
         omega = orthogonal_features(num_features, head_dim, heads=heads, seed=seed)
         self.omega: Tensor
         self.draws: Tensor
@@ -241,7 +264,16 @@ class PerformerAttention(SelfAttention):
         self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, grid: Sequence[int] | None = None
     ) -> Tensor:
         omega = self.omega.to(q.dtype) if self.omega.dtype.itemsize < q.dtype.itemsize else self.omega
-        return performer_attention(q, k, v, omega, causal=self.causal, key_padding_mask=key_padding_mask)
+        if self.state_blocks is None:
+            return performer_attention(q, k, v, omega, causal=self.causal, key_padding_mask=key_padding_mask)
+        if grid is None:
+            raise ValueError(
+                f"PerformerAttention: state_blocks={self.state_blocks} needs `grid`, the tokens of each axis"
+            )
+        return performer_block_attention(
+            q, k, v, omega, self.block_log_weights, grid=grid, block=self.state_blocks,
+            prefix_tokens=self.prefix_tokens, key_padding_mask=key_padding_mask,
+        )  # fmt: skip
 
 
 def masked_attention(
@@ -275,7 +307,8 @@ def exact_attention(
 ) -> Float[Tensor, "B H N Dv"]:
     """softmax(scale q k^T) v by PyTorch, in float32 where 16 bits are slower: on a CPU, the gradient of few keys."""
     learning = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if q.is_cpu and learning and q.dtype.itemsize == 2 and k.shape[2] * k.shape[3] <= _SHORT:
+    few = certain(k.shape[2] * k.shape[3] <= _SHORT)  # not in a graph that leaves the size open
+    if q.is_cpu and learning and q.dtype.itemsize == 2 and few:
         with torch.autocast("cpu", enabled=False):  # which would make it 16 bits again
             wide = (q.float(), k.float(), v.float())
             return F.scaled_dot_product_attention(*wide, mask, is_causal=causal, scale=scale).to(q.dtype)

@@ -46,6 +46,9 @@ class Backbone(nn.Module):
             backward; in a stem too.
     """
 
+    origin: object = None
+    """Of weights that others trained: `medformer.weights.Origin`."""
+
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.config = config
@@ -77,7 +80,9 @@ class Backbone(nn.Module):
         elif config.position == "sincos":
             self.position = SinCosPosition(width, config.dims)
         elif config.position == "rotary":
-            self.rotary = RotaryPosition(width // config.heads, config.dims)
+            self.rotary = RotaryPosition(
+                width // config.heads, config.dims, periods=config.rotary_periods, coordinates=config.rotary_coordinates
+            )
         self.blocks = nn.ModuleList(
             Block(
                 width,
@@ -85,10 +90,11 @@ class Backbone(nn.Module):
                 _mlp(config, layer),
                 drop_path=config.drop_path * layer / max(config.depth - 1, 1),
                 layer_scale=config.layer_scale,
+                norm_eps=config.norm_eps,
             )
             for layer in range(config.depth)
         )
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.head = nn.Linear(width, config.classes) if config.classes else None
         self._init_weights()
 
@@ -122,7 +128,7 @@ class Backbone(nn.Module):
             mask: True where a patch token is replaced by the learned mask token; needs `mask_token=True` in
                 the config. Flatten a (B, gz, gy, gx) mask with `.flatten(1)`.
             key_padding_mask: True where a patch is real, for scans of several sizes in one batch, or to leave air
-                out. The others are read by nobody, exactly, and their own features mean nothing. Positions are
+                out. The others are never read, exactly, and their own features mean nothing. Positions are
                 those of the whole grid.
 
         Raises:
@@ -277,7 +283,7 @@ class Backbone(nn.Module):
         return torch.cat(parts, dim=1), grid, context
 
     def _stem_map(self, stem: ResNet, x: Tensor, key_padding_mask: Tensor | None, grid: tuple[int, ...]) -> Tensor:
-        """The stem's last map, where what lies under no real patch is 0 and read by nobody."""
+        """The stem's last map, 0 and never read where it is under no real patch."""
         if key_padding_mask is None:
             return stem.stage_maps(x)[-1]
         real = whole_mask("Backbone", key_padding_mask, (x.shape[0], math.prod(grid)), grid, 0)
@@ -319,14 +325,16 @@ def _attention(config: BackboneConfig, layer: int) -> SelfAttention:
         landmarks = config.num_landmarks or 64
         return NystromAttention(**size, num_landmarks=landmarks, conv_kernel=kernel, prefix_tokens=config.prefix)
     # Seeds far apart, so that layer 1 of seed 0 is not layer 0 of seed 1.
-    return PerformerAttention(**size, num_features=config.num_features, seed=config.seed * 1_000_003 + layer)
+    seed = config.seed * 1_000_003 + layer
+    blocks: Any = {"state_blocks": config.blocks, "prefix_tokens": config.prefix}
+    return PerformerAttention(**size, num_features=config.num_features, seed=seed, **blocks)
 
 
 def _mlp(config: BackboneConfig, layer: int) -> MLP | GatedMLP | SwitchMLP:
     if config.mlp == "gated":
         return GatedMLP(config.width, config.mlp_hidden)
     if config.mlp == "dense" or (layer + 1) % (config.moe_every or 2):
-        return MLP(config.width, config.mlp_hidden)
+        return MLP(config.width, config.mlp_hidden, activation=config.activation)
     return SwitchMLP(
         config.width, config.mlp_hidden, experts=config.experts or 8, dropout=config.expert_dropout,
         capacity_factor=config.capacity_factor or 1.25, jitter=config.router_jitter,

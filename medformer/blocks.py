@@ -28,6 +28,7 @@ class Block(nn.Module):
         drop_path: probability with which a sample skips each branch in training (stochastic depth,
             Huang et al. 2016).
         layer_scale: start value of a learned gain per channel on each branch (Touvron et al. 2021), or None.
+        norm_eps: added to the variance in both norms.
     """
 
     def __init__(
@@ -38,11 +39,12 @@ class Block(nn.Module):
         *,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
+        norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm1 = nn.LayerNorm(width, eps=norm_eps)
         self.attention = attention
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, eps=norm_eps)
         self.mlp = mlp
         self.scale1 = None if layer_scale is None else nn.Parameter(torch.full((width,), float(layer_scale)))
         self.scale2 = None if layer_scale is None else nn.Parameter(torch.full((width,), float(layer_scale)))

@@ -1,4 +1,4 @@
-"""The model card beside a checkpoint: what the file knows, and gaps for what only its author knows."""
+"""The model card next to a checkpoint: what the file knows, and gaps for what only its author knows."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from medformer.models import Model
 
-__all__ = ["write_card"]
+__all__ = ["card_of", "write_card"]
 
 
 def write_card(model: Model, path: Path) -> Path:
-    """Write `<name>.md` beside the checkpoint `path`, unless there is one, which may have been filled in."""
+    """Write `<name>.md` next to the checkpoint `path`, unless there is one, which may have been filled in."""
     card = path.with_suffix(".md")
     if not card.exists():
-        card.write_text(_card(model, path.name))
+        card.write_text(card_of(model, path.name))
     return card
 
 
-def _card(model: Any, name: str) -> str:
+def card_of(model: Any, name: str) -> str:
+    """The text: what the configuration says, how to load the file `name`, and what its author has to add."""
     config = model.config
     volume = "volumes (B, {}, Z, Y, X)" if config.dims == 3 else "images (B, {}, Y, X)"
     chosen = [

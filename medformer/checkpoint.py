@@ -1,13 +1,15 @@
-"""Weights and config in one safetensors file, and a model card beside it."""
+"""Weights and config in one safetensors file, and a model card next to it."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
 import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -22,13 +24,14 @@ __all__ = ["load", "save"]
 CONFIG_KEY = "medformer_config"
 KIND_KEY = "medformer_model"
 BEFORE_KEY = "medformer_image_gpt"  # where an Image-GPT's config was before one mechanism served all models
+FINETUNED = "Finetuned"  # a backbone with its head, by medformer finetune
 HUB = "hf:"
 
 
 def save(model: Model, path: str | os.PathLike[str], *, card: bool = True) -> None:
     """Write the weights (in their own dtype) and the config to one safetensors file.
 
-    The file appears under its name only when it is complete: it is written beside it, flushed to the disk and
+    The file appears under its name only when it is complete: it is written next to it, flushed to the disk and
     renamed, so that a crash or a full disk leaves the previous file as it was.
 
     Args:
@@ -70,8 +73,11 @@ def save(model: Model, path: str | os.PathLike[str], *, card: bool = True) -> No
         write_card(model, path)
 
 
-def load(path: str | os.PathLike[str], *, strict: bool = True) -> Model:
+def load(path: str | os.PathLike[str], *, strict: bool = True) -> Any:
     """Rebuild a model from a file that `save` wrote, on the CPU, in the dtype it was saved in.
+
+    Gives a `Model`; or, of a file that `medformer finetune` wrote, a `medformer.answers.model.Finetuned`, the backbone
+    with its head and classes, for `medformer.predict`.
 
     Leaves torch's random generator as it was.
 
@@ -79,7 +85,7 @@ def load(path: str | os.PathLike[str], *, strict: bool = True) -> Model:
         path: file to read; or `hf:owner/name` for `model.safetensors` of a repository of the Hugging Face hub
             (`hf:owner/name/other.safetensors` for another file), which needs the huggingface_hub package. Nothing
             else touches the network.
-        strict: refuse a file whose tensors differ from the model in name or shape. False keeps the start
+        strict: raise on a file whose tensors differ from the model in name or shape. False keeps the start
             value of every tensor that does not fit and warns once with their list.
 
     Raises:
@@ -105,6 +111,12 @@ def load(path: str | os.PathLike[str], *, strict: bool = True) -> Model:
     except safetensors.SafetensorError as error:
         raise ValueError(f"medformer.load: {path} is damaged or not a safetensors file ({error})") from error
     kind = metadata.get(KIND_KEY, "Backbone")  # files of before there was another
+    if kind == FINETUNED:
+        # By name: heads are of the evaluation's room, which loads models itself.
+        answers = importlib.import_module("medformer.answers.model")
+        if (config := answers.backbone_kind(metadata)) is None:
+            raise ValueError(f"medformer.load: {path} has a backbone of another version of medformer")
+        return answers.from_tensors(tensors, metadata, _config_from(metadata[CONFIG_KEY], path, config), path)
     if kind not in CONFIGS:
         raise ValueError(f"medformer.load: {path} holds a {kind}; medformer.load reads {', '.join(CONFIGS)}")
     with torch.random.fork_rng(devices=[]):

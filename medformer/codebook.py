@@ -21,7 +21,7 @@ _CHUNK = 1 << 20  # distances held at once: they stay in the cache
 
 
 class Codebook(nn.Module):
-    """K patches of normalised voxels; each patch of a scan is told by the number of the nearest.
+    """K patches of normalised voxels; each patch of a scan is represented by the index of the nearest.
 
     Args:
         entries: K.
@@ -53,7 +53,7 @@ class Codebook(nn.Module):
             )
         split = [part for n, p in zip(size, self.patch, strict=True) for part in (n // p, p)]
         axes = range(1, 2 * len(self.patch), 2)
-        x = x.reshape(len(x), *split).permute(0, *axes, *(a + 1 for a in axes))
+        x = x.reshape(x.shape[0], *split).permute(0, *axes, *(a + 1 for a in axes))
         return x.flatten(len(self.patch) + 1).flatten(1, len(self.patch))
 
     @torch.no_grad()
@@ -68,7 +68,7 @@ class Codebook(nn.Module):
         dims = len(self.patch)
         x = self.centres[tokens].unflatten(1, grid).unflatten(-1, self.patch)
         order = [0, *(axis for a in range(dims) for axis in (1 + a, 1 + dims + a))]
-        return x.permute(order).reshape(len(tokens), 1, *(g * p for g, p in zip(grid, self.patch, strict=True)))
+        return x.permute(order).reshape(tokens.shape[0], 1, *(g * p for g, p in zip(grid, self.patch, strict=True)))
 
     def fit(self, patches: Float[Tensor, "n P"], *, seed: int = 0) -> float:
         """Set the entries by k-means; returns the mean squared error a voxel.
@@ -85,7 +85,8 @@ def _nearest(x: Float[Tensor, "n P"], centres: Float[Tensor, "K P"]) -> Int[Tens
     # Autocast would round the distances; |x|^2 is the same for all entries.
     with torch.autocast(x.device.type, enabled=False):
         half = centres.square().sum(1) / 2
-        parts = x.split(max(1, _CHUNK // len(centres)))
+        # A graph that leaves the batch open has no number of parts.
+        parts = (x,) if torch.compiler.is_compiling() else x.split(max(1, _CHUNK // len(centres)))
         return torch.cat([(half - part @ centres.T).argmin(1) for part in parts])
 
 

@@ -46,9 +46,11 @@ class BackboneConfig:
     mlp_ratio: float = 4.0
     """Hidden channels of each MLP, as a multiple of width; a gated MLP has two thirds of them, and so as many
     parameters."""
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
+    """Of a dense MLP: exact GELU, its tanh approximation (SigLIP), or x sigmoid(1.702 x) (CLIP)."""
     mlp: Literal["dense", "gated", "moe"] = "dense"
-    """dense: GELU. gated: SwiGLU. moe: a Switch mixture of experts in every moe_every-th block, dense in the others;
-    add `medformer.auxiliary_loss(model)` to the loss."""
+    """dense: activation. gated: SwiGLU. moe: a Switch mixture of experts in every moe_every-th block, dense in the
+    others; add `medformer.auxiliary_loss(model)` to the loss."""
     experts: int | None = None
     """Experts of a mixture; null takes 8."""
     moe_every: int | None = None
@@ -65,6 +67,9 @@ class BackboneConfig:
     num_features: int | None = None
     """Random features per head of performer attention; null takes D ln D rounded to a multiple of 64,
     where D is the head width."""
+    state_blocks: int | tuple[int, ...] | None = None
+    """Tokens along each axis, zyx, of the blocks whose states performer attention keeps apart, near ones weighing more;
+    null for one state of all tokens."""
     num_landmarks: int | None = None
     """Landmarks of nystrom attention; null takes 64."""
     hopfield_steps: int | None = None
@@ -78,6 +83,11 @@ class BackboneConfig:
     position: Literal["learned", "sincos", "rotary", "none"] = "learned"
     """learned: a table over position_grid, stretched to the grid of each input. sincos: fixed waves of the
     token index. rotary: queries and keys turned by the token index. none: as disentangled attention needs no other."""
+    rotary_coordinates: Literal["index", "unit"] = "index"
+    """Where a token is to rotary positions. index: 0, 1, 2, ... along each axis. unit: the centre of its cell between
+    -1 and 1 along each axis, times 2 pi, whatever the size, as in DINOv3."""
+    rotary_periods: float | tuple[float, ...] = 100.0
+    """Periods of the pairs of an axis: a number p for 1, p^(1/n), p^(2/n), ... of n pairs; or one number per pair."""
     position_grid: int | tuple[int, ...] | None = None
     """Base grid of the learned table in tokens: one number, one per axis in zyx order, or null for 8 (3D) and
     16 (2D)."""
@@ -88,6 +98,8 @@ class BackboneConfig:
     """Start value of a learned gain per channel on every branch, for example 1e-5; null for none."""
     classes: int = 0
     """Outputs of a linear head on the class vector, for `forward`; 0 for none."""
+    norm_eps: float = 1e-6
+    """Added to the variance in every LayerNorm of the blocks and in the last one."""
     qk_norm: bool = False
     """LayerNorm queries and keys over each head: steadier training at large width or low precision."""
     seed: int = 0
@@ -135,6 +147,9 @@ class BackboneConfig:
             if getattr(self, name) is not None:
                 check_whole(self, least, name)
                 self._check_owner(name, owner, value)
+        if self.state_blocks is not None:
+            self._check_axes("state_blocks", least=1)
+            self._check_owner("state_blocks", "attention", "performer")
         if self.capacity_factor is not None:
             self._check_owner("capacity_factor", "mlp", "moe")
             check_number(self, "capacity_factor", "be above 0", lambda factor: factor > 0)
@@ -160,7 +175,19 @@ class BackboneConfig:
             self.position != "sincos" or self.width >= 2 * self.dims,
             f"width={self.width} must be at least {2 * self.dims} with position='{self.position}'",
         )
+        check_number(self, "norm_eps", "be above 0", lambda eps: eps > 0)
+        check_choice(self, "activation", ("gelu", "gelu_tanh", "quick_gelu"))
+        if self.activation != "gelu":
+            self._check_owner("activation", "mlp", "dense")
+        check_choice(self, "rotary_coordinates", ("index", "unit"))
+        if isinstance(self.rotary_periods, list):  # from JSON or YAML
+            object.__setattr__(self, "rotary_periods", tuple(self.rotary_periods))
+        if self.rotary_coordinates != "index":
+            self._check_owner("rotary_coordinates", "position", "rotary")
+        if self.rotary_periods != 100.0:
+            self._check_owner("rotary_periods", "position", "rotary")
         if self.position == "rotary":
+            self._check_periods()
             head_width = self.width // self.heads
             check(
                 self,
@@ -208,6 +235,11 @@ class BackboneConfig:
         return self._axes(default if self.position_grid is None else self.position_grid)
 
     @property
+    def blocks(self) -> tuple[int, ...] | None:
+        """state_blocks for every axis."""
+        return None if self.state_blocks is None else self._axes(self.state_blocks)
+
+    @property
     def mlp_hidden(self) -> int:
         """Channels inside an MLP: a gated one has two matrices in front, so two thirds, in multiples of 8."""
         hidden = self.width * self.mlp_ratio
@@ -222,6 +254,19 @@ class BackboneConfig:
         """`name` has a meaning only where the field `owner` is `value`."""
         found = getattr(self, owner)
         check(self, found == value, f"{name}={getattr(self, name)} needs {owner}='{value}', not '{found}'")
+
+    def _check_periods(self) -> None:
+        found = self.rotary_periods
+        given = isinstance(found, tuple)
+        rule = f"rotary_periods={found!r} must be a number above 0, or one for each pair of an axis"
+        numbers = found if given else (found,)
+        check(
+            self,
+            all(isinstance(n, int | float) and not isinstance(n, bool) and 0 < n < math.inf for n in numbers),
+            rule,
+        )
+        pairs = self.width // self.heads // (2 * self.dims)
+        check(self, not given or len(numbers) == pairs, f"{rule}, which are {pairs}")
 
     def _axes(self, value: int | tuple[int, ...]) -> tuple[int, ...]:
         return (value,) * self.dims if isinstance(value, int) else value

@@ -6,7 +6,7 @@ Axes: B batch, H heads, N tokens, D head width, C model width, P prefix tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -125,7 +125,7 @@ class DisentangledAttention(SelfAttention):
         spacing_mm: Sequence[float] | None = None,
         position: Float[Tensor, "N C"] | Float[Tensor, "B N C"] | None = None,
         key_padding_mask: Bool[Tensor, "B N"] | None = None,
-        cu_seqlens: Int[Tensor, " docs+1"] | None = None,
+        cu_seqlens: Int[Tensor, " docs+1"] | Sequence[int] | None = None,
         seed: int | Tensor | None = None,
     ) -> Float[Tensor, "B N C"]:
         """Mix the tokens.
@@ -136,7 +136,7 @@ class DisentangledAttention(SelfAttention):
             grid: tokens by axis, zyx, behind the prefix, or a list of grids laid end to end; for relative='grid'.
             spacing_mm: distance between neighbouring tokens by axis, with `unit_mm`.
             position: absolute position of every token, for `absolute`.
-            key_padding_mask: True where a token is real; False tokens are read by nobody.
+            key_padding_mask: True where a token is real; False tokens are never read.
             cu_seqlens: boundaries of sequences laid end to end, for relative='sequence'.
             seed: of the dropout; None: drawn from torch's.
         """
@@ -192,7 +192,7 @@ class DisentangledAttention(SelfAttention):
         spacing_mm: Sequence[float] | None,
         position: Tensor | None,
     ) -> dict:
-        """What the kernel is told of positions."""
+        """What the kernel gets of positions."""
         arguments: dict = {"terms": self.terms, "causal": self.causal, "prefix_tokens": self.prefix_tokens}
         sides: list[Literal["q", "k"]] = [side for side, used in (("q", self.uses_q), ("k", self.uses_k)) if used]  # type: ignore[misc]
         if (position is not None) != self.absolute:
@@ -224,7 +224,7 @@ class DisentangledAttention(SelfAttention):
         several = [g for g in grid if isinstance(g, Sequence)]
         if any(len(g) != dims for g in several or [grid]):
             raise ValueError(f"DisentangledAttention: grid={grid} must have dims={dims} axes")
-        sizes = [max(int(s) for s in axis) for axis in zip(*(several or [grid]), strict=True)]
+        sizes = [max(axis) for axis in zip(*several, strict=True)] if several else list(grid)
         if (spacing_mm is None) != (self.unit_mm is None):
             raise ValueError(
                 f"DisentangledAttention: unit_mm={self.unit_mm} but spacing_mm={spacing_mm}; distances are in "
@@ -236,7 +236,11 @@ class DisentangledAttention(SelfAttention):
         arguments: dict = {"grid": grid}
         for table, size, distance, mm in zip(self.tables, sizes, self.max_distance, spacing, strict=False):
             expansion = axis_expansion(
-                size, max_distance=distance, num_buckets=self.num_buckets, spacing=mm, unit=self.unit_mm or 1.0
+                cast(int, size),
+                max_distance=distance,
+                num_buckets=self.num_buckets,
+                spacing=mm,
+                unit=self.unit_mm or 1.0,
             ).to(table)
             for side in sides:
                 arguments.setdefault(f"rel_{side}", []).append(expansion @ self._projected(table, side))

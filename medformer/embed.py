@@ -3,7 +3,7 @@
 The scan stays in its stored type: what a tile needs is cast and scaled when it is cut, and a float copy of the volume
 never exists.
 
-Independent of the tiling means here: where windows lie, and the weight of each in a token, follow from the sizes of
+Independent of the tiling means here: the places of windows, and the weight of each in a token, follow from the sizes of
 scan and window alone; in one pass every token attends to all. `max_memory` decides only how many windows or tokens are
 computed together, so results under two limits differ by float rounding. Windows and one pass are two different
 results: in a window a token sees its window, as in training, and in one pass the whole scan.
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -29,6 +28,7 @@ from medformer.attention import PerformerAttention, SoftmaxAttention
 from medformer.backbone import Backbone
 from medformer.blocks import Block
 from medformer.describe import describe
+from medformer.files import byte_count
 from medformer.footprint import footprint
 from medformer.mlp import MLP, GatedMLP
 from medformer.models import Encoder
@@ -101,7 +101,7 @@ def embed(
             position_grid times the step of a token; a `ResNet` has none and needs it. Cut down to the scan where that
             is smaller.
         overlap: share of a window that the next one covers again, 0 to below 1. A token is the mean over its windows,
-            weighted by how far it lies from their edges.
+            weighted by its distance from their edges.
         units: of an array: "HU", "arbitrary", or "normalised" to use it as it is.
         out: .npy file that the tokens are written to as they are ready, plane by plane.
 
@@ -226,7 +226,7 @@ class TokenStream:
     def _windows(self) -> Iterator[np.ndarray]:
         width, like = self.model.config.width, next(self.model.parameters())
         depth, tile = self.tile[0], self.tile
-        ready = np.zeros((depth, *self.grid[1:], width), np.float32)  # a ring: plane z lies at z % depth
+        ready = np.zeros((depth, *self.grid[1:], width), np.float32)  # a ring: plane z is at z % depth
         shares = [_shares(s, t, g) for s, t, g in zip(self.starts, self.tile, self.grid, strict=True)]
         places = [(y, x) for y in range(len(self.starts[1])) for x in range(len(self.starts[2]))]
         cls, done = np.zeros(width, np.float64), 0
@@ -432,7 +432,7 @@ def _window_bytes(model: Encoder, window: tuple[int, ...], tile: Sequence[int]) 
         return 12 * voxels + describe(model, window).saved_bytes + item * inside
     config = model.config
     tokens = math.prod(tile) + config.prefix
-    per_token = 12 * config.width + 3 * config.mlp_hidden  # the wider of attention and MLP, beside the residual stream
+    per_token = 12 * config.width + 3 * config.mlp_hidden  # the wider of attention and MLP, plus the residual stream
     per_token += 2 * config.width  # the result, and its share of the planes
     work = item * tokens * per_token
     if config.attention not in ("performer", "softmax", "nystrom"):
@@ -468,11 +468,10 @@ def _one_pass_bytes(model: Backbone, grid: tuple[int, int, int], size: Sequence[
 
 
 def _bytes(limit: int | str) -> int:
-    units = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", str(limit).lower())
-    if not found or isinstance(limit, bool):
-        raise ValueError(f"embed: max_memory={limit!r} must be bytes, or text such as '800 MB' and '2 GiB'")
-    return int(float(found[1]) * units[found[2] or ""])
+    try:
+        return byte_count(limit)
+    except ValueError as error:
+        raise ValueError(f"embed: max_memory={error}") from None
 
 
 def _mib(count: int) -> str:

@@ -70,7 +70,7 @@ class ExpireSpanAttention(nn.Module):
             if value < 1:
                 raise ValueError(f"ExpireSpanAttention: {name}={value} must be at least 1 token")
         if not 0 < initial_span < 1:
-            raise ValueError(f"ExpireSpanAttention: initial_span={initial_span} must lie between 0 and 1 (of max_span)")
+            raise ValueError(f"ExpireSpanAttention: initial_span={initial_span} must be between 0 and 1 (of max_span)")
         self.heads, self.max_span, self.ramp, self.chunk = heads, max_span, ramp, chunk
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
@@ -87,7 +87,7 @@ class ExpireSpanAttention(nn.Module):
 
         Args:
             x: tokens.
-            key_padding_mask: True where a token is real; False tokens are read by nobody.
+            key_padding_mask: True where a token is real; False tokens are never read.
         """
         return self.extend(x, key_padding_mask=key_padding_mask)[0]
 

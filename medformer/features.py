@@ -1,4 +1,4 @@
-"""What every backbone answers with, and how it is asked."""
+"""What every backbone returns, and how it is called."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from medformer.backbone import Backbone
 from medformer.resnet import ResNet
+from medformer.slices import SliceEncoder
 
 if TYPE_CHECKING:
     from medformer.tnt import TNT
@@ -25,8 +26,9 @@ class Footprint:
     stride: tuple[int, ...]
     padding: tuple[int, ...]
 
-    def under(self, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...],
-              dilation: tuple[int, ...]) -> Footprint:  # fmt: skip
+    def under(
+        self, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...]
+    ) -> Footprint:
         """The footprint of windows over these tokens."""
         axes = list(zip(self.reach, self.stride, self.padding, kernel, stride, padding, dilation, strict=True))
         return Footprint(
@@ -36,15 +38,20 @@ class Footprint:
         )
 
 
-def footprint(model: Backbone | ResNet | TNT) -> Footprint:
+def footprint(model: Backbone | ResNet | TNT | SliceEncoder) -> Footprint:
     """What `forward_features(x).patches` stand for in x.
 
     For a transformer and a TNT exactly what enters a token before attention. A place of a residual network, and of a
-    stem, sees far more; it stands for what lies between the middles of its neighbours.
+    stem, sees far more; it stands for the part between the middles of its neighbours.
 
     Raises:
         ValueError: the patch embedding is transposed and has several tokens a voxel.
     """
+    if isinstance(model, SliceEncoder):
+        plane = footprint(model.encoder)
+        return Footprint(
+            reach=(1, *plane.reach), stride=(model.config.slice_step, *plane.stride), padding=(0, *plane.padding)
+        )
     config = model.config
     voxels = Footprint(reach=(1,) * config.dims, stride=(1,) * config.dims, padding=(0,) * config.dims)
     if isinstance(model, ResNet):

@@ -61,7 +61,7 @@ class ImageGPTConfig:
     order: Literal["raster", "morton"] = "raster"
     """Sequence of the patches: row by row, or along the Z-order curve."""
     objective: Literal["autoregressive", "bert"] = "autoregressive"
-    """autoregressive: each token is told from those before it. bert: masked tokens are told from all others."""
+    """autoregressive: each token is predicted from those before it. bert: masked ones from all others."""
     scale: str = ""
     """What the voxels are, for instance "HU / 500" or "z-score"; kept with the codebook."""
     seed: int = 0
@@ -277,7 +277,7 @@ class ImageGPT(nn.Module):
                 raise ValueError("ImageGPT: a mask needs objective='bert', this model reads tokens in order")
             x = x.masked_fill(mask[:, self.sequence, None], 0.0)
         if self.start is not None:
-            x = torch.cat([self.start.expand(len(x), 1, -1), x[:, :-1]], dim=1)
+            x = torch.cat([self.start.expand(x.shape[0], 1, -1), x[:, :-1]], dim=1)
         x = x + self.position
         for block in self.blocks[:blocks]:
             if self.checkpoint_activations and self.training and torch.is_grad_enabled():
@@ -335,7 +335,7 @@ class ImageGPT(nn.Module):
         if not 0 <= known <= self.config.tokens:
             raise ValueError(f"ImageGPT.complete: known={known} must be from 0 to {self.config.tokens}")
         result = tokens[:, self.sequence].clone()
-        x = torch.cat([self.start.expand(len(tokens), 1, -1), self.token_embed[result[:, :known]]], dim=1)
+        x = torch.cat([self.start.expand(tokens.shape[0], 1, -1), self.token_embed[result[:, :known]]], dim=1)
         x = (x[:, : self.config.tokens] + self.position[: min(known + 1, self.config.tokens)]).contiguous()
         states: list[Any] = [None] * len(self.blocks)
         for at in range(known, self.config.tokens):

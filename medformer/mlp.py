@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,18 +16,30 @@ if TYPE_CHECKING:
 __all__ = ["MLP", "GatedMLP"]
 
 
+class QuickGELU(nn.Module):
+    """x sigmoid(1.702 x), which CLIP was trained with."""
+
+    def forward(self, x: Float[Tensor, "*rows C"]) -> Float[Tensor, "*rows C"]:
+        return x * torch.sigmoid(1.702 * x)
+
+
 class MLP(nn.Module):
-    """Linear, exact GELU, linear.
+    """Linear, activation, linear.
 
     Args:
         width: channels of a token.
         hidden: channels between the two layers.
+        activation: exact GELU, its tanh approximation, or `QuickGELU`.
     """
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(
+        self, width: int, hidden: int, *, activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
+    ) -> None:
         super().__init__()
         self.fc1 = Linear(width, hidden)
-        self.act = nn.GELU()
+        self.act = (
+            QuickGELU() if activation == "quick_gelu" else nn.GELU("tanh" if activation == "gelu_tanh" else "none")
+        )
         self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:

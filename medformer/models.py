@@ -7,16 +7,20 @@ from typing import Any, TypeAlias
 from medformer.backbone import Backbone, BackboneConfig
 from medformer.image_gpt import ImageGPT, ImageGPTConfig
 from medformer.resnet import ResNet, ResNetConfig
+from medformer.slices import SliceEncoder, SliceEncoderConfig
 from medformer.tnt import TNT, TNTConfig
 
 __all__ = ["CONFIGS", "Encoder", "Model", "ModelConfig", "build"]
 
-Encoder: TypeAlias = Backbone | ResNet | TNT
+Encoder: TypeAlias = Backbone | ResNet | TNT | SliceEncoder
 """What turns scans into patch features."""
 Model: TypeAlias = Encoder | ImageGPT
-ModelConfig: TypeAlias = BackboneConfig | ResNetConfig | TNTConfig | ImageGPTConfig
+ModelConfig: TypeAlias = BackboneConfig | ResNetConfig | TNTConfig | ImageGPTConfig | SliceEncoderConfig
 
-MODELS: dict[type, Any] = {BackboneConfig: Backbone, ResNetConfig: ResNet, TNTConfig: TNT, ImageGPTConfig: ImageGPT}
+MODELS: dict[type, Any] = {
+    BackboneConfig: Backbone, ResNetConfig: ResNet, TNTConfig: TNT, ImageGPTConfig: ImageGPT,
+    SliceEncoderConfig: SliceEncoder,
+}  # fmt: skip
 CONFIGS: dict[str, type] = {model.__name__: config for config, model in MODELS.items()}
 """Configurations by the name of the model, as checkpoints hold it."""
 

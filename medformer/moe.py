@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medformer_kernels._tracing import least
+
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
@@ -108,7 +110,7 @@ class SwitchMLP(nn.Module):
         logits = self._logits(x)
         choice = logits.argmax(dim=-1)
         chosen = F.one_hot(choice, self.experts)  # (B, N, E)
-        capacity = room = min(self._share(tokens, factor), tokens)
+        capacity = room = least(self._share(tokens, factor), tokens)
         if key_padding_mask is not None:
             chosen = chosen * key_padding_mask[..., None]
             room = self._share(key_padding_mask.sum(dim=1, keepdim=True), factor)
@@ -116,7 +118,7 @@ class SwitchMLP(nn.Module):
         place = (chosen.cumsum(dim=1) * chosen).sum(dim=-1) - 1
         kept = (place >= 0) & (place < room)
         probability = self._account(logits, chosen, kept, key_padding_mask)
-        # Dropped tokens share one place behind the last expert, which nobody reads.
+        # Dropped tokens share one place behind the last expert, which is never read.
         slot = torch.where(kept, choice * capacity + place, self.experts * capacity)
         index = slot[..., None].expand_as(x)
         buffer = x.new_zeros(batch, self.experts * capacity + 1, x.shape[2]).scatter(1, index, x)

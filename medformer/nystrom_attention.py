@@ -6,13 +6,14 @@ Axes: B batch, H heads, N tokens, D head width, C model width, L landmarks.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from medformer.attention import SelfAttention
+from medformer.layout import without_layout
 from medformer_kernels import nystrom_attention, nystrom_residual
 
 if TYPE_CHECKING:
@@ -118,6 +119,9 @@ class NystromAttention(SelfAttention):
             landmark_grid=self.landmark_grid, grid=None if self.landmark_grid is None else grid,
             pinv_iterations=self.pinv_iterations, pinv_tolerance=self.pinv_tolerance,
         )  # fmt: skip
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        return super()._apply(without_layout(fn), recurse)
 
     @property
     def _needs_grid(self) -> bool:

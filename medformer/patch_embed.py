@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from medformer_kernels import patch_embed
+from medformer_kernels._tracing import standard
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -74,7 +75,7 @@ class PatchEmbed(nn.Module):
         axes = zip(size, self.padding, reach, self.stride, strict=True)
         if self.transposed:
             grid = tuple((n - 1) * s + r - 2 * p for n, p, r, s in axes)
-            if min(grid) < 1:
+            if any(n < 1 for n in grid):
                 raise ValueError(
                     f"PatchEmbed: {_times(size)} voxels give a grid of {_times(grid)} tokens; choose less padding"
                 )
@@ -95,7 +96,9 @@ class PatchEmbed(nn.Module):
         if not x.is_floating_point():
             raise TypeError(f"PatchEmbed: input of dtype {x.dtype} must be floating point; scale it first")
         self.grid_of(x.shape[2:])
-        if x.is_cuda and not self.transposed:  # on a CPU the kernel's own paths made training steps slower
+        if (
+            x.is_cuda and not self.transposed and not standard()
+        ):  # on a CPU the kernel's own paths made training steps slower
             conv = self.conv
             return patch_embed(
                 x.to(conv.weight.dtype), conv.weight, conv.bias, stride=self.stride, padding=self.padding,

@@ -6,10 +6,14 @@ Shape legend: B batch, H heads, C model width, D head width, N tokens, g tokens 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from medformer.layout import without_layout
+from medformer_kernels._tracing import certain
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -39,12 +43,16 @@ class LearnedPosition(nn.Module):
 
     def forward(self, grid: tuple[int, ...]) -> Float[Tensor, "N C"]:
         table = self.patches
-        with torch.autocast(table.device.type, enabled=False):
-            for axis, (base, wanted) in enumerate(zip(self.grid, grid, strict=True)):
-                if base != wanted:
-                    weights = _linear_resampling(base, wanted, like=table)
+        for axis, (base, wanted) in enumerate(zip(self.grid, grid, strict=True)):
+            # A graph that leaves the size open resamples always: at the base grid that changes no bit.
+            if not certain(base == wanted):
+                weights = _linear_resampling(base, wanted, like=table)
+                with torch.autocast(table.device.type, enabled=False):
                     table = (weights @ table.movedim(axis, -2)).movedim(-2, axis)
         return table.reshape(-1, table.shape[-1])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        return super()._apply(without_layout(fn), recurse)
 
 
 class SinCosPosition(nn.Module):
@@ -91,20 +99,26 @@ class RotaryPosition(nn.Module):
 
     Each axis has an equal share of the pairs. A head width that 2 * dims does not divide leaves channels over, and
     those pass as they are; so do class and register tokens.
-    Source: Su et al. 2021, section 3.2, by axis as in Heo et al. 2024 (whose period, 100 tokens, is the default here).
+    Source: Su et al. 2021, section 3.2, by axis as in Heo et al. 2024 (whose period, 100 tokens, is the default here);
+    unit coordinates as in Simeoni et al. 2025 (DINOv3).
 
     Args:
         head_width: channels of a head, at least 2 per axis.
         dims: axes of the grid.
-        period: longest period divided by 2 pi, in tokens.
+        periods: of the pairs of an axis, n of them: a number p for p^(i / n) with i from 0, or all of them.
+        coordinates: index turns token i by i / period; unit by 2 pi / period times the centre of its cell, with the
+            grid from -1 to 1.
     """
 
-    def __init__(self, head_width: int, dims: int, *, period: float = 100.0) -> None:
+    def __init__(
+        self, head_width: int, dims: int, *, periods: float | tuple[float, ...] = 100.0,
+        coordinates: Literal["index", "unit"] = "index",
+    ) -> None:  # fmt: skip
         super().__init__()
         self.per_axis = head_width // (2 * dims)
         if self.per_axis == 0:
             raise ValueError(f"RotaryPosition: head_width={head_width} must be at least {2 * dims} for {dims} axes")
-        self.period = period
+        self.periods, self.coordinates = periods, coordinates
         # As in SinCosPosition.
         self.anchor: Tensor
         self.register_buffer("anchor", torch.empty(0), persistent=False)
@@ -112,11 +126,17 @@ class RotaryPosition(nn.Module):
     def forward(self, grid: tuple[int, ...], *, prefix: int = 0) -> Float[Tensor, "2 N W"]:
         """Cosines and sines, float32, for `prefix` tokens without a place and then those of the grid."""
         device = self.anchor.device
-        exponent = torch.arange(self.per_axis, device=device, dtype=torch.float32) / self.per_axis
-        frequency = torch.exp(-math.log(self.period) * exponent)
+        if isinstance(self.periods, tuple):
+            frequency = 1 / torch.tensor(self.periods, device=device, dtype=torch.float32)
+        else:
+            exponent = torch.arange(self.per_axis, device=device, dtype=torch.float32) / self.per_axis
+            frequency = torch.exp(-math.log(self.periods) * exponent)
         parts = []
         for axis, tokens in enumerate(grid):
-            angle = torch.arange(tokens, device=device, dtype=torch.float32)[:, None] * frequency
+            place = torch.arange(tokens, device=device, dtype=torch.float32)
+            if self.coordinates == "unit":
+                place = 2 * math.pi * ((place + 0.5) / tokens * 2 - 1)
+            angle = place[:, None] * frequency
             shape = [1] * len(grid) + [self.per_axis]
             shape[axis] = tokens
             parts.append(angle.reshape(shape).expand(*grid, -1))
@@ -136,12 +156,11 @@ def rotate(x: Float[Tensor, "B H N D"], rotary: Float[Tensor, "2 N W"]) -> Float
 
 def _linear_resampling(base: int, wanted: int, *, like: Tensor) -> Float[Tensor, "wanted base"]:
     """Rows of triangle weights between cell centres, widened when `wanted < base`, each row summing to 1."""
-    step = base / wanted
     exact = torch.promote_types(like.dtype, torch.float32)
-    centre = (torch.arange(wanted, device=like.device, dtype=exact) + 0.5) * step - 0.5
-    # At the ends the nearest base cell is repeated: clamp the centre when the triangle is one cell wide.
-    if step <= 1:
-        centre = centre.clamp(0, base - 1)
+    # Tensors, not numbers: a graph that leaves `wanted` open has no branch on it.
+    step = base / torch.full((), wanted, device=like.device, dtype=exact)
+    # At the ends the nearest base cell is repeated; where the step is wider than a cell no centre is there.
+    centre = ((torch.arange(wanted, device=like.device, dtype=exact) + 0.5) * step - 0.5).clamp(0, base - 1)
     distance = (centre[:, None] - torch.arange(base, device=like.device, dtype=exact)).abs()
-    weights = (1 - distance / max(step, 1.0)).clamp(min=0)
+    weights = (1 - distance / step.clamp(min=1)).clamp(min=0)
     return (weights / weights.sum(dim=1, keepdim=True)).to(like.dtype)

@@ -103,6 +103,9 @@ class ResNet(nn.Module):
         checkpoint_activations: in training, keep only each block's input and compute the rest again in backward.
     """
 
+    origin: object = None
+    """Of weights that others trained: `medformer.weights.Origin`."""
+
     def __init__(self, config: ResNetConfig) -> None:
         super().__init__()
         self.config = config
@@ -137,7 +140,7 @@ class ResNet(nn.Module):
         Args:
             x: volumes (B, Cin, Z, Y, X) or images (B, Cin, Y, X), floating point.
             mask: None; there is no mask token to put in.
-            key_padding_mask: True where a place of the last map is real. What lies under the others is read by nobody,
+            key_padding_mask: True where a place of the last map is real. What is under the others is never read,
                 neither by convolutions nor by group norms: a scan in a larger batch gives what it gives alone, padded
                 with zeros to whole places.
 
@@ -357,7 +360,7 @@ def _normed(norm: nn.Module, x: Float[Tensor, "B C *grid"], real: Bool[Tensor, "
 def spread(
     real: Bool[Tensor, "B 1 *grid"], reach: Sequence[int], stride: Sequence[int], size: Sequence[int]
 ) -> Bool[Tensor, "B 1 *size"]:
-    """What lies under real places, each of which covers `reach` finer ones, `stride` apart."""
+    """What is under real places, each of which covers `reach` finer ones, `stride` apart."""
     weight = torch.ones(1, 1, *reach, device=real.device)
     transposed = F.conv_transpose3d if len(reach) == 3 else F.conv_transpose2d
     covered = transposed(real.float(), weight, stride=tuple(stride)) > 0

@@ -20,7 +20,7 @@ def swap_attention(model: nn.Module, *, num_features: int | None = None, seed: i
         model = swap_attention(timm.create_model("vit_base_patch16_224", pretrained=True))
 
     Weights and their names stay; each layer gains the buffer `omega`. The outputs change, since FAVOR+ estimates what
-    was exact: one warning says so. Measure with `medformer_kernels.performer.approximation_error`, and fine-tune.
+    was exact: one warning says so. Measure with `medformer_kernels.approximation_error`, and fine-tune.
     A timm attention is known by its parts (`qkv`, `proj`, `num_heads`, `head_dim`), whichever timm wrote it.
 
     Args:

@@ -7,6 +7,7 @@ from torch import nn
 from medformer.image_gpt import ImageGPT
 from medformer.models import Model
 from medformer.resnet import ResNet
+from medformer.slices import SliceEncoder
 from medformer.tnt import TNT
 
 __all__ = ["freeze_for_transfer"]
@@ -15,7 +16,7 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d, nn.BatchNorm3d)
 # First parts of the names of parameters: of a `Backbone`, a `TNT`, a `ResNet` and an `ImageGPT`.
 _INPUTS = ("stem", "patch_embed", "conv", "conv1", "token_embed")
 _POSITIONS = ("position", "positions")
-_OUTPUTS = ("head", "fc", "output")
+_OUTPUTS = ("head", "fc", "output", "pool")
 
 
 def freeze_for_transfer(model: Model, *, new_input: bool = True) -> list[str]:
@@ -37,7 +38,7 @@ def freeze_for_transfer(model: Model, *, new_input: bool = True) -> list[str]:
     owners = dict(model.named_modules())
     for name, parameter in model.named_parameters():
         owner = owners[name.rpartition(".")[0]]
-        part = name.partition(".")[0]
+        part = name.removeprefix("encoder.").partition(".")[0]  # of a `SliceEncoder`
         parameter.requires_grad_(
             isinstance(owner, _NORMS)
             or name.endswith(".gain")  # of Image-GPT's norms
@@ -58,6 +59,8 @@ def freeze_for_transfer(model: Model, *, new_input: bool = True) -> list[str]:
 def _input_of(model: Model) -> tuple[nn.Parameter, nn.Parameter | None]:
     if isinstance(model, ImageGPT):
         return model.token_embed, None
+    if isinstance(model, SliceEncoder):
+        return _input_of(model.encoder)
     if isinstance(model, ResNet):
         conv = model.conv1
     else:

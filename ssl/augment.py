@@ -59,7 +59,7 @@ def warp(
     if bool((elastic > 0).any()):
         moves = _field(knots[:, : 3 * _KNOTS].unflatten(1, (3, _KNOTS)), size).flatten(2)
         at = at + elastic.to(x.device)[:, None, None] * moves
-    # grid_sample wants x first, -1 and 1 at the outer faces. An axis of one voxel has nothing to sample between.
+    # grid_sample takes x first, -1 and 1 at the outer faces. An axis of one voxel has nothing to sample between.
     half = torch.tensor([n / 2 for n in size], device=x.device, dtype=x.dtype)
     grid = at / half[:, None]
     grid = torch.where(half[:, None] > 0.5, grid, torch.zeros_like(grid))
@@ -78,7 +78,7 @@ def change(
 ) -> Float[Tensor, "N Z Y X"]:
     """Window, coarsen, blur, bias field, gamma, contrast, brightness, noise; a row of zeros and ones changes nothing.
 
-    What no row asks for is not computed. `second_grain` is the imaginary part of Rician noise (Gudbjartsson and Patz
+    What no row needs is not computed. `second_grain` is the imaginary part of Rician noise (Gudbjartsson and Patz
     1995), used where `rician` is set. `smoothed`: `smoothing` was part of how the views were cut.
     """
     size, used = x.shape[1:], asked(rows)
@@ -115,7 +115,7 @@ def change(
 
 
 def asked(rows: Float[Tensor, "N P"]) -> set[str]:
-    """Names of the changes that any row asks for, "window" for both its ends. Rows on the CPU make no GPU wait."""
+    """Names of the changes that any row needs, "window" for both its ends. Rows on the CPU make no GPU wait."""
     low, high = (CHANGES.index(name) for name in ("window_low", "window_high"))
     found = {"window"} if bool((rows[:, high] > rows[:, low]).any()) else set()
     differs = (rows != rows.new_tensor([_NEUTRAL.get(name, 0.0) for name in CHANGES])).any(0).tolist()

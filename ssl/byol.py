@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 import cutmix
 from collapse import VectorWatch
-from dino_loss import koleo
+from dino_loss import block_masks, check_share, koleo, per_view
 from medformer import auxiliary_loss
+from medformer.schedules import cosine
 from optim import update_average
 from peers import SyncBatchNorm
-from schedules import cosine
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
 
 __all__ = ["Byol", "ByolConfig", "Online", "Seen", "StandardisedLinear", "byol_loss", "head"]
 
@@ -49,15 +49,23 @@ class ByolConfig:
     koleo: float = 0.0
     """Weight of the KoLeo loss on the backbone's vectors, which spreads the scans of a batch out [0: not in the paper].
     0 turns it off."""
+    masked_patches: float = 0.0
+    """Weight of the masked term: the online network sees views with masked patches and predicts, by the same heads,
+    what the target makes of those patches of the whole view [0: not in the paper; as iBOT does for DINO]. Needs
+    --model.mask_token. 0 turns it off."""
+    mask_share: tuple[float, float] = (0.1, 0.5)
+    """Share of patches masked in a masked view, lowest and highest; half of the views are masked."""
 
     def __post_init__(self) -> None:
         for name in ("hidden", "projection", "groups"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--byol.{name} {getattr(self, name)} must be at least 1")
         if not 0 <= self.momentum <= 1:
-            raise ValueError(f"--byol.momentum {self.momentum} must lie between 0 and 1")
-        if not self.koleo >= 0:
-            raise ValueError(f"--byol.koleo {self.koleo} must be 0 or more")
+            raise ValueError(f"--byol.momentum {self.momentum} must be between 0 and 1")
+        for name in ("koleo", "masked_patches"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"--byol.{name} {getattr(self, name)} must be 0 or more")
+        check_share("byol", self.mask_share)
         if self.norm == "group" and self.hidden % self.groups:
             raise ValueError(f"--byol.groups {self.groups} must divide --byol.hidden {self.hidden}")
 
@@ -100,6 +108,8 @@ class Seen(NamedTuple):
     """Of each view, before the projector."""
     experts: Tensor | float = 0.0
     """Mean of the experts' losses over the views; 0 without experts."""
+    patches: Float[Tensor, "M P"] | None = None
+    """Predictions of the masked patches of all views, where a mask was given."""
 
 
 class Online(nn.Module):
@@ -111,12 +121,20 @@ class Online(nn.Module):
         self.projector = head(width, config)
         self.predictor = head(config.projection, config)
 
-    def forward(self, *views: Float[Tensor, "B 1 *size"]) -> Seen:
-        vectors, experts = [], 0.0
-        for view in views:
-            vectors.append(self.backbone(view))
+    def forward(self, *views: Float[Tensor, "B 1 *size"], mask: Bool[Tensor, "N tokens"] | None = None) -> Seen:
+        """`mask`: patches of the views, one view after the other, that the network does not see."""
+        vectors, hidden, experts = [], [], 0.0
+        for number, view in enumerate(views):
+            if mask is None:
+                vectors.append(self.backbone(view))
+            else:
+                unseen = mask.chunk(len(views))[number]
+                features = cast(Any, self.backbone).forward_features(view, mask=unseen)
+                vectors.append(features.cls)
+                hidden.append(features.patches[unseen])
             experts = experts + auxiliary_loss(self.backbone) / len(views)
-        return Seen([self.predictor(self.projector(vector)) for vector in vectors], vectors, experts)
+        patches = None if mask is None else self.predictor(self.projector(torch.cat(hidden)))
+        return Seen([self.predictor(self.projector(vector)) for vector in vectors], vectors, experts, patches)
 
 
 class Target(nn.Module):
@@ -127,8 +145,15 @@ class Target(nn.Module):
         self.backbone = backbone
         self.projector = head(width, config)
 
-    def forward(self, *views: Float[Tensor, "B 1 *size"]) -> list[Float[Tensor, "B P"]]:
-        return [self.projector(self.backbone(view)) for view in views]
+    def forward(
+        self, *views: Float[Tensor, "B 1 *size"], mask: Bool[Tensor, "N tokens"] | None = None
+    ) -> tuple[list[Float[Tensor, "B P"]], Float[Tensor, "M P"] | None]:
+        """The vectors of whole views, and those of the patches in `mask`."""
+        if mask is None:
+            return [self.projector(self.backbone(view)) for view in views], None
+        found = [cast(Any, self.backbone).forward_features(view) for view in views]
+        hidden = torch.cat([f.patches[m] for f, m in zip(found, mask.chunk(len(views)), strict=True)])
+        return [self.projector(f.cls) for f in found], self.projector(hidden)
 
 
 def byol_loss(
@@ -156,6 +181,14 @@ def byol_loss(
             z1, z2 = (torch.lerp(z, z[partner], share[:, None].to(z.dtype)) for z in (z1, z2))
         q1, q2 = F.normalize(first.float(), dim=-1), F.normalize(second.float(), dim=-1)
         return (4 - 2 * (q1 * z2).sum(-1) - 2 * (q2 * z1).sum(-1)).mean()
+
+
+def masked_loss(
+    predictions: Float[Tensor, "M P"], targets: Float[Tensor, "M P"], mask: Bool[Tensor, "N tokens"]
+) -> Tensor:
+    """2 - 2 cos at the masked patches, 0 to 4; each view counts alike, however many it has masked. float32."""
+    with torch.autocast(predictions.device.type, enabled=False):
+        return per_view(2 - 2 * F.cosine_similarity(predictions.float(), targets.detach().float(), dim=-1), mask)
 
 
 class Byol(nn.Module):
@@ -203,19 +236,30 @@ class Byol(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`views[0]`: the two views of each scan, [2 * B, ...], view by view."""
         near = views[0]
+        mask = None
+        if self.config.masked_patches:
+            grid = cast(Any, self.student.backbone).grid_of(near.shape[2:])
+            mask = block_masks(len(near), grid, self.config.mask_share, near.device)
+        given = {} if mask is None else {"mask": mask}
         with torch.no_grad():
-            targets = self.target(*near.chunk(2))
+            targets, patch_targets = self.target(*near.chunk(2), **given)
         mix = None
         if self.cutmix:
             attention = cast(Any, self.target.backbone).attention_map(near).mean(1)
             near, partner, share = cutmix.attentive(near, attention, self.cutmix, views=2)
             mix = (partner[: len(near) // 2], share[: len(near) // 2])
-        seen: Seen = student(*near.chunk(2))
+        seen: Seen = student(*near.chunk(2), **given)
         loss, parts = byol_loss(seen.predictions, targets, mix) + seen.experts, _spread(targets[0])
         if self.config.koleo:
             spreading = torch.stack([koleo(vectors) for vectors in seen.vectors]).mean()
             loss = loss + self.config.koleo * spreading
             parts["koleo"] = spreading.detach()
+        if mask is not None:
+            assert seen.patches is not None
+            assert patch_targets is not None
+            patch_loss = masked_loss(seen.patches, patch_targets, mask)
+            loss = loss + self.config.masked_patches * patch_loss
+            parts["patch_loss"] = patch_loss.detach()
         return loss, parts
 
     def before_step(self, step: int) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from itertools import pairwise
 
-__all__ = ["CollapseWatch", "Recent", "VectorWatch"]
+__all__ = ["CollapseWatch", "JumpWatch", "Recent", "VectorWatch"]
 
 
 class Recent:
@@ -21,8 +22,32 @@ class Recent:
         return [sum(column) / len(self.rows) for column in zip(*self.rows, strict=True)]
 
 
+class JumpWatch:
+    """For losses that leap: `limit` times the usual difference from one step to the next, above the last `window`.
+
+    Says one leap in `window` steps. The usual difference is the median: a leap does not change it.
+    """
+
+    def __init__(self, window: int = 50, limit: float = 10.0) -> None:
+        self.losses: deque[float] = deque(maxlen=window)
+        self.limit, self.quiet = limit, 0
+
+    def __call__(self, loss: float) -> str | None:
+        before, full = sorted(self.losses), len(self.losses) == self.losses.maxlen
+        steps = sorted(abs(a - b) for a, b in pairwise(self.losses))
+        self.losses.append(loss)
+        self.quiet = max(0, self.quiet - 1)
+        if not full or self.quiet:
+            return None
+        usual, middle = steps[len(steps) // 2], before[len(before) // 2]
+        if loss <= before[-1] or loss - middle <= self.limit * max(usual, 1e-6 * abs(middle)):
+            return None
+        self.quiet = len(before)
+        return f"the loss leapt to {loss:.4g}, from {middle:.4g} with steps of {usual:.2g}"
+
+
 class CollapseWatch:
-    """For answers over K prototypes (DINO); tells once. Looks at the mean of the last `window` steps.
+    """For answers over K prototypes (DINO); reports once. Looks at the mean of the last `window` steps.
 
     Uniform: every scan gets the same even answer; the loss sticks at ln K (8.3178 for K = 4096).
     Single: every scan gets the same prototype; the teacher's mean answer has no entropy left.
@@ -54,7 +79,7 @@ class CollapseWatch:
 
 
 class VectorWatch:
-    """For unit vectors of scans (BYOL); tells once. Looks at the mean of the last `window` steps.
+    """For unit vectors of scans (BYOL); reports once. Looks at the mean of the last `window` steps.
 
     Point: every scan gets the same vector, their `spread` (variance, 0 to 1) is gone.
     Line: vectors differ along one direction only, their `rank` (effective dimensions) is 1.
@@ -77,7 +102,7 @@ class VectorWatch:
             )
         elif rank < 1.1:
             message = (
-                f"collapse: the target's vectors lie along one line (effective rank {rank:.2f}); raise --optim.lr, "
+                f"collapse: the target's vectors are along one line (effective rank {rank:.2f}); raise --optim.lr, "
                 "or --batch_size"
             )
         self.warned = message is not None

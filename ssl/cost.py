@@ -21,6 +21,7 @@ Checked against one and two processes on a CPU: misc/docs/scale.md. No GPU has c
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,13 +32,19 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import medformer_kernels.performer.ops  # noqa: F401 - so that its operators exist below
+from medformer.errors import UserError
 from peers import SyncBatchNorm
+from settings import TrainConfig
 from sharding import blocks
 
-__all__ = ["MACHINES", "Counted", "Estimate", "Machine", "counting", "estimate", "here", "table"]
+__all__ = [
+    "MACHINES", "Counted", "Estimate", "Machine", "counting", "estimate", "here", "is_short", "pieces", "smaller",
+    "table",
+]  # fmt: skip
 
 _BUCKET = 25 * 2**20  # DDP's default
 _BACKWARD = 2 / 3
+_MAIN_MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 _LOOPBACK = 1e9  # bytes a second, gloo between two processes
 
 
@@ -200,6 +207,77 @@ def table(
             f"{found.efficiency:>6.0%} {found.memory / 2**30:>8.2f} {found.sent / 2**20:>9.1f}{full}"
         )
     return "\n".join(lines)
+
+
+def is_short(error: BaseException) -> bool:
+    """Whether memory ran out, of a GPU or of this machine."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def pieces(views: list[Tensor], scans: int, count: int) -> list[list[Tensor]]:
+    """The views of a batch ([V * scans, ...] each, view by view) in `count` parts of as many scans each."""
+    if count == 1:
+        return [views]
+    split = [x.unflatten(0, (-1, scans)).chunk(count, dim=1) for x in views]
+    return [[x.flatten(0, 1) for x in part] for part in zip(*split, strict=True)]
+
+
+def smaller(config: TrainConfig, count: int, ranks: int, method: Any, views: list[Tensor]) -> int:
+    """The next larger number of parts of a micro-batch that trains as the whole would, where `count` parts did not fit.
+
+    Raises:
+        UserError: there is none. It names what looks at whole batches, and how many scans fit.
+    """
+    scans, whole = config.batch_size, _whole_batches(config)
+    finer = [n for n in range(count + 1, scans + 1) if scans % n == 0]
+    if finer and not whole and ranks == 1:
+        return finer[0]
+    why = (
+        f"{whole} looks at whole batches, so that smaller ones are another training" if whole
+        else "one scan alone does not fit" if not finer else "the processes of a run cannot change alone"
+    )  # fmt: skip
+    fit = _fitting(method, views, scans)
+    way_out = f"about {fit} fit: --batch_size {fit}, " if 0 < fit < scans else ""
+    raise UserError(
+        f"out of memory with {scans // count} scans in one pass, and {why}; {way_out}--checkpoint_activations or a "
+        "smaller --views.global_size, then --resume"
+    )
+
+
+def _whole_batches(config: TrainConfig) -> str:
+    """The first setting under which the scans of a micro-batch see each other; "" where there is none."""
+    dino, byol = config.dino, config.byol
+    found = {
+        "dino": {
+            "--dino.norm batch": dino.norm == "batch", "--dino.balance sinkhorn": dino.balance == "sinkhorn",
+            "--dino.koleo": dino.koleo > 0, "--dino.masked_patches": dino.masked_patches > 0,
+        },
+        "byol": {"--byol.norm": byol.norm != "group", "--byol.koleo": byol.koleo > 0},
+        "igpt": {},
+    }[config.method] | {
+        "--views.cutmix": config.views.cutmix > 0, "--model.norm batch": getattr(config.model, "norm", "") == "batch",
+        "--model.mlp moe": getattr(config.model, "mlp", "") == "moe",
+    }  # fmt: skip
+    return next((name for name, there in found.items() if there), "")
+
+
+def _fitting(method: Any, views: list[Tensor], scans: int) -> int:
+    """Scans in one pass that this machine has memory for, by two that are counted; 0 where not even those fit."""
+    few = min(2, scans)
+    device = views[0].device
+    total = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else _MAIN_MEMORY
+    try:
+        with counting(method) as work:
+            loss, _ = method.loss(method.student, pieces(views, scans, scans // few)[0], 0)
+            loss.backward()
+    except RuntimeError as error:
+        if not is_short(error):
+            raise
+        return 0
+    finally:
+        method.skip_step()
+        method.zero_grad(set_to_none=True)
+    return max(0, math.floor((total / 1.1 - 4 * work.trained - work.average) / max(1, work.kept / few)))
 
 
 def _state(k: Any, v: Any, omega: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:

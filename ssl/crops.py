@@ -6,22 +6,21 @@ anywhere, resumed, or spread over workers and processes, and still see the same 
 
 from __future__ import annotations
 
-import queue
-import threading
+import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from prepare import Stored, load
-from views import Plan, ViewsConfig, draw
+from medformer.data.store.ahead import ReadAhead
+from medformer.data.store.entries import Stored, open_scan
+from views import Plan, ViewsConfig, draw, region_size
 
-__all__ = ["Ahead", "Crops", "loader", "sample_scan"]
+__all__ = ["Batches", "Crops", "loader", "sample_scan"]
 
-T = TypeVar("T")
+_AHEAD = 32, 2**29  # samples of a store on a server that a process reads ahead at most, and their bytes
 
 
 def sample_scan(seed: int, sample: int, scans: int) -> int:
@@ -49,19 +48,12 @@ class Crops(Dataset[Plan]):
     def __getitem__(self, sample: int) -> Plan:
         number = self.order(sample) if self.order else sample_scan(self.seed, sample, len(self.scans))
         scan = self.scans[number]
-        return draw(
-            load(scan.path),
-            scan.spacing_mm,
-            load(scan.points_path),
-            scan.threshold,
-            self.views,
-            (self.seed, 3, sample),
-            number,
-            scan.modality,
-        )
+        voxels, points = open_scan(scan)
+        seed = (self.seed, 3, sample)
+        return draw(voxels, scan.spacing_mm, points, scan.threshold, self.views, seed, number, scan.modality)
 
 
-class _Batches:
+class Batches:
     """Sample numbers of each micro-batch of one process: those of a step are consecutive over all of them."""
 
     def __init__(self, steps: int, origin: int, accumulate: int, batch: int, rank: int, ranks: int) -> None:
@@ -92,9 +84,12 @@ def loader(
 
     A batch that workers do not deliver within `timeout` seconds (0: no limit) is a RuntimeError.
     """
+    batches = Batches(steps, origin, accumulate, batch, rank, ranks)
+    held = min(_AHEAD[0], _AHEAD[1] // (2 * math.prod(region_size(crops.views))))
+    far = any(scan.far for scan in crops.scans)
     return DataLoader(
-        crops,
-        batch_sampler=_Batches(steps, origin, accumulate, batch, rank, ranks),  # type: ignore[arg-type]
+        ReadAhead(crops.__getitem__, batches.starts, batch, held=max(held, 2 * batch)) if far else crops,
+        batch_sampler=batches,  # type: ignore[arg-type]
         num_workers=workers,
         pin_memory=pin,
         timeout=timeout if workers else 0,
@@ -102,52 +97,6 @@ def loader(
         # Its own generator, so that making a loader never moves torch's.
         generator=torch.Generator().manual_seed(0),
     )
-
-
-class Ahead(Iterator[T], Generic[T]):
-    """What an iterator gives, in its order, the next ones fetched by a thread while the caller computes.
-
-    Errors come at their turn. Where the caller stands is what it has taken: a checkpoint knows nothing of this.
-    """
-
-    def __init__(self, source: Iterator[T], *, device: torch.device, timeout: float = 0, depth: int = 2) -> None:
-        """At most `depth` are held, and one more is being fetched; `device`: of the caller, for pinned memory."""
-        self._timeout = timeout or None
-        self._held: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
-        self._closed = False
-        self._thread = threading.Thread(target=self._fetch, args=(source, device), name="crops", daemon=True)
-        self._thread.start()
-
-    def _fetch(self, source: Iterator[T], device: torch.device) -> None:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # each thread has a choice of its own, GPU 0 at first
-        while not self._closed:
-            try:
-                self._held.put((next(source), None))
-            except BaseException as error:  # StopIteration too: the caller's to see
-                self._held.put((None, error))
-                return
-
-    def __next__(self) -> T:
-        """Raises what the iterator did; RuntimeError where nothing came within `timeout` seconds (0: no limit)."""
-        try:
-            item, error = self._held.get(timeout=self._timeout)
-        except queue.Empty:
-            raise RuntimeError(f"timed out after {self._timeout} seconds") from None
-        if error is not None:
-            self._held.put((None, error))  # and at every later call
-            raise error
-        return item  # pyright: ignore[reportReturnType] - None only beside an error
-
-    def close(self) -> None:
-        """Stop fetching; what was fetched is dropped."""
-        self._closed = True
-        while True:
-            try:
-                self._held.get_nowait()
-            except queue.Empty:
-                break
-        self._thread.join(5)  # longer only where a read hangs, and then the process may end without it
 
 
 def _quiet_worker(_: int) -> None:

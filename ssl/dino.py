@@ -22,16 +22,16 @@ from torch import Tensor, nn
 
 import cutmix
 from collapse import CollapseWatch
-from dino_loss import Centre, DinoLoss, koleo, masked_patch_loss
+from dino_loss import Centre, DinoLoss, block_masks, check_share, koleo, masked_patch_loss
 from medformer import auxiliary_loss
+from medformer.schedules import cosine, linear
 from optim import update_average
 from peers import SyncBatchNorm
-from schedules import cosine, linear
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
-__all__ = ["Dino", "DinoConfig", "DinoHead", "Seen", "Student", "agreement", "block_masks"]
+__all__ = ["Dino", "DinoConfig", "DinoHead", "Seen", "Student", "agreement"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class DinoConfig:
     larger)."""
     balance: Literal["centre", "sinkhorn"] = "centre"
     """What keeps the teacher from one answer for all: centre (a moving mean is subtracted) or sinkhorn (each batch
-    uses all prototypes alike; wants batches of 32 scans and more) [centre; DINOv2: sinkhorn]."""
+    uses all prototypes alike; needs batches of 32 scans and more) [centre; DINOv2: sinkhorn]."""
     centre_momentum: float = 0.8
     """Share of itself that the centre keeps each step [0.9]. The faster the teacher, the faster its centre has to
     be. 0 to 1."""
@@ -88,13 +88,11 @@ class DinoConfig:
                 raise ValueError(f"--dino.{name} {getattr(self, name)} must be above 0")
         for name in ("momentum", "centre_momentum", "teacher_temp_warmup"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--dino.{name} {getattr(self, name)} must lie between 0 and 1")
+                raise ValueError(f"--dino.{name} {getattr(self, name)} must be between 0 and 1")
         for name in ("freeze_last", "koleo", "masked_patches"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--dino.{name} {getattr(self, name)} must be 0 or more")
-        low, high = self.mask_share
-        if not 0 < low <= high < 1:
-            raise ValueError(f"--dino.mask_share {low},{high} must be a lowest above 0 and a highest below 1")
+        check_share("dino", self.mask_share)
 
 
 class DinoHead(nn.Module):
@@ -166,22 +164,6 @@ class Student(nn.Module):
                 cls.append(self.backbone(view))
             experts = experts + auxiliary_loss(self.backbone) / len(views)
         return Seen(torch.cat([self.head(c) for c in cls]), cls[0], patches, experts)
-
-
-def block_masks(count: int, grid: tuple[int, ...], share: tuple[float, float], device: torch.device) -> Tensor:
-    """[count, tokens] bool: every second view has a random share of its patches masked, in blocks of 2 an axis.
-
-    Blocks, because patches overlap: a patch masked alone is told by its neighbours. Draws from torch's generator.
-    """
-    coarse = [(n + 1) // 2 for n in grid]
-    noise = torch.rand(count, 1, *coarse, device=device)
-    noise = F.interpolate(noise, scale_factor=2.0, mode="nearest").flatten(1)
-    noise = noise.view(count, *(2 * n for n in coarse))[(slice(None), *(slice(n) for n in grid))].flatten(1)
-    shares = share[0] + (share[1] - share[0]) * torch.rand(count, device=device)
-    wanted = (shares * noise.shape[1]).long().clamp_min(1)
-    wanted[1::2] = 0
-    ranks = noise.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
-    return ranks < wanted[:, None]
 
 
 def agreement(first: Float[Tensor, "B K"], second: Float[Tensor, "B K"]) -> Tensor:

@@ -1,5 +1,7 @@
 """What DINO minimises: cross entropy to centred or balanced targets, for whole views, masked patches, and KoLeo.
 
+Masks and KoLeo serve BYOL too.
+
 Axes: V views, T teacher (global) views, B scans, K prototypes, C width, P masked patches.
 """
 
@@ -17,7 +19,9 @@ from peers import summed
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
-__all__ = ["Centre", "DinoLoss", "koleo", "masked_patch_loss", "sinkhorn"]
+__all__ = [
+    "Centre", "DinoLoss", "block_masks", "check_share", "koleo", "masked_patch_loss", "per_view", "sinkhorn",
+]  # fmt: skip
 
 
 class Centre(nn.Module):
@@ -159,16 +163,13 @@ def masked_patch_loss(
     Source: Zhou et al. 2022 (iBOT), eq. (3).
     """
     with torch.autocast(student.device.type, enabled=False):
-        counts = mask.sum(1)
-        weight = (1.0 / counts.clamp_min(1)).repeat_interleave(counts)
-        terms = -(targets * F.log_softmax(student.float() / student_temp, dim=-1)).sum(-1)
-        return (terms * weight).sum() / (counts > 0).sum().clamp_min(1)
+        return per_view(-(targets * F.log_softmax(student.float() / student_temp, dim=-1)).sum(-1), mask)
 
 
 def koleo(cls: Float[Tensor, "B C"]) -> Tensor:
     """-mean(log(distance to the nearest other row)) of the L2-normalised rows; spreads the batch out. float32.
 
-    For class tokens before the head, one view at a time: views of one scan may lie close. Neighbours are looked for
+    For class tokens before the head, one view at a time: views of one scan may be close. Neighbours are looked for
     over the rows of all processes.
     Source: Sablayrolles et al. 2019; facebookresearch/dinov2 `koleo_loss` (whose neighbours are those of one process).
     """
@@ -184,3 +185,34 @@ def koleo(cls: Float[Tensor, "B C"]) -> Tensor:
         with torch.no_grad():
             nearest = (x @ everyone.T).scatter_(1, own[:, None], -2.0).argmax(1)
         return -(torch.linalg.vector_norm(x - everyone[nearest] + 1e-8, dim=-1) + 1e-8).log().mean()
+
+
+def block_masks(count: int, grid: tuple[int, ...], share: tuple[float, float], device: torch.device) -> Tensor:
+    """[count, tokens] bool: every second view has a random share of its patches masked, in blocks of 2 an axis.
+
+    Blocks, because patches overlap: a patch masked alone can be guessed from its neighbours. Draws from
+    torch's generator.
+    """
+    coarse = [(n + 1) // 2 for n in grid]
+    noise = torch.rand(count, 1, *coarse, device=device)
+    noise = F.interpolate(noise, scale_factor=2.0, mode="nearest").flatten(1)
+    noise = noise.view(count, *(2 * n for n in coarse))[(slice(None), *(slice(n) for n in grid))].flatten(1)
+    shares = share[0] + (share[1] - share[0]) * torch.rand(count, device=device)
+    wanted = (shares * noise.shape[1]).long().clamp_min(1)
+    wanted[1::2] = 0
+    ranks = noise.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
+    return ranks < wanted[:, None]
+
+
+def per_view(terms: Float[Tensor, " P"], mask: Bool[Tensor, "N tokens"]) -> Tensor:
+    """Mean of the masked patches' terms, in the order of `mask`; each view counts alike, however many it has masked."""
+    counts = mask.sum(1)
+    weight = (1.0 / counts.clamp_min(1)).repeat_interleave(counts)
+    return (terms * weight).sum() / (counts > 0).sum().clamp_min(1)
+
+
+def check_share(method: str, share: tuple[float, float]) -> None:
+    """ValueError where --METHOD.mask_share makes no sense."""
+    low, high = share
+    if not 0 < low <= high < 1:
+        raise ValueError(f"--{method}.mask_share {low},{high} must be a lowest above 0 and a highest below 1")

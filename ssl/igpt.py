@@ -1,4 +1,4 @@
-"""Image-GPT: scans as sequences of tokens, told one from those before it, or masked ones from the others.
+"""Image-GPT: scans as sequences of tokens, each predicted from those before it, or masked ones from the others.
 
 Source: Chen et al. 2020, "Generative Pretraining from Pixels", section 2. Differs: tokens are k-means entries of
 normalised intensities (HU / 500 for CT, z-scores for MR) or of patches of them. The model: `medformer.image_gpt`.
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import medformer
 from medformer import BackboneConfig
+from medformer.errors import UserError
 from medformer.image_gpt import ImageGPT, ImageGPTConfig
-from runs import UserError
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -40,7 +40,7 @@ class IgptConfig:
     order: Literal["raster", "morton"] = "raster"
     """Sequence of the tokens: row by row, or along the Z-order curve, where neighbours stay close [raster]."""
     objective: Literal["autoregressive", "bert"] = "autoregressive"
-    """autoregressive: each token is told from those before it. bert: masked ones from all others."""
+    """autoregressive: each token is predicted from those before it. bert: masked ones from all others."""
     expire_span: int = 0
     """Longest life of a token, in tokens, with Expire-Span attention in place of --model.attention; 0 turns it off."""
     span_weight: float = 0.01
@@ -178,8 +178,9 @@ class Igpt(nn.Module):
             if a != b:
                 raise UserError(
                     f"--igpt.codebook {path}: its {what} are {a}, this model and these scans have {b}; tokens would "
-                    "mean other things: fit a new one, or match the settings", 2,
-                )  # fmt: skip
+                    "mean other things: fit a new one, or match the settings",
+                    2,
+                )
         here.centres.copy_(book.centres)
 
     @property

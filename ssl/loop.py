@@ -18,21 +18,25 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+import cost
 import methods
 import online
 import peers
 import pictures
 import replay
-import report
 import runs
+import screen
 import settings
 import sharding
-from crops import Ahead, Crops, loader
+from collapse import JumpWatch
+from crops import Batches, Crops, loader
+from medformer.data.store.ahead import Ahead
+from medformer.errors import UserError
+from medformer.files import write_whole
+from medformer.locks import Claim
+from medformer.schedules import cosine
 from optim import adaptive_clip, clip_per_tensor, make_optimiser
-from prepare import Prepared
-from roots import Order, voxel_scale
-from runs import UserError
-from schedules import cosine
+from roots import Order, Prepared, voxel_scale
 from settings import TrainConfig
 from views import Plan, fitting, render
 
@@ -86,7 +90,7 @@ class Outcome:
 
     loss: float
     figures: dict[str, float]
-    """Parts of the loss, and what else the method tells."""
+    """Parts of the loss, and what else the method reports."""
     norm: float
     """Of the gradient, before clipping."""
     usable: bool
@@ -111,18 +115,12 @@ class Loop:
     """
 
     def __init__(
-        self,
-        config: TrainConfig,
-        prepared: Prepared,
-        order: Order,
-        run: Path | None,
-        state: dict[str, Any] | None,
-        place: Place,
-        stop: Stop,
-        at_end: ExitStack,
-    ) -> None:
+        self, config: TrainConfig, prepared: Prepared, order: Order, run: Claim | None, state: dict[str, Any] | None,
+        place: Place, stop: Stop, at_end: ExitStack,
+    ) -> None:  # fmt: skip
         self.config, self.prepared, self.order = config, prepared, order
-        self.folder, self.place, self.stop = run, place, stop
+        self.claim, self.place, self.stop = run, place, stop
+        self.folder = None if run is None else run.path
         device, rank, ranks = place
         self.say: Callable[[str], None] = silent if run is None else print
         self.scans_per_step = config.accumulate * config.batch_size * ranks
@@ -131,7 +129,7 @@ class Loop:
         self._build(state)
         self._announce()
         self.metrics: runs.Metrics | None = None
-        self.meter: report.Meter | None = None
+        self.meter: screen.Meter | None = None
         self.labelled: Any = None
         self._open(at_end)
         self._feed = partial(
@@ -149,6 +147,9 @@ class Loop:
         self._batches = Ahead(source, device=device, timeout=config.loader_timeout)
         at_end.callback(self._batches.close)
         self._saved = self.progress.step
+        self._jumps, self._seen = JumpWatch(), range(0)
+        self._pieces = 1  # parts of a micro-batch that go through the network one after the other
+        self._ends = math.inf if config.max_hours is None else time.monotonic() + 3600 * config.max_hours
         self._waited = {"data_wait_s": 0.0, "save_wait_s": 0.0}  # since the last step: for crops, for checkpoints
 
     @property
@@ -199,10 +200,10 @@ class Loop:
         if self.folder is not None:
             if config.online.task is not None:
                 self.labelled = online.read_labelled(config.online, config.views, config.model.dims)
-            runs.write_whole(self.folder / "config.yaml", lambda file: file.write(settings.to_yaml(config).encode()))
+            write_whole(self.folder / "config.yaml", lambda file: file.write(settings.to_yaml(config).encode()))
             self.metrics = runs.Metrics(self.folder, first)
             figure = self.method.headline.replace("_", " ")
-            self.meter = report.Meter(config.steps, first, self.scans_per_step, figure=figure)
+            self.meter = screen.Meter(config.steps, first, self.scans_per_step, figure=figure)
             at_end.callback(self.metrics.close)
             at_end.callback(self.meter.close)
             self.say = self.meter.say
@@ -212,7 +213,10 @@ class Loop:
     def _look(self) -> None:
         """Show the method what it needs to see before it begins."""
         if self.method.look_steps:
-            for plans in self._feed(steps=self.method.look_steps):
+            feed, batch = self._feed(steps=self.method.look_steps), self.config.batch_size
+            batches = iter(feed)
+            for at in cast(Batches, feed.batch_sampler).starts:
+                plans = peers.due(batches, partial(self._names, range(at, at + batch)))
                 views = self._views(plans)
                 with self._autocast():
                     self.method.look(views)
@@ -222,6 +226,9 @@ class Loop:
         """All steps that are left; False where a signal ended them before, after a checkpoint."""
         config, first = self.config, self.progress.step
         untrained = {f"untrained_{name}": value for name, value in self._measure().items()} if first == 0 else {}
+        if untrained.get("untrained_knn_accuracy", -1.0) > self.progress.best:  # training may lose what luck gave
+            self.progress.best, self._saved = untrained["untrained_knn_accuracy"], -1
+            self._save(True)
         self.method.train()
         ended, began = False, time.monotonic()
         for step in range(first, config.steps):
@@ -263,23 +270,24 @@ class Loop:
 
     def _step(self, step: int) -> Outcome:
         """Forward, backward and the optimiser, unless the loss or the gradient is not finite."""
-        config, method, (_, rank, ranks) = self.config, self.method, self.place
-        totals, names, batch = None, [], []
-        for micro in range(config.accumulate):
-            # Drop path and masks draw from torch's generator: seeded per step, it needs no place in the checkpoint.
-            torch.manual_seed(_seed(config.seed, step, micro, rank))
-            at = self.progress.sample + (micro * ranks + rank) * config.batch_size
-            with self._waiting("data_wait_s"):
-                batch.append(peers.due(self._batches, partial(self._names, range(at, at + config.batch_size))))
-            views = self._views(batch[-1])
-            alone = ranks == 1 or self.split or micro == config.accumulate - 1
-            with nullcontext() if alone else cast(DistributedDataParallel, self.student).no_sync():
-                with self._autocast():
-                    loss, parts = method.loss(self.student, views, step)
-                self.scaler.scale(loss / config.accumulate).backward()
-            names = list(parts)
-            values = torch.stack([loss.detach(), *parts.values()]) / config.accumulate
-            totals = values if totals is None else totals + values
+        config, method, ranks = self.config, self.method, self.place.ranks
+        batch: list[Plan] = []
+        while True:
+            try:
+                totals, names = self._passes(step, batch)
+                break
+            except RuntimeError as error:
+                if not cost.is_short(error):
+                    raise
+            # Outside of `except`: the error's traceback holds what did not fit.
+            self.optimiser.zero_grad(set_to_none=True)
+            method.skip_step()
+            self._pieces = cost.smaller(config, self._pieces, self.place.ranks, method, self._views(batch[-1]))
+            few, several = config.batch_size // self._pieces, config.accumulate * self._pieces
+            self.say(
+                f"WARNING: out of memory; {few} of {config.batch_size} scans in one pass from here on, which is the "
+                f"same training (--batch_size {few} --accumulate {several})"
+            )
         self.scaler.unscale_(self.optimiser)
         if self.split:
             sharding.average_gradients(method.student.parameters())
@@ -287,8 +295,8 @@ class Loop:
         norm = clip_per_tensor(method.student.parameters(), config.optim.clip)
         if config.optim.agc:
             adaptive_clip(method.student, config.optim.agc, skip=method.last_layers)
-        assert totals is not None
-        totals = torch.cat([totals, totals.new_tensor([float(self.stop.signal > 0)])])
+        late = time.monotonic() >= self._ends
+        totals = torch.cat([totals, totals.new_tensor([float(self.stop.signal > 0 or late)])])
         if ranks > 1:
             dist.all_reduce(totals)
             totals /= ranks
@@ -308,10 +316,37 @@ class Loop:
             asked=asked > 0, batch=batch,
         )  # fmt: skip
 
+    def _passes(self, step: int, batch: list[Plan]) -> tuple[Tensor, list[str]]:
+        """Forward and backward of all micro-batches; means of the loss and its parts, and what the parts are called.
+
+        batch: those that were fetched already; the others are added.
+        """
+        config, (_, rank, ranks) = self.config, self.place
+        totals, names = None, []
+        for micro in range(config.accumulate):
+            if micro == len(batch):
+                at = self.progress.sample + (micro * ranks + rank) * config.batch_size
+                with self._waiting("data_wait_s"):
+                    batch.append(peers.due(self._batches, partial(self._names, range(at, at + config.batch_size))))
+            # Drop path and masks draw from torch's generator: seeded per step, it needs no place in the checkpoint.
+            torch.manual_seed(_seed(config.seed, step, micro, rank))
+            alone = ranks == 1 or self.split or micro == config.accumulate - 1
+            parts_in_all = config.accumulate * self._pieces
+            for views in cost.pieces(self._views(batch[micro]), config.batch_size, self._pieces):
+                with nullcontext() if alone else cast(DistributedDataParallel, self.student).no_sync():
+                    with self._autocast():
+                        loss, parts = self.method.loss(self.student, views, step)
+                    self.scaler.scale(loss / parts_in_all).backward()
+                names = list(parts)
+                values = torch.stack([loss.detach(), *parts.values()]) / parts_in_all
+                totals = values if totals is None else totals + values
+        assert totals is not None
+        return totals, names
+
     def _count(self, step: int, outcome: Outcome) -> None:
-        """Progress; a step that was skipped is told, its batch kept, and too many in a row are the end."""
+        """Progress; a skipped step is reported, its batch kept, and too many in a row are the end."""
         config, progress = self.config, self.progress
-        seen = range(progress.sample, progress.sample + self.scans_per_step)
+        self._seen = seen = range(progress.sample, progress.sample + self.scans_per_step)
         progress.step, progress.sample = step + 1, seen.stop
         progress.bad_in_a_row = 0 if outcome.usable else progress.bad_in_a_row + 1
         if outcome.usable:
@@ -321,7 +356,7 @@ class Loop:
         self.say(f"WARNING: step {step} skipped, loss {outcome.loss}, gradient norm {outcome.norm}; scans: {scans}")
         if self.folder is not None and not self.split and progress.bad <= config.max_bad_steps:
             file = replay.save(self.folder, config, self.scale, self.method, outcome.batch, step, scans)
-            self.say(f"its batch is kept: python ssl/train.py --replay {file}")
+            self.say(f"its batch is kept: medformer pretrain --replay {file}")
         if progress.bad_in_a_row >= config.max_bad_steps:
             raise UserError(
                 f"{progress.bad_in_a_row} steps in a row had a loss or gradient that is not finite, the last on "
@@ -342,8 +377,12 @@ class Loop:
                 })  # fmt: skip
             self._waited = dict.fromkeys(self._waited, 0.0)
             self.meter(outcome.loss, outcome.figures[self.method.headline])
+        if self.claim is not None:
+            self.claim.beat(step=self.progress.step, steps=config.steps, state="training")
         if collapse := self.method.watch(outcome.loss, outcome.figures):
             self.say(f"WARNING: step {step}: {collapse}")
+        if outcome.usable and (jump := self._jumps(outcome.loss)):
+            self.say(f"WARNING: step {step}: {jump}; scans: {self._names(self._seen)}")
         return now
 
     def _picture(self, done: int) -> None:
@@ -408,9 +447,15 @@ def _seed(*numbers: int) -> int:
 
 
 def _compare_scans(then: list[str], now: list[str], say: Any) -> None:
-    if then == now:
+    """Say where the scans are not those the run began with; what they are called does not matter."""
+    before, here = ([tuple(scan.rsplit(" ", 1)) for scan in scans] for scans in (then, now))
+    if not all("-" in content for _, content in before):
+        say("note: this checkpoint is from before 2026-12-01: its scans are compared by name, not by content")
+        before, here = ([(name, name) for name, _ in scans] for scans in (before, here))
+    a, b = ([content for _, content in scans] for scans in (before, here))
+    if a == b:
         return
-    gone, new = ([s.rsplit(" ", 1)[0] for s in a if s not in b] for a, b in ((then, now), (now, then)))
+    gone, new = ([n for n, c in s if c not in other] for s, other in ((before, {*b}), (here, {*a})))
     parts = [f"{len(g)} {what} (for instance {g[0]})" for g, what in ((gone, "gone"), (new, "new or changed")) if g]
     say(f"WARNING: the scans differ from those this run began with: {', '.join(parts) or 'another order'}; "
         "the order of samples is a new one from here")  # fmt: skip

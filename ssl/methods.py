@@ -11,7 +11,7 @@ import medformer
 from byol import Byol
 from dino import Dino
 from igpt import Igpt, model_config
-from runs import UserError
+from medformer.errors import UserError
 from settings import TrainConfig
 
 __all__ = ["Method", "check", "make", "parameters_of"]
@@ -64,13 +64,19 @@ class Method(Protocol):
 
 
 def check(config: TrainConfig, ranks: int) -> None:
-    """UserError where a batch norm over all processes would see one scan alone."""
+    """UserError where what looks across the scans of all processes would see one scan alone."""
+    own = {"dino": config.dino, "byol": config.byol}.get(config.method)
+    if own is not None and own.koleo and config.batch_size * ranks < 2:
+        raise UserError(
+            f"--{config.method}.koleo {own.koleo} needs --batch_size 2 or more; use 0 for one scan a step", 2
+        )
     for method, norm, wanted in (("dino", config.dino.norm, "batch"), ("byol", config.byol.norm, "sync")):
         if config.method == method and norm == wanted and config.batch_size * ranks < 2:
             raise UserError(
                 f"--{method}.norm {norm} with 1 scan a step: BatchNorm needs 2 or more; raise --batch_size or use "
-                "another norm", 2,
-            )  # fmt: skip
+                "another norm",
+                2,
+            )
 
 
 def make(config: TrainConfig, scale: str) -> Method:

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from probes import knn
-from runs import UserError
-from tasks import read_task
+from medformer.errors import UserError
+from medformer.evaluation.probes import knn
+from medformer.evaluation.tasks import read_task
 from views import ViewsConfig
 
 if TYPE_CHECKING:

@@ -74,7 +74,7 @@ class OptimConfig:
                 raise ValueError(f"--optim.{name} {getattr(self, name)} must be 0 or more")
         for name in ("warmup", "beta1", "beta2"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--optim.{name} {getattr(self, name)} must lie between 0 and 1")
+                raise ValueError(f"--optim.{name} {getattr(self, name)} must be between 0 and 1")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"--optim.layer_decay {self.layer_decay} must be above 0 and at most 1")
 

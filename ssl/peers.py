@@ -11,13 +11,18 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
-from runs import UserError
+from medformer.errors import UserError
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["LOST", "LocalError", "SyncBatchNorm", "agree", "due", "from_environment", "is_loss", "is_worker", "summed"]
+__all__ = [
+    "LOST", "LocalError", "SyncBatchNorm", "agree", "due", "from_environment", "is_loss", "is_worker", "join",
+    "restarts", "summed",
+]  # fmt: skip
 
 T = TypeVar("T")
 LOST = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed later
@@ -48,6 +53,23 @@ def from_environment() -> tuple[int, int]:
     if rank >= max(1, ranks):
         raise UserError(f"RANK={rank} must be below WORLD_SIZE={ranks}; start with torchrun", 2)
     return rank, ranks
+
+
+def restarts() -> int | None:
+    """How often torchrun has started these processes again; None where it does not."""
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) == 0:
+        return None
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def join(backend: str) -> None:
+    """Begin to train as one."""
+    if (life := restarts()) is None:
+        dist.init_process_group(backend)
+        return
+    # All lives share the agent's store, where gloo would find the addresses of processes that are gone (torch 2.14).
+    store, rank, ranks = next(iter(rendezvous("env://")))
+    dist.init_process_group(backend, store=PrefixStore(f"life {life}", store), rank=rank, world_size=ranks)
 
 
 def agree(values: Mapping[str, Any]) -> None:
@@ -127,7 +149,7 @@ def is_worker(error: BaseException) -> bool:
 
 
 def due(batches: Iterator[T], named: Callable[[], str]) -> T:
-    """The next batch; `named` tells which scans it should hold.
+    """The next batch; `named`: the scans it should hold.
 
     Raises:
         LocalError: a read hangs, or failed.

@@ -11,16 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import default_collate
 
-import report
 from medformer import Backbone
+from medformer.data import ScanError
+from medformer.data.store.entries import Stored, open_scan
+from medformer.files import write_whole
 from medformer.image_gpt import ImageGPT
-from prepare import Prepared, load
-from runs import Metrics, write_whole
+from roots import Prepared
+from runs import Metrics
 from settings import TrainConfig
 from views import draw as draw_views
 from views import fitting, render
 
-__all__ = ["complete", "draw", "to_board"]
+__all__ = ["attention_picture", "complete", "draw", "to_board"]
 
 _SHOWN = 4  # scans in a picture of completions
 _IMAGES = 8  # images in a picture of attention
@@ -28,7 +30,15 @@ _SAMPLES = 2  # completions of each scan
 
 
 def draw(config: TrainConfig, prepared: Prepared, method: Any, path: Path, caption: str) -> bool:
-    """The method's picture, or False where there is nothing to draw (no class token, and so no attention of it)."""
+    """The method's picture, or False where there is nothing to draw: no class token, or no scan that can be read."""
+    try:
+        return _draw(config, prepared, method, path, caption)
+    except ScanError as error:
+        print(f"WARNING: {path.name} is not drawn: {error}")
+        return False
+
+
+def _draw(config: TrainConfig, prepared: Prepared, method: Any, path: Path, caption: str) -> bool:
     if config.method == "igpt":
         _completions(config, prepared, method.student, path, caption)
         return True
@@ -38,13 +48,15 @@ def draw(config: TrainConfig, prepared: Prepared, method: Any, path: Path, capti
     was = encoder.training
     encoder.eval()
     held = "Held-out" if prepared.held_out else "Training"
-    if config.model.dims == 2:
-        _looks(encoder, prepared, config, path, f"Images, held-out ones first, {caption}")
-    else:
-        scan = (prepared.held_out or prepared.train)[0]
-        z, y, x = (4 * n for n in config.views.global_size)
-        report.attention_picture(encoder, scan, path, caption=f"{held} scan {caption}", limit=(z, y, x))
-    encoder.train(was)
+    try:
+        if config.model.dims == 2:
+            _looks(encoder, prepared, config, path, f"Images, held-out ones first, {caption}")
+        else:
+            scan = (prepared.held_out or prepared.train)[0]
+            z, y, x = (4 * n for n in config.views.global_size)
+            attention_picture(encoder, scan, path, caption=f"{held} scan {caption}", limit=(z, y, x))
+    finally:
+        encoder.train(was)
     return True
 
 
@@ -52,26 +64,18 @@ def to_board(metrics: Metrics, path: Path, step: int) -> None:
     """The same picture in TensorBoard."""
     from PIL import Image
 
-    with Image.open(path) as image:
+    with Image.open(path, formats=["PNG"]) as image:
         metrics._board.add_image(path.parent.name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
 
 def _views(config: TrainConfig, prepared: Prepared, count: int, device: torch.device) -> Tensor:
     """One view of each of `count` scans, held-out ones first; always the same ones."""
     scans = [*prepared.held_out, *prepared.train][:count]
-    plans = [
-        draw_views(
-            load(s.path),
-            s.spacing_mm,
-            load(s.points_path),
-            s.threshold,
-            config.views,
-            (config.seed, 8, i),
-            i,
-            s.modality,
-        )
-        for i, s in enumerate(scans)
-    ]
+    plans = []
+    for i, scan in enumerate(scans):
+        voxels, points = open_scan(scan)
+        seed = (config.seed, 8, i)
+        plans.append(draw_views(voxels, scan.spacing_mm, points, scan.threshold, config.views, seed, i, scan.modality))
     views = render(default_collate(plans), config.views, device)[0][: len(scans)]
     return fitting(views, config.model.dims)
 
@@ -89,8 +93,8 @@ def complete(model: ImageGPT, tokens: Tensor, known: int, seed: int) -> Tensor:
 def _completions(config: TrainConfig, prepared: Prepared, model: ImageGPT, path: Path, caption: str) -> None:
     """Rows: the view, its tokens, what the model was shown, what it made of that."""
     device, was = next(model.parameters()).device, model.training
-    model.eval()
     views = _views(config, prepared, _SHOWN, device)
+    model.eval()
     tokens, grid = model.codebook.encode(views), model.config.grid
     known = model.config.tokens // 2
     seen = (model.places < known).view(1, 1, *grid).float()
@@ -146,7 +150,7 @@ def _looks(backbone: Backbone, prepared: Prepared, config: TrainConfig, path: Pa
     size = config.views.global_size[1:]
     columns = []
     for scan in [*prepared.held_out, *prepared.train][:_IMAGES]:
-        x = torch.from_numpy(np.array(load(scan.path), dtype=np.float32))[None].to(device)
+        x = torch.from_numpy(np.array(open_scan(scan)[0], dtype=np.float32))[None].to(device)
         least = [max(2 * w, 1) for w in size]  # about the scale of training
         x = F.interpolate(x, size=least, mode="bilinear", align_corners=False)
         heat = backbone.attention_map(x).float().mean(1, keepdim=True)
@@ -157,3 +161,93 @@ def _looks(backbone: Backbone, prepared: Prepared, config: TrainConfig, path: Pa
     for i, column in enumerate(columns):  # one grey scale for a column
         column[1] = low[i] + column[1] * (high[i] - low[i])
     _sheet(path, title, ["image", "attention"], columns)
+
+
+@torch.no_grad()
+def attention_picture(
+    backbone: Backbone, scan: Stored, path: Path, *, caption: str, limit: tuple[int, int, int]
+) -> None:
+    """Axial, coronal and sagittal slices of a scan, plain and with the class token's attention over them.
+
+    Radiological layout: the patient's right is on the left of the picture. Each plane goes through the middle of the
+    tissue; pixels are as wide as they are in the patient. A scan above `limit` voxels is cropped around that middle.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    whole, points = open_scan(scan)
+    middle = np.median(points, axis=0) if len(points) else np.array(whole.shape) / 2
+    size = np.minimum(whole.shape, limit)
+    start = np.clip(np.round(middle - size / 2), 0, np.array(whole.shape) - size).astype(int)
+    voxels = np.asarray(whole[tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))], dtype=np.float32)
+    at = np.clip(np.round(middle - start), 0, size - 1).astype(int)
+
+    device = next(backbone.parameters()).device
+    x = torch.from_numpy(voxels)[None, None].to(device)
+    kernel = getattr(backbone.config, "kernel", x.shape[2:])  # a TNT takes what is larger than its views
+    least = [max(n, k) for n, k in zip(x.shape[2:], kernel, strict=True)]
+    if least != list(x.shape[2:]):
+        pad = [p for n, k in zip(reversed(x.shape[2:]), reversed(least), strict=True) for p in (0, k - n)]
+        x = F.pad(x, pad, mode="replicate")
+    weights = backbone.attention_map(x)[0].float().mean(0)  # over the heads
+    weights = weights / weights.mean()
+    weights = F.interpolate(weights[None, None], size=x.shape[2:], mode="trilinear", align_corners=False)[0, 0]
+    attention = weights[tuple(slice(0, n) for n in voxels.shape)].cpu().numpy()
+
+    dark, bright = np.percentile(voxels, (1, 99.5))
+    top = max(float(np.percentile(attention, 99.8)), 1.2)
+    z_mm, y_mm, x_mm = (float(n * mm) for n, mm in zip(voxels.shape, scan.spacing_mm, strict=True))
+    planes = [
+        (0, "axial", "RLAP", x_mm, y_mm),
+        (1, "coronal", "RLSI", x_mm, z_mm),
+        (2, "sagittal", "APSI", y_mm, z_mm),
+    ]
+    # Laid out in millimetres, so that all planes have one scale: left edges, bottoms of the two rows, margins.
+    gap = 0.09 * max(x_mm, y_mm, z_mm)
+    row_mm = max(y_mm, z_mm)
+    width = 2 * x_mm + y_mm + 7.9 * gap
+    height = 2 * row_mm + 5.6 * gap
+    inches = 11.5 / max(width, height)
+    figure = Figure(figsize=(width * inches, height * inches), facecolor="black")
+    FigureCanvasAgg(figure)
+    shown = None
+    left = gap
+    for axis, title, letters, across, up in planes:
+        picture = np.take(voxels, at[axis], axis)[:, ::-1]  # x and y run to the right and the front: shown reversed
+        heat = np.take(attention, at[axis], axis)[:, ::-1]
+        for row, bottom in enumerate((2 * gap + row_mm, gap)):
+            bottom += (row_mm - up) / 2
+            axes = figure.add_axes((left / width, bottom / height, across / width, up / height))
+            axes.set_axis_off()
+            layout: dict[str, Any] = {"origin": "lower", "extent": (0.0, across, 0.0, up), "aspect": "auto"}
+            axes.imshow(picture, cmap="gray", vmin=dark, vmax=bright, interpolation="bicubic", **layout)
+            if row:
+                alpha = 0.7 * np.clip((heat - 1) / (top - 1), 0, 1) ** 0.7
+                shown = axes.imshow(heat, cmap="inferno", vmin=1, vmax=top, alpha=alpha, **layout)
+            sides = ((-0.25 * gap, up / 2), (across + 0.25 * gap, up / 2), (across / 2, up), (across / 2, 0.0))
+            for letter, (u, v), va in zip(letters, sides, ("center", "center", "bottom", "top"), strict=True):
+                axes.text(u, v, letter, ha="center", va=va, color="#8ecbff", fontsize=9)
+        middle_mm = (left + across / 2) / width
+        figure.text(middle_mm, (2.7 * gap + 2 * row_mm) / height, title, color="white", ha="center", fontsize=11)
+        left += across + 1.1 * gap
+    assert shown is not None
+    bar_mm = 10.0 * max(1, round(0.2 * x_mm / 10))
+    rule = figure.add_axes((gap / width, 0.45 * gap / height, bar_mm / width, 0.08 * gap / height), facecolor="white")
+    rule.set_xticks([])
+    rule.set_yticks([])
+    figure.text((1.3 * gap + bar_mm) / width, 0.33 * gap / height, f"{bar_mm / 10:.0f} cm", color="white", fontsize=9)
+    bar = figure.colorbar(shown, cax=figure.add_axes((left / width, gap / height, 0.35 * gap / width, row_mm / height)))
+    bar.set_label("attention, times its mean (clear at 1)", color="white")
+    bar.ax.tick_params(colors="white")
+    bar.ax.yaxis.set_major_locator(MaxNLocator(4))
+    bar.ax.yaxis.set_major_formatter("{x:.2f}")
+    shape, spacing = "x".join(map(str, whole.shape)), " x ".join(f"{mm:.3g}" for mm in scan.spacing_mm)
+    cropped = "" if voxels.shape == whole.shape else f", middle {'x'.join(map(str, voxels.shape))} shown"
+    modality = "" if scan.modality == "unknown" else f"{scan.modality}, "
+    figure.text(0.5, 1 - 0.75 * gap / height, f"{caption}: {scan.name}", color="white", ha="center", fontsize=13)
+    figure.text(
+        0.5, 1 - 1.4 * gap / height, f"{modality}{shape} voxels of {spacing} mm (zyx){cropped}; below: attention of "
+        "the class token, last block, mean of heads", color="#bbbbbb", ha="center", fontsize=9,
+    )  # fmt: skip
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110, facecolor="black"))

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import cost
 import methods
-import runs
 import settings
+from medformer.errors import UserError
+from medformer.files import write_whole
 from optim import make_optimiser
-from runs import UserError
 from settings import TrainConfig
 from views import Plan, fitting, render
 
@@ -37,7 +37,7 @@ def save(
         "format": _FORMAT, "config": settings.as_dict(config), "scale": scale, "step": step, "scans": scans,
         "method": method.state_dict(), "plans": [[torch.as_tensor(part) for part in plan] for plan in plans],
     }  # fmt: skip
-    runs.write_whole(path, lambda file: torch.save(state, file))
+    write_whole(path, lambda file: torch.save(state, file))
     return path
 
 
@@ -100,9 +100,10 @@ def dry_run(config: TrainConfig, device: torch.device) -> int:
     method = methods.make(config, "").to(device)
     optimiser = make_optimiser(method.student, config.optim)
     autocast = torch.autocast(
-        device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision),
+        device.type,
+        {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision),
         enabled=config.precision != "fp32",
-    )  # fmt: skip
+    )
     cuts = config.views
     groups = [(cuts.global_views, cuts.global_size), (cuts.local_views, cuts.local_size)]
     shapes = [(count * config.batch_size, 1, *size) for count, size in groups if count]

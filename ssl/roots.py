@@ -1,23 +1,282 @@
-"""Several data roots in one run, and which scan a sample shows."""
+"""What a run trains on: the scans or images of one root or several, stored once, and which one a sample shows."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from crops import sample_scan
-from images import prepare_images
-from prepare import DataConfig, Prepared, prepare
-from runs import UserError
+from medformer.data import Scan, ScanError, find_scans, sample_scans
+from medformer.data.modality import decide
+from medformer.data.names import Ids, known_modality, salt_of
+from medformer.data.store.catalogue import has_scans, scans_of
+from medformer.data.store.entries import Stored, store_scan
+from medformer.data.store.images import store_images
+from medformer.data.store.limit import Use
+from medformer.data.store.remote import is_url, split_roots
+from medformer.data.store.unpacked import unpacked
+from medformer.errors import UserError
+from medformer.files import byte_count
 from views import ViewsConfig
 
-__all__ = ["Order", "gather", "voxel_scale"]
+__all__ = ["DataConfig", "Order", "Prepared", "gather", "prepare", "prepare_images", "voxel_scale"]
+
+_JUNK = "not a scan"  # what find_scans says of a file that is none
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which scans to train on."""
+
+    root: str | None = None
+    """Folder of scans (NIfTI, DICOM and more), nested and mixed with anything, one file, a zip file, or a store that
+    medformer prepare made, here or on a server (http://HOST/STORE, s3://BUCKET/STORE); with --model.dims 2 of PNG,
+    JPEG, TIFF and BMP images, or an .npz file with train_images; several, parted by a colon (a colon in the name of a
+    folder that exists is part of it); default: the scans that come with the dependencies."""
+    modality: str | None = None
+    """What the scans are whose files do not say, CT or MR for instance; default: one decision a folder, by its
+    modality.txt, else by most of its scans' values."""
+    weights: tuple[float, ...] | None = None
+    """How often each of several roots is shown, relative to the others, for instance 1,2; default: by its scans."""
+    cache: str | None = None
+    """Folder for the stored copies (at most 2 bytes a voxel; half of it with blosc2), shared by all runs; default:
+    runs/cache."""
+    cache_limit: str | None = None
+    """Size of the cache, 200 GB for instance; what was used longest ago is removed, except what runs use now.
+    Default: none, but 100 GB (or 80% of what is free) of what is read from a server."""
+    small: Literal["auto", "skip", "pad"] = "auto"
+    """A scan below --views.global_size: skip it, or pad it by repeating its edge. auto: skip, but pad the built-in
+    scans, unless all of them are."""
+    labels: Literal["skip", "keep"] = "skip"
+    """What looks like a label map lying among the scans (few whole numbers in large areas): skip it, or train on it
+    too."""
+    names: Literal["files", "ids"] = "files"
+    """What scans are called on the screen, in skipped.txt, metrics, checkpoints and pictures: by file and folder, or by
+    short ids (hashes salted by the file `salt` in --data.cache, the same in every run that shares it)."""
+    held_out: int = 1
+    """Scans kept out of training for the pictures; 0 or more. One scan alone is never held out."""
+
+    def __post_init__(self) -> None:
+        if self.held_out < 0:
+            raise ValueError(f"--data.held_out {self.held_out} must be 0 or more")
+        if self.cache_limit is not None:
+            try:
+                byte_count(self.cache_limit)
+            except ValueError as error:
+                raise ValueError(f"--data.cache_limit {error}") from None
+        if self.modality is not None and not (self.modality.isalnum() and self.modality.isupper()):
+            raise ValueError(f"--data.modality {self.modality!r} must be a word of capitals as DICOM has it, like CT")
+        if self.weights is not None and not all(w > 0 for w in self.weights):
+            raise ValueError(f"--data.weights {self.weights} must all be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What a run trains on."""
+
+    train: list[Stored]
+    held_out: list[Stored]
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    """Name and reason of each scan left out."""
+    ignored: int = 0
+    """Files that are no scans at all."""
+    notices: list[str] = field(default_factory=list)
+    """Decisions about scans that do not say what they are, and damaged entries of the cache."""
+
+    def fingerprint(self) -> list[str]:
+        """Name, content and unit of each training scan, in order; a resumed run compares it."""
+        return [f"{scan.name} {scan.content}-{scan.modality}" for scan in self.train]
+
+
+def prepare(
+    config: DataConfig, views: ViewsConfig, cache: Path, seed: int, progress: Callable[[list[Any]], Any] = iter,
+    use: Use | None = None,
+) -> Prepared:  # fmt: skip
+    """Find, check, normalise and store all scans; those already in the cache are only looked up.
+
+    `progress` wraps the list of scans to show how far it is; `use` notes what is taken from the cache.
+
+    Raises:
+        UserError: there is nothing to train on.
+    """
+    if config.root is not None and not (is_url(config.root) or Path(config.root).exists()):
+        raise UserError(
+            f"--data.root {config.root}: no such folder or file; where scans were moved, give their new folder"
+        )
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--data.cache {cache}: {error.strerror}; give a folder that can be written") from error
+    try:
+        if config.root is not None and has_scans(config.root):
+            return _from_store(config.root, config, views, cache, seed, use)
+        index = (
+            sample_scans(cache / "samples") if config.root is None else find_scans(unpacked(config.root, cache, use))
+        )
+    except ScanError as error:
+        raise UserError(str(error)) from error
+    except OSError as error:  # the built-in scans write a few synthetic ones
+        raise UserError(
+            f"cannot write {error.filename or cache}: {error.strerror}; choose another --data.cache"
+        ) from error
+    where = "the built-in scans" if config.root is None else f"--data.root {config.root}"
+    skipped = [(s.path, s.reason) for s in index.skipped if s.reason != _JUNK]
+    ignored = len(index.skipped) - len(skipped)
+    pad = config.small == "pad" or (config.small == "auto" and config.root is None)
+    good: list[Stored] = []
+    read: dict[str, Stored] = {}
+    notices: list[str] = []
+    store = partial(_try, cache=cache, read=read, skipped=skipped, say=notices.append, use=use)
+    known = [s.path for s in index.skipped] + [f for scan in index.scans for f in (scan.name, *scan.files)]
+    known = [os.path.relpath(k, config.root or ".") for k in known]
+    try:
+        for scan in progress(index.scans):
+            store(scan, modality=config.modality if scan.modality == "unknown" else None)
+    except KeyboardInterrupt as stop:  # what was skipped so far, for skipped.txt
+        stop.args = (_by_ids([], skipped, cache, known)[1] if config.names == "ids" else skipped,)
+        raise
+    vote = decide({s.name: (s.modality, s.could_be_hu) for s in read.values() if s.guessed and not s.labels})
+    for scan in index.scans:
+        if scan.name in vote.modality:
+            store(scan, modality=vote.modality[scan.name])
+    notices += vote.lines
+    for stored in read.values():
+        reason = _unwanted(stored, config, views, pad)
+        if reason:
+            skipped.append((stored.name, reason))
+        else:
+            good.append(stored)
+    kept = [s for s in read.values() if _unwanted(s, config, views, True) is None]
+    if config.small == "auto" and good and (small := [s.shape for s in kept if s not in good]):
+        notices.append(
+            f"WARNING: {len(small)} of {len(kept)} scans (down to {min(map(min, small))} slices) are below --views."
+            "global_size and left out; --data.small pad trains on them, their edges repeated"
+        )
+    if config.small == "auto" and all(_too_small(s, views, False) for s in good):  # padding would be all there is
+        skipped += [(s.name, _too_small(s, views, False) or "") for s in good]
+        good = []
+    if config.names == "ids":
+        good, skipped = _by_ids(good, skipped, cache, known)
+        notices = [Ids(salt_of(cache), known).hide(line) for line in notices]
+    if not good:
+        raise UserError(_nothing_left(where, skipped))
+    held = _held_out(good, views, min(config.held_out, len(good) - 1), seed)
+    return Prepared(
+        train=[s for s in good if s not in held],
+        held_out=held,
+        skipped=skipped,
+        ignored=ignored,
+        notices=notices,
+    )
+
+
+def _try(
+    scan: Scan, *, cache: Path, modality: str | None, read: dict[str, Stored], skipped: list[tuple[str, str]],
+    say: Callable[[str], object], use: Use | None,
+) -> None:  # fmt: skip
+    try:
+        read[scan.name] = store_scan(scan, cache, modality, say, use)
+    except ScanError as error:
+        read.pop(scan.name, None)
+        skipped.append((scan.name, str(error)))
+
+
+def _by_ids(
+    good: list[Stored], skipped: list[tuple[str, str]], cache: Path, known: list[str]
+) -> tuple[list[Stored], list[tuple[str, str]]]:
+    """The same, called by ids. known: names that reasons may mention."""
+    ids = Ids(salt_of(cache), known)
+    renamed = [replace(scan, name=ids.of(scan.name), modality=known_modality(scan.modality)) for scan in good]
+    return renamed, [(ids.of(name), ids.hide(reason, name)) for name, reason in skipped]
+
+
+def _from_store(
+    store: str, config: DataConfig, views: ViewsConfig, cache: Path, seed: int, use: Use | None
+) -> Prepared:
+    """The scans that `medformer prepare` has put there."""
+    if config.modality is not None:
+        raise UserError(f"--data.modality {config.modality}: the store {store} was prepared already; leave it out", 2)
+    found, skipped, notices = scans_of(store, cache, use and use.limit)
+    reasons = [_unwanted(scan, config, views, config.small == "pad") for scan in found]
+    good = [scan for scan, reason in zip(found, reasons, strict=True) if reason is None]
+    skipped += [(scan.name, reason) for scan, reason in zip(found, reasons, strict=True) if reason is not None]
+    if not good:
+        raise UserError(_nothing_left(f"the store {store}", skipped))
+    held = _held_out(good, views, min(config.held_out, len(good) - 1), seed)
+    train = [scan for scan in good if scan not in held]
+    return Prepared(train=train, held_out=held, skipped=skipped, notices=notices)
+
+
+def _nothing_left(where: str, skipped: list[tuple[str, str]]) -> str:
+    if not skipped:
+        return f"{where} holds no .nii, .nii.gz or DICOM file; point --data.root at a folder that does"
+    name, reason = skipped[-1]
+    return f"{where}: none of {len(skipped)} candidates can be used; for instance {name}: {reason}"
+
+
+def _unwanted(scan: Stored, config: DataConfig, views: ViewsConfig, pad: bool) -> str | None:
+    if scan.labels and config.labels == "skip":
+        return f"looks like a label map ({scan.labels} labels), not a scan; --data.labels keep trains on it too"
+    return _too_small(scan, views, pad)
+
+
+def _too_small(scan: Stored, views: ViewsConfig, pad: bool) -> str | None:
+    if pad or all(n >= wanted for n, wanted in zip(scan.shape, views.global_size, strict=True)):
+        return None
+    size, wanted = ("x".join(map(str, s)) for s in (scan.shape, views.global_size))
+    return f"{size} voxels (zyx) is below --views.global_size {wanted}; use a smaller one, or --data.small pad"
+
+
+def _held_out(scans: list[Stored], views: ViewsConfig, count: int, seed: int) -> list[Stored]:
+    """Chosen by seed among the scans that need no padding, or among all where none is large enough."""
+    large = [s for s in scans if _too_small(s, views, False) is None] or scans
+    order = np.random.default_rng((seed, 1)).permutation(len(large))
+    return [large[i] for i in order[:count]]
+
+
+def prepare_images(
+    config: DataConfig, views: ViewsConfig, cache: Path, seed: int, progress: Callable[[list[Any]], Any] = iter,
+    use: Use | None = None,
+) -> Prepared:  # fmt: skip
+    """As `prepare`, for one folder of images or one .npz file (of which `train_images` are used).
+
+    Raises:
+        UserError: there is nothing to train on.
+    """
+    root = Path(config.root or "")
+    if config.root is None or not (root.is_dir() or (root.suffix == ".npz" and root.is_file())):
+        raise UserError(
+            f"--data.root {config.root}: with --model.dims 2 it must be a folder of PNG or JPEG images, or an .npz "
+            "file with train_images"
+        )
+    notices: list[str] = []
+    stored, skipped = store_images(root, cache, views.image_side, progress, notices.append, use)
+    if config.names == "ids":
+        stored, skipped = _by_ids(stored, skipped, cache, [image.name for image in stored])
+    images: list[Stored] = []
+    for image in stored:
+        if config.small != "pad" and any(n < w for n, w in zip(image.shape, views.global_size, strict=True)):
+            size, wanted = ("x".join(map(str, s)) for s in (image.shape[1:], views.global_size[1:]))
+            skipped.append((image.name, f"{size} pixels (yx) is below --views.global_size {wanted}"))
+            continue
+        images.append(image)
+    if not images:
+        why = f"; for instance {skipped[-1][0]}: {skipped[-1][1]}" if skipped else ""
+        raise UserError(f"--data.root {root}: no image that can be used{why}")
+    held = np.random.default_rng((seed, 1)).permutation(len(images))[: min(config.held_out, len(images) - 1)]
+    chosen_out = {int(i) for i in held}
+    return Prepared(
+        train=[image for i, image in enumerate(images) if i not in chosen_out],
+        held_out=[images[i] for i in sorted(chosen_out)],
+        skipped=skipped,
+        notices=notices,
+    )
 
 
 @dataclass(frozen=True)
@@ -30,7 +289,7 @@ class Order:
 
     seed: int
     counts: tuple[int, ...]
-    """Scans of each root; they lie one root after the other in the list of scans."""
+    """Scans of each root; they come one root after the other in the list of scans."""
     weights: tuple[float, ...] | None = None
 
     def __call__(self, sample: int) -> int:
@@ -62,31 +321,29 @@ def _epoch(order: Order, epoch: int) -> tuple[np.ndarray, np.ndarray, list[int]]
 
 
 def gather(
-    config: DataConfig,
-    views: ViewsConfig,
-    dims: int,
-    cache: Path,
-    seed: int,
-    progress: Callable[[list[Any]], Any] = iter,
-) -> tuple[Prepared, Order]:
+    config: DataConfig, views: ViewsConfig, dims: int, cache: Path, seed: int,
+    progress: Callable[[list[Any]], Any] = iter, use: Use | None = None,
+) -> tuple[Prepared, Order]:  # fmt: skip
     """Read all roots, scans for dims=3 and images for dims=2; they are one list, root after root.
 
     Raises:
         UserError: a root has nothing to train on, or weights do not fit the roots.
     """
-    paths = [None] if config.root is None else [p for p in config.root.split(os.pathsep) if p]
+    paths = [None] if config.root is None else split_roots(config.root)
     if config.weights is not None and len(config.weights) != len(paths):
         raise UserError(
             f"--data.weights {','.join(map(str, config.weights))} are {len(config.weights)} numbers for {len(paths)} "
-            "roots; give one for each", 2,
-        )  # fmt: skip
+            "roots; give one for each",
+            2,
+        )
     read = prepare if dims == 3 else prepare_images
-    parts = [read(replace(config, root=path), views, cache, seed, progress) for path in paths]
+    parts = [read(replace(config, root=path), views, cache, seed, progress, use) for path in paths]
     whole = Prepared(
         train=[scan for part in parts for scan in part.train],
         held_out=[scan for part in parts for scan in part.held_out],
         skipped=[entry for part in parts for entry in part.skipped],
         ignored=sum(part.ignored for part in parts),
+        notices=[line for part in parts for line in part.notices],
     )
     return whole, Order(seed, tuple(len(part.train) for part in parts), config.weights)
 

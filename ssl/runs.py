@@ -1,8 +1,7 @@
-"""A run's folder: config, metrics, checkpoints that survive anything, and the way back into it."""
+"""A run's folder: config, metrics, checkpoints that are whole or absent, and the way back into it."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
@@ -10,11 +9,9 @@ import math
 import os
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,54 +19,71 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from medformer.errors import UserError, complain
+from medformer.files import naming, write_whole
+from medformer.locks import Claim
+
 __all__ = [
     "Metrics",
-    "UserError",
     "Writer",
-    "check_free",
     "checkpoints",
-    "complain",
+    "claim",
     "latest_run",
     "load_checkpoint",
-    "new_run",
     "save_checkpoint",
     "snapshot",
-    "write_whole",
 ]
 
-KEEP = 2  # checkpoints of a run, beside the best
+KEEP = 2  # checkpoints of a run, besides the best
 # A checkpoint ends with this and the SHA-256 of all before it; readers of zip files pass over what follows the archive.
 # torch.load itself does not look at the checksums in the archive: a flipped bit would go unseen.
 _MARK = b"medformer-sha256"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class UserError(Exception):
-    """Something that the user can put right: printed as one line, without a traceback. Code 2: usage, 1: data."""
+def claim(out: str | None = None, run: Path | None = None, *, again: bool = False) -> Claim:
+    """The folder of a run, which this process alone writes until the claim is closed.
 
-    def __init__(self, message: str, code: int = 1) -> None:
-        super().__init__(" ".join(message.split()))
-        self.code = code
+    Args:
+        out: a folder that holds no run yet, made if it is not there; None: a new one in runs/, named by the time.
+        run: the folder of a run to go on with.
+        again: `out` may hold the beginning of a run, which begins once more.
+
+    Raises:
+        UserError: another process writes it, it holds a run, or it cannot be made.
+    """
+    if run is not None:
+        return Claim(run, "--resume", "wait for it, or stop it")
+    if out is not None and not again:
+        _check_free(Path(out))
+    found = Claim(_new(out), "--out", "give another --out")
+    if out is not None and not again:
+        try:
+            _check_free(found.path)  # one that began and ended since
+        except UserError:
+            found.close()
+            raise
+    return found
 
 
-def check_free(out: str | None) -> None:
-    """UserError where `out` already holds a run."""
-    run = Path(out) if out else None
-    if run and ((run / "checkpoints").exists() or (run / "metrics.jsonl").exists()):
+def _check_free(run: Path) -> None:
+    """UserError where it already holds a run."""
+    if checkpoints(run):
         raise UserError(f"--out {run} holds a run: --resume {run} goes on with it, another --out starts anew", 2)
+    if (run / "checkpoints").exists() or (run / "metrics.jsonl").exists():
+        raise UserError(f"--out {run} holds a run without a checkpoint; remove it, or give another --out", 2)
 
 
-def new_run(out: str | None) -> Path:
+def _new(out: str | None) -> Path:
     """Make the folder of a new run."""
     if out is not None:
         run = Path(out)
-        with _naming(run):
+        with naming(run):
             run.mkdir(parents=True, exist_ok=True)
         return run
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for name in (stamp, *(f"{stamp}-{i}" for i in range(2, 100))):
         run = Path("runs") / name
-        with _naming(run):
+        with naming(run):
             try:
                 run.mkdir(parents=True)
                 return run
@@ -90,64 +104,6 @@ def checkpoints(run: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
     found = [p for p in (run / "checkpoints").glob("step-*.pt") if re.fullmatch(r"step-\d+\.pt", p.name)]
     return sorted(found, key=lambda p: int(p.stem[5:]))
-
-
-def write_whole(path: Path, write: Callable[[io.BufferedWriter], object]) -> None:
-    """Write a file so that its name only ever shows a complete one: temporary name, fsync, rename.
-
-    Raises:
-        UserError: the disk is full or refuses; what was under the name before is still there.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    failure: OSError | None = None
-
-    class Watched(io.BufferedWriter):
-        # torch's zip writer turns an OSError from here into a RuntimeError about its own position: keep the cause.
-        def write(self, data: Any, /) -> int:
-            nonlocal failure
-            try:
-                return super().write(data)
-            except OSError as error:
-                failure = error
-                raise
-
-    try:
-        with _naming(path):
-            try:
-                with Watched(io.FileIO(draft, "w")) as file:
-                    write(file)
-                    file.flush()
-                    os.fsync(file.fileno())
-            except RuntimeError as error:
-                if failure is not None:
-                    raise failure from error
-                raise
-            os.replace(draft, path)
-            folder = os.open(path.parent, os.O_RDONLY)  # the rename reaches the disk with its folder
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
-def _naming(path: Path):
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{_cannot_write(path, error)}") from error
-
-
-def _cannot_write(path: Path, error: OSError) -> str:
-    full = error.errno in _FULL
-    way_out = (
-        "make room there, or choose another --out or --data.cache" if full else "check the path and its permissions"
-    )
-    return f"cannot write {path}: {error.strerror or error}; {way_out}"
 
 
 class _Hashed:
@@ -251,13 +207,15 @@ class Writer:
 def _link(path: Path, name: Path) -> None:
     """A second name for a file, in place of what had it; a copy where the file system knows no links."""
     draft = name.with_name(f".{name.name}.{os.getpid()}.partial")
-    with _naming(name):
+    with naming(name):
         try:
             draft.unlink(missing_ok=True)
             try:
                 os.link(path, draft)
             except OSError:
                 shutil.copyfile(path, draft)
+                with open(draft, "rb") as copy:
+                    os.fsync(copy.fileno())
             os.replace(draft, name)
         finally:
             draft.unlink(missing_ok=True)
@@ -328,13 +286,13 @@ class Metrics:
         if self.path.exists():
             kept = [line for line in self.path.read_text().splitlines() if _step_of(line) < step]
             write_whole(self.path, lambda file: file.write("".join(f"{line}\n" for line in kept).encode()))
-        with _naming(self.path):
+        with naming(self.path):
             self._file = open(self.path, "a", buffering=1)  # noqa: SIM115
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step or None)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """`step` is the number of the step, from 0."""
-        with _naming(self.path):
+        with naming(self.path):
             # JSON has no NaN: a skipped step's loss is null there.
             finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
             self._file.write(json.dumps({"step": step, **finite}) + "\n")
@@ -343,7 +301,7 @@ class Metrics:
 
     def sync(self) -> None:
         """Everything written so far is on the disk; call before a checkpoint that relies on it."""
-        with _naming(self.path):
+        with naming(self.path):
             self._file.flush()
             os.fsync(self._file.fileno())
 
@@ -357,8 +315,3 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return float("inf")  # the half-written last line of a killed run
-
-
-def complain(message: str) -> None:
-    """One line on stderr."""
-    print(f"error: {message}", file=sys.stderr, flush=True)

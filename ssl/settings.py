@@ -19,10 +19,11 @@ from byol import ByolConfig
 from dino import DinoConfig
 from igpt import IgptConfig, model_config
 from medformer import BackboneConfig, ResNetConfig, TNTConfig
+from medformer.errors import UserError
+from medformer.short_help import ALL, short_help
 from online import OnlineConfig
 from optim import OptimConfig
-from prepare import DataConfig
-from runs import UserError
+from roots import DataConfig
 from sizes import METHODS, defaults_of
 from views import ViewsConfig
 
@@ -36,7 +37,8 @@ NETWORKS: dict[str, Any] = {"transformer": BackboneConfig, "resnet": ResNetConfi
 
 # A resumed run may set these anew and still be the same run.
 MAY_CHANGE = (
-    "checkpoint_activations", "data.cache", "device", "dry_run", "gpus", "keep", "loader_timeout", "log_every",
+    "checkpoint_activations", "data.cache", "data.cache_limit", "device", "dry_run", "gpus", "keep", "loader_timeout",
+    "log_every", "max_hours",
     "online.every", "online.task", "out", "picture_every", "replay", "resume", "save_every", "workers",
 )  # fmt: skip
 
@@ -86,6 +88,8 @@ class TrainConfig:
     """Folder of this run, made anew; default: runs/<date>-<time>."""
     resume: str | None = None
     """Go on with a run: its folder, one checkpoint file, or auto for the newest folder in runs/."""
+    max_hours: float | None = None
+    """Hours after which the run ends with a checkpoint, as after SIGTERM; a scheduler's limit less some minutes."""
     save_every: int = 100
     """Optimiser steps between checkpoints; one more is written at the end. 1 or more."""
     keep: int = 2
@@ -117,6 +121,8 @@ class TrainConfig:
         for name in ("seed", "workers", "picture_every", "loader_timeout", "gpus"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"--{name} {getattr(self, name)} must be 0 or more")
+        if self.max_hours is not None and not self.max_hours > 0:
+            raise ValueError(f"--max_hours {self.max_hours:g} must be above 0")
         if self.model.in_channels != 1:
             raise ValueError(f"--model.in_channels {self.model.in_channels}: this trainer takes one channel; use 1")
         self._check_views()
@@ -152,14 +158,12 @@ class TrainConfig:
                 f"--byol.norm batch with --batch_size {self.batch_size}: BatchNorm needs 2 or more scans; use "
                 "--byol.norm group"
             )
-        if method == "dino" and self.dino.masked_patches and not getattr(self.model, "mask_token", False):
-            raise ValueError(
-                f"--dino.masked_patches {self.dino.masked_patches} needs --model.mask_token true, which only --network "
-                "transformer has"
-            )
-        for name, weight in (("dino", self.dino.koleo), ("byol", self.byol.koleo)):
-            if method == name and weight and self.batch_size < 2:
-                raise ValueError(f"--{name}.koleo {weight} needs --batch_size 2 or more")
+        for name, own in (("dino", self.dino), ("byol", self.byol)):
+            if method == name and own.masked_patches and not getattr(self.model, "mask_token", False):
+                raise ValueError(
+                    f"--{name}.masked_patches {own.masked_patches} needs --model.mask_token true, which only --network "
+                    "transformer has"
+                )
         if method == "igpt":
             model_config(self.model, self.igpt, views.global_size, "")  # says what does not fit
 
@@ -191,25 +195,42 @@ def _one_line(message: str) -> str:
     return " ".join(re.sub(r"(Backbone|ResNet|TNT)Config: ", "--model.", message).split())
 
 
+# What --help shows, by topic; --help-all shows every flag.
+_TOPICS = {
+    "What is trained": {
+        "method": "dino|byol|igpt", "size": "mini|tiny|small|base", "network": "transformer|resnet|tnt",
+        "model.dims": "2|3",
+    },
+    "On what": {"data.root": "DIR[:DIR]", "data.cache": "DIR", "views.global_size": "ZxYxX"},
+    "How long, and where": {
+        "steps": "N", "batch_size": "N", "optim.lr": "RATE", "precision": "fp32|bf16|fp16", "device": "auto|cpu|cuda:N",
+        "seed": "N",
+    },
+    "The run": {
+        "out": "DIR", "resume": "RUN|auto", "dry_run": "", "config": "FILE", "online.task": "FILE",
+    },
+}  # fmt: skip
+
+
 def _known_flags(argv: list[str], parser: argparse.ArgumentParser) -> None:
     # Before argparse: it would take the value of an unknown flag for the method and complain about that.
-    known = [option for action in parser._actions for option in action.option_strings]
+    known = [ALL, *(option for action in parser._actions for option in action.option_strings)]
     for flag in (word.split("=")[0] for word in argv if word.startswith("--")):
         if flag not in known:
             near = difflib.get_close_matches(flag.replace("-", "_").replace("__", "--", 1), known, 1)
-            hint = f"did you mean {near[0]}?" if near else "python ssl/train.py --help lists all flags"
+            hint = f"did you mean {near[0]}?" if near else f"medformer pretrain {ALL} lists all flags"
             raise UserError(f"unknown flag {flag}: {hint}", 2)
 
 
 def _parser(network: str) -> _Parser:
     parser = _Parser(
-        prog="python ssl/train.py",
-        usage="python ssl/train.py [dino|byol|igpt] [--size S] [--config FILE] [--data.root DIR] [--resume RUN] ...",
-        description="Pretrain a backbone on unlabelled scans or images. Without arguments: a run of about two minutes "
+        prog="medformer pretrain",
+        usage="medformer pretrain [dino|byol|igpt] [--size S] [--config FILE] [--data.root DIR] [--resume RUN] ...",
+        description="Pretrain a backbone on unlabelled scans or images. Without arguments: a run of a few minutes "
         "on the scans that come with the dependencies. On your own: --data.root DIR.",
         epilog="Defaults are those of the method, --size, --network and --model.dims that stand before --help. "
         "Lists are written 24x32x32, 24,32,32 or [24, 32, 32]. "
-        "Several processes: torchrun --nproc-per-node 2 ssl/train.py ...",
+        "Several processes: torchrun --nproc-per-node 2 -m medformer pretrain ...",
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these settings; flags after it win.")
     parser.add_argument("method", nargs="?", default="dino", choices=list(METHODS), help="What to train with.")
@@ -236,7 +257,7 @@ def parse(argv: list[str], saved: dict[str, Any] | None = None) -> TrainConfig:
         raise UserError(f"--network {chosen['network']} must be one of {', '.join(NETWORKS)}", 2)
     parser = _parser(chosen["network"])
     _known_flags(argv, parser)
-    if chosen["method"] in argv and {"-h", "--help"} & {*argv}:  # of a method by name: without the others' settings
+    if chosen["method"] in argv and ALL in argv:  # with a method: without the others' settings
         for action in parser._actions:
             if action.dest.split(".")[0] in {*METHODS} - {chosen["method"]}:
                 action.help = argparse.SUPPRESS
@@ -249,8 +270,11 @@ def parse(argv: list[str], saved: dict[str, Any] | None = None) -> TrainConfig:
             pass  # the parser itself says what is wrong with method, size or dims
         else:
             parser.set_defaults(method=chosen["method"], network=chosen["network"])
+    if {"-h", "--help"} & {*argv}:
+        print(short_help(parser, _TOPICS))
+        raise SystemExit(0)
     try:
-        values = parser.parse_args(argv).as_dict()
+        values = parser.parse_args(["--help" if word == ALL else word for word in argv]).as_dict()
     except UserError:
         raise
     except (ValueError, TypeError, argparse.ArgumentError) as error:
@@ -359,10 +383,6 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, An
 def to_yaml(config: TrainConfig) -> str:
     """The resolved config as a file for --config; the run's own folder is left out, so that it can be used again."""
     values = as_dict(dataclasses.replace(config, out=None, resume=None, dry_run=False, gpus=0, replay=None))
-    return "# python ssl/train.py --config THIS_FILE\n" + yaml.safe_dump(
+    return "# medformer pretrain --config THIS_FILE\n" + yaml.safe_dump(
         values, sort_keys=False, default_flow_style=None
     )
-
-
-def write_config(config: TrainConfig, run: Path) -> None:
-    (run / "config.yaml").write_text(to_yaml(config))

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
-from runs import UserError
+from medformer.errors import UserError
 
 __all__ = ["average_gradients", "blocks", "check", "norms", "own", "place_moments", "shard", "split_groups", "whole"]
 

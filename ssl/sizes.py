@@ -13,7 +13,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "byol": {"views.local_views": 0, "optim.final_weight_decay": 0.04},
     "igpt": {
         # Grey values must mean the same in every view: nothing but the place, the zoom and the side is random.
-        "views.global_views": 1, "views.local_views": 0, "views.global_size": (12, 20, 20),
+        "views.global_views": 1, "views.local_views": 0, "views.global_size": (12, 20, 20), "batch_size": 8,
         "views.global_scale": (1.5, 2.5), "views.through_plane_scale": (1.0, 1.5), "views.contrast": 0.0,
         "views.gamma": 0.0, "views.noise": 0.0, "views.blur": 0.0, "optim.lr": 2e-3, "optim.weight_decay": 0.01,
         "optim.final_weight_decay": 0.01, "optim.beta2": 0.95,
@@ -40,6 +40,10 @@ _PATCHES = {3: {"model.patch_size": 8, "model.patch_stride": 4, "model.patch_pad
             2: {"model.patch_size": 16, "model.patch_stride": 8, "model.patch_padding": 4}}  # fmt: skip
 _CROPS: dict[int, dict[str, dict[str, Any]]] = {
     3: {
+        # Tokens every 4 voxels, for structures of a few millimetres; two views and no local ones, and 16 scans a step,
+        # which batch norm and Sinkhorn want.
+        "mini": {"views.global_size": (24, 24, 24), "views.local_views": 0, "model.patch_size": 8,
+                 "model.patch_stride": 4, "model.patch_padding": 2, "batch_size": 16, "optim.lr": 1e-3},
         "tiny": {"views.global_size": (48, 48, 48), "views.local_size": (24, 24, 24), "views.local_views": 4},
         "small": {"views.global_size": (64, 64, 64), "views.local_size": (32, 32, 32), "views.local_views": 6},
         "base": {"views.global_size": (96, 96, 96), "views.local_size": (48, 48, 48), "views.local_views": 8},
@@ -54,6 +58,20 @@ _CROPS: dict[int, dict[str, dict[str, Any]]] = {
         "base": {"views.global_size": (1, 224, 224), "views.local_size": (1, 96, 96), "views.local_views": 8},
     },
 }  # fmt: skip
+# Scans: as for images below, batch norm, KoLeo and Sinkhorn keep few scans from even answers; masked patches teach the
+# tokens, which is what segmentation reads; milder grey values, no noise and no blur (misc/LOG.md).
+_SCANS: dict[str, dict[str, Any]] = {
+    "dino": {"dino.norm": "batch", "dino.balance": "sinkhorn", "dino.koleo": 0.1},
+    "byol": {"byol.koleo": 0.1},
+    "igpt": {},
+}
+# Not at small and base, whose logits of masked patches would be gigabytes.
+_MASKED: dict[str, dict[str, Any]] = {
+    "dino": {"dino.masked_patches": 1.0, "model.mask_token": True},
+    "byol": {},  # has the term too, as --byol.masked_patches; no run of some length has tried it
+    "igpt": {},
+}
+_SCAN_VIEWS: dict[str, Any] = {"views.contrast": 0.2, "views.gamma": 0.2, "views.noise": 0.0, "views.blur": 0.0}
 # Images, of any size: a zoom is a share of the image, and views differ in grey values by less than scans' do, whose
 # untrained features they would swamp; texture tells images apart, so neither noise nor blur (misc/LOG.md). Batch norm
 # in the head and KoLeo are what keeps small sets from collapsing; with a centre DINO ends at five prototypes of 1024.
@@ -122,9 +140,11 @@ def defaults_of(method: str, size: str, dims: int, network: str = "transformer")
     values |= _CROPS[dims].get(size, {})
     if dims == 2:
         values |= _IMAGE_VIEWS | _IMAGES[method]
+    else:
+        values |= _SCAN_VIEWS | _SCANS[method] | (_MASKED[method] if size in ("mini", "tiny") else {})
     for name, value in METHODS[method].items():
-        # A size's crops win over the method's, but the number of views and what is done to them do not.
-        if name != "views.global_size" or (dims == 3 and size == "mini"):
+        # A size's crops and batch win over the method's, but the number of views and what is done to them do not.
+        if name not in ("views.global_size", "batch_size") or (dims == 3 and size == "mini"):
             values[name] = value
     if method == "igpt" and size != "mini":
         values |= _SEQUENCES[dims]
@@ -132,5 +152,6 @@ def defaults_of(method: str, size: str, dims: int, network: str = "transformer")
         values["views.image_side"] = 2 * values["views.global_size"][1]
     if network != "transformer":
         values = {name: value for name, value in values.items() if not name.startswith("model.")}
+        values.pop("dino.masked_patches", None)  # needs a mask token, which only a transformer has
         values |= _RESNETS[size] if network == "resnet" else _tnt(size, dims)
     return values

@@ -1,4 +1,4 @@
-"""Pretrain a backbone on unlabelled scans or images. `python ssl/train.py [dino|byol|igpt] --help` explains every flag.
+"""Pretrain a backbone on unlabelled scans or images. `medformer pretrain [dino|byol|igpt] --help` explains every flag.
 
 One process, or several: `torchrun --nproc-per-node 2 ssl/train.py ...`. The loop itself is `loop.py`.
 """
@@ -28,14 +28,17 @@ import methods
 import peers
 import pictures
 import replay
-import report
 import runs
+import screen
 import settings
 import sharding
 from loop import Loop, Place, Stop, silent
-from prepare import Prepared
-from roots import Order, gather
-from runs import UserError
+from medformer.data.store.limit import Use
+from medformer.errors import UserError, complain
+from medformer.evaluation.setup import device_of
+from medformer.files import byte_count, write_whole
+from medformer.locks import Claim
+from roots import Order, Prepared, gather
 from settings import TrainConfig
 
 # Scans may take hours to read the first time; the other processes wait for the first one that long.
@@ -56,21 +59,19 @@ def main(argv: list[str] | None = None) -> int:
         return _run(sys.argv[1:] if argv is None else argv, rank, ranks)
     except UserError as error:
         if rank == 0 or isinstance(error, peers.LocalError):
-            runs.complain(f"process {rank}: {error}" if rank else str(error))
+            complain(f"process {rank}: {error}" if rank else str(error))
         return error.code
     except RuntimeError as error:
         if peers.is_worker(error):
-            runs.complain(
-                f"process {rank}: a worker of the loader died ({error}); is memory short? go on with --resume"
-            )
+            complain(f"process {rank}: a worker of the loader died ({error}); is memory short? go on with --resume")
             return 1
         if not peers.is_loss(error):
             raise
-        runs.complain(f"process {rank}: another process of this run was lost; start all of them again with --resume")
+        complain(f"process {rank}: another process of this run was lost; start all of them again with --resume")
         return peers.LOST
     except KeyboardInterrupt:  # before training began, or twice
         if rank == 0:
-            runs.complain("stopped by Ctrl-C")
+            complain("stopped by Ctrl-C")
         return 128 + signal.SIGINT
     finally:
         if dist.is_initialized():
@@ -87,46 +88,48 @@ def _run(argv: list[str], rank: int, ranks: int) -> int:
         return replay.dry_run(config, _device(config))
     state: dict[str, Any] | None = None
     run: Path | None = None
+    restart = peers.restarts()
+    if restart is not None:
+        if config.out is None and config.resume is None:
+            raise UserError("torchrun --max-restarts needs --out: the folder that a restart goes on with", 2)
+        if restart > 0 and config.out and config.resume is None and runs.checkpoints(Path(config.out)):
+            argv = [*argv, f"--resume={config.out}"]
+            config = settings.parse(argv)
     if config.resume is not None:
         where = runs.latest_run() if config.resume == "auto" else Path(config.resume)
         run, state = runs.load_checkpoint(where, say)
         config = _merge(argv, state, say)
         if config.out is not None and Path(config.out).resolve() != run.resolve():
             raise UserError(f"--out {config.out} with --resume {run}: a run goes on in its own folder; drop --out", 2)
-    else:
-        runs.check_free(config.out)
     methods.check(config, ranks)
     device = _device(config)
     if ranks > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        peers.join("nccl" if device.type == "cuda" else "gloo")
         told = {n: v for n, v in settings.flat(settings.as_dict(config)).items() if n not in settings.MAY_CHANGE}
         peers.agree(told | {"torch": torch.__version__, "checkpoint": state and state["step"]})
     if config.parallel == "fsdp2":
         sharding.check(config, ranks)
 
-    home = run.parent if run else Path(config.out).parent if config.out else Path("runs")
-    cache = Path(config.data.cache) if config.data.cache else home / "cache"
-    prepared, order = _prepare(config, cache, rank, ranks)
-    report.describe(prepared, config.data.root is None, say)
-    if rank > 0:
-        run = None  # the first process alone writes
-    elif run is None:
-        run = runs.new_run(config.out)
-    stop = Stop()
     with ExitStack() as at_end:
+        folder, prepared, order = _begin(config, run, bool(restart), rank, ranks, at_end)
+        screen.describe(prepared, config.data.root is None, say)
+        if folder is not None:
+            screen.list_skipped(prepared.skipped, folder.path, say)
+        stop = Stop()
         at_end.callback(stop.restore)
-        loop = Loop(config, prepared, order, run, state, Place(device, rank, ranks), stop, at_end)
+        loop = Loop(config, prepared, order, folder, state, Place(device, rank, ranks), stop, at_end)
         whole = loop.run()
-    code = 0 if whole else 128 + (stop.signal or signal.SIGTERM)
-    if run is not None:
-        _finish(loop, run, whole)
-    say(f"{report.duration(time.monotonic() - began)} in all")
-    return code
+        if folder is not None:
+            _finish(loop, folder.path, whole)
+            folder.beat(force=True, step=loop.progress.step, steps=config.steps, state="done" if whole else "stopped")
+    say(f"{screen.duration(time.monotonic() - began)} in all")
+    return 0 if whole else 128 + (stop.signal or signal.SIGTERM)
 
 
 def _merge(argv: list[str], state: dict[str, Any], say: Any) -> TrainConfig:
     """The checkpoint's settings with the given flags on top; UserError where that is another model."""
-    config = settings.parse(argv, saved=state["config"])
+    # A run's folder is where it lies now.
+    config = settings.parse(argv, saved={**state["config"], "out": None, "resume": None})
     changed = settings.changes(state["config"], settings.as_dict(config))
     other = [f"{n} is {a} there, {b} here" for n, (a, b) in changed.items() if n.startswith("model.") or n in _SHAPE]
     if config.method == "igpt" and "views.global_size" in changed:
@@ -143,15 +146,7 @@ def _merge(argv: list[str], state: dict[str, Any], say: Any) -> TrainConfig:
 
 
 def _device(config: TrainConfig) -> torch.device:
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name}: no such device; use auto, cpu, cuda or cuda:N", 2) from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: this PyTorch sees no GPU; use --device cpu", 2)
+    device = device_of(config.device)
     if config.precision == "fp16" and device.type != "cuda":
         raise UserError(f"--precision fp16 needs a GPU, not {device.type}; use bf16 or fp32", 2)
     if device.type == "cuda" and device.index is None:
@@ -162,20 +157,37 @@ def _device(config: TrainConfig) -> torch.device:
     return device
 
 
-def _prepare(config: TrainConfig, cache: Path, rank: int, ranks: int) -> tuple[Prepared, Order]:
-    """The first process reads the scans, the others wait and get its list."""
+def _begin(
+    config: TrainConfig, run: Path | None, again: bool, rank: int, ranks: int, at_end: ExitStack
+) -> tuple[Claim | None, Prepared, Order]:
+    """The first process, which alone writes, takes the run's folder and reads the scans; the others wait for its list.
+
+    Args:
+        run: the folder of a run to go on with.
+        again: torchrun starts the processes again, so that --out may hold what they wrote before.
+    """
+    folder: Claim | None = None
     result: list[Any] = [None]
     if rank == 0:
         try:
-            result = [gather(config.data, config.views, config.model.dims, cache, config.seed, report.reading)]
+            folder = runs.claim(config.out, run, again=again)
+            at_end.callback(folder.close)
+            cache = Path(config.data.cache) if config.data.cache else folder.path.parent / "cache"
+            use = Use(cache, byte_count(config.data.cache_limit) if config.data.cache_limit else None)
+            at_end.callback(use.close)
+            result = [gather(config.data, config.views, config.model.dims, cache, config.seed, screen.reading, use)]
+            screen.cache(use, result[0][0], print)
         except UserError as error:
             result = [error]
+        except KeyboardInterrupt as stop:
+            screen.list_skipped(stop.args[0] if stop.args and folder else [], cast(Claim, folder).path, print)
+            raise
     if ranks > 1:
         patient = dist.new_group(timeout=_PATIENCE, backend="gloo")
         dist.broadcast_object_list(result, src=0, group=cast(dist.ProcessGroup, patient))
     if isinstance(result[0], UserError):
         raise result[0]
-    return result[0]
+    return folder, *result[0]
 
 
 def _finish(loop: Loop, run: Path, whole: bool) -> None:
@@ -183,7 +195,7 @@ def _finish(loop: Loop, run: Path, whole: bool) -> None:
     config, method, bad = loop.config, loop.method, loop.progress.bad
     if not whole:
         done = f"{loop.progress.step} of {config.steps}"
-        print(f"stopped after step {done}, saved; go on with: python ssl/train.py --resume {run}")
+        print(f"stopped after step {done}, saved; go on with: medformer pretrain --resume {run}")
         return
     if bad:
         print(f"{bad} steps were skipped because their loss or gradient was not finite (WARNING lines above)")
@@ -194,11 +206,10 @@ def _finish(loop: Loop, run: Path, whole: bool) -> None:
         raise UserError(f"cannot write {where}: {error.strerror}; make room and --resume {run}") from error
     picture = run / ("completions.png" if config.method == "igpt" else "attention.png")
     drawn = pictures.draw(config, loop.prepared, method, picture, f"after {config.steps} steps")
-    report.list_skipped(loop.prepared.skipped, run, print)
     if not math.isnan(loop.loss):
         print(f"loss {loop.loss:.3f} at the end; {method.summary}")
     best = _save_best(config, run, method)
-    report.closing(run, config.steps, weights, picture.name if drawn else None, best, print)
+    screen.closing(run, config.steps, weights, picture.name if drawn else None, best, print)
 
 
 def _save_best(config: TrainConfig, run: Path, method: methods.Method) -> str | None:
@@ -213,11 +224,12 @@ def _save_best(config: TrainConfig, run: Path, method: methods.Method) -> str | 
         method.load_state_dict(state["method"])
         folder.mkdir(exist_ok=True)
         method.save(folder)
-        runs.write_whole(folder / "config.yaml", lambda file: file.write((run / "config.yaml").read_bytes()))
+        write_whole(folder / "config.yaml", lambda file: file.write((run / "config.yaml").read_bytes()))
     except (UserError, OSError) as error:
         print(f"WARNING: the best weights were not written: {error}")
         return None
-    return f"the weights after step {state['step']}, whose kNN accuracy was highest ({state['best']:.3f})"
+    when = f"after step {state['step']}" if state["step"] else "before training, which no step has bettered"
+    return f"the weights {when}: highest kNN accuracy ({state['best']:.3f})"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Multi-crop: global and local views of a scan or image, cut and changed on the training device.
 
-Two halves. `draw` runs beside the data (numpy, one call a sample) and decides everything random; it sees only a small
-region of the scan. `render` runs on the training device (torch, batched) and does the arithmetic: crop, resize, flip
-here, warps and intensities in `augment.py`. Both depend on the sample's own seed and on nothing else, so a sample looks
-the same in any batch, on any worker and after any restart.
+Two halves. `draw` runs where the data is read (numpy, one call a sample) and decides everything random; it sees only
+a small region of the scan. `render` runs on the training device (torch, batched) and does the arithmetic: crop, resize,
+flip here, warps and intensities in `augment.py`. Both depend on the sample's own seed and on nothing else, so a sample
+looks the same in any batch, on any worker and after any restart.
 
 Axes are Z, Y, X; a box is `start, size` in voxels of the region, both fractional. An image is a scan of one slice, and
 its views are 1 x Y x X.
@@ -100,9 +100,9 @@ class ViewsConfig:
                 raise ValueError(f"--views.{name} {getattr(self, name)} must be 0 or more")
         for name, chances in (("flip", self.flip), ("min_foreground", (self.min_foreground,))):
             if not all(0 <= chance <= 1 for chance in chances):
-                raise ValueError(f"--views.{name} {chances} must lie between 0 and 1")
+                raise ValueError(f"--views.{name} {chances} must be between 0 and 1")
         if not all(0 <= degrees <= 180 for degrees in self.rotate):
-            raise ValueError(f"--views.rotate {self.rotate} must lie between 0 and 180 degrees")
+            raise ValueError(f"--views.rotate {self.rotate} must be between 0 and 180 degrees")
         if not self.coarse >= 1:
             raise ValueError(f"--views.coarse {self.coarse} must be at least 1")
         for name, top in (
@@ -110,7 +110,7 @@ class ViewsConfig:
             ("elastic", math.inf), ("bias", 1.0), ("window", 0.45), ("cutmix", 0.5),
         ):  # fmt: skip
             if not 0 <= getattr(self, name) <= top:
-                raise ValueError(f"--views.{name} {getattr(self, name)} must lie between 0 and {top}")
+                raise ValueError(f"--views.{name} {getattr(self, name)} must be between 0 and {top}")
 
     @property
     def warps(self) -> bool:

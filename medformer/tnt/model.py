@@ -46,6 +46,7 @@ class Stage(nn.Module):
 
     def __init__(self, config: TNTConfig, stage: int) -> None:
         super().__init__()
+        self.prefix = config.prefix
         stages = config.levels[-1].depth
         drop_path = config.drop_path * stage / max(stages - 1, 1)
         self.inner = nn.ModuleList()
@@ -95,8 +96,8 @@ class Stage(nn.Module):
                     levels[index + 1] = fusion(levels[index], above.flatten(0, 1)).view(above.shape)
                 else:
                     taken = fusion(levels[index])
-                    taken = taken.view(above.shape[0], -1, above.shape[2])
-                    levels[index + 1] = above + F.pad(taken, (0, 0, above.shape[1] - taken.shape[1], 0))
+                    taken = taken.view(above.shape[0], above.shape[1] - self.prefix, above.shape[2])
+                    levels[index + 1] = above + F.pad(taken, (0, 0, self.prefix, 0))
         return levels
 
 
@@ -123,7 +124,7 @@ class TNT(nn.Module):
             config.in_channels, levels[0].width, *(config.axes(0, name) for name in ("kernel", "stride")),  # type: ignore[arg-type]
             **({"padding": config.axes(0, "padding"), "dilation": config.axes(0, "dilation")}),  # type: ignore[arg-type]
         )  # fmt: skip
-        # Where a token lies in its window; the last level lies in the volume.
+        # The place of a token in its window; of the last level, in the volume.
         self.positions = nn.ParameterList(
             nn.Parameter(torch.empty(config.window(index + 1), level.width)) for index, level in enumerate(levels[:-1])
         )
@@ -155,7 +156,7 @@ class TNT(nn.Module):
         Args:
             x: volumes (B, Cin, Z, Y, X) or images (B, Cin, Y, X), floating point, of any size that holds one window
                 of every level.
-            key_padding_mask: True where a token of the last level is real; the others are read by nobody, and their
+            key_padding_mask: True where a token of the last level is real; the others are never read, and their
                 own features mean nothing.
 
         Raises:
@@ -252,11 +253,13 @@ class TNT(nn.Module):
             tokens = tokens.unflatten(-1, (-1, inner)) + self.positions[index - 1]
             below.append(tokens.flatten(-2))
             tokens = self._start(index, tokens)
+        # Not by reshape, whose -1 has no meaning in an empty batch.
         levels = [
-            level.reshape(-1, config.window(index + 1), config.levels[index].width) for index, level in enumerate(below)
+            level.unflatten(-1, (-1, config.window(index + 1), config.levels[index].width)).flatten(0, -3)
+            for index, level in enumerate(below)
         ]
         grid = tuple(tokens.shape[1:-1])
-        tokens = tokens.reshape(batch, -1, tokens.shape[-1]) + self.position(grid).to(tokens.dtype)
+        tokens = tokens.flatten(1, -2) + self.position(grid).to(tokens.dtype)
         if self.class_token is not None and self.position.cls is not None:
             cls = (self.class_token + self.position.cls).to(tokens.dtype)
             tokens = torch.cat([cls.expand(batch, 1, -1), tokens], dim=1)
@@ -278,14 +281,14 @@ class TNT(nn.Module):
         reach = [k * s for k, s in zip(kernel, step, strict=True)]
         hop = [t * s for t, s in zip(stride, step, strict=True)]
         voxels = windows(x.movedim(1, -1), reach, hop, padding, dilation)  # (B, *windows, prod(reach) Cin)
-        patches = voxels.reshape(-1, *reach, config.in_channels).movedim(-1, 1)
+        patches = voxels.unflatten(-1, (*reach, config.in_channels)).flatten(0, -2 - len(reach)).movedim(-1, 1)
         tokens = self.conv(patches).flatten(2).transpose(1, 2)
         if tokens.shape[1] != config.window(1):
             raise ValueError(
                 f"TNT: level 0: with isolate=True its convolution must turn {tuple(reach)} voxels into "
                 f"{kernel} tokens; give it padding of about half its kernel"
             )
-        return tokens.reshape(*voxels.shape[:-1], -1)
+        return tokens.flatten(1).view(*voxels.shape[:-1], config.window(1) * config.levels[0].width)
 
     def _init_weights(self) -> None:
         """Truncated normal of deviation 0.02 for matrices, tokens and positions, 0 for biases."""

@@ -14,7 +14,7 @@ def window_grid(
     level: int, grid: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int],
 ) -> tuple[int, ...]:  # fmt: skip
-    """How many windows lie along each axis of `grid`.
+    """How many windows there are along each axis of `grid`.
 
     Raises:
         ValueError: an axis is shorter than one window; names the level.

@@ -1,39 +1,55 @@
 """Downstream tasks: labelled cases, who is in which split, which labels a fraction keeps, and what has leaked.
 
-Two forms, told apart by their ending. `.npz` in MedMNIST's layout: `train_images` [n, Y, X] or [n, Z, Y, X],
+Two forms, distinguished by their ending. `.npz` in MedMNIST's layout: `train_images` [n, Y, X] or [n, Z, Y, X],
 `train_labels` [n, 1] (one class a case) or [n, L] (several labels: 0, 1, and -1 or NaN for unknown), optionally
-`val_*`, `test_*`, `train_patients` and `class_names`. `.csv`: columns `path` (a scan, beside the table), optionally
-`patient` and `split` (train, val, test), and either `label` (one class), `mask` (a label map on the scan's grid), or
-one column a label (0, 1, empty for unknown).
+`val_*`, `test_*`, `train_patients` and `class_names`. `.csv` or `.tsv`: columns `path` (a scan, below the table's
+folder), optionally `patient` and `split` (train, val, test), and either `label` (one class), `mask` (a label map on the
+scan's grid), `value` (a number), or one column a label (0, 1, empty for unknown). A case may be several files, one a
+channel: columns of files or patterns in a folder; `medformer/data/labels.py` has the rules.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import math
-import zipfile
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from medformer.data import ScanError, Volume, find_scans, normalise, read_volume
-from runs import UserError
+from medformer.data import ScanError, Volume, find_scans, read_volume
+from medformer.data.cases import Case, WrongAxes, first, network_input, read_case
+from medformer.data.intensity import count_labels
+from medformer.data.labels import Kind, check_arrays, read_arrays, read_label_table
+from medformer.data.modality import could_be_hu, decide, guessed
+from medformer.data.pictures import find_pictures, grey_array, is_picture, read_mask, split_page
+from medformer.data.resample import on_grid, resize
+from medformer.data.volumes import counted
+from medformer.data.walking import Said
+from medformer.errors import UserError
 
-__all__ = ["Task", "drop_leaks", "few_shots", "fraction", "hashes_of", "read_task", "resize", "source_hash"]
+__all__ = ["Task", "drop_leaks", "few_shots", "fraction", "hashes_of", "read_task", "source_hash"]
 
 _SPLITS = ("train", "val", "test")
 _SPLIT = "U6"  # "leaked" is the longest
-_IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
-_CODE = {"path", "patient", "split", "label", "mask"}
 _VAL_SHARE = 0.2  # of the training cases, where the task names no validation split
 _NAMED = 3  # examples in an error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What a scan was measured like, which a later one may be far from."""
+
+    spacing_mm: tuple[float, float, float] | None
+    """zyx; None where the file says nothing about it."""
+    modality: str
+    units: str
+    shape: tuple[int, int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,16 +57,16 @@ class Task:
     """Labelled cases in memory, normalised as the trainer does it."""
 
     name: str
-    kind: Literal["classes", "labels", "segmentation"]
-    """One class a case; several labels a case; or one class a voxel."""
+    kind: Kind
+    """One class a case; several labels a case; one class a voxel; or a number a case."""
     dims: int
     """Spatial axes of an image."""
     names: tuple[str, ...]
-    """Classes or labels; of a segmentation without the background."""
+    """Classes, labels, or what the number is; of a segmentation without the background."""
     images: list[Tensor]
-    """float16 (1, *size) each."""
+    """float16 (C, *size) each; NaN in every voxel of a sequence that is missing."""
     targets: list[Tensor]
-    """int64 (), float32 (L,) with NaN for unknown, or uint8 of the image's size with 0 for background."""
+    """int64 (), float32 (L,) with NaN for unknown, float32 (1,), or uint8 of the image's size, 0 for background."""
     split: np.ndarray
     """'train', 'val' or 'test' for each case."""
     patients: tuple[str, ...] | None
@@ -59,6 +75,31 @@ class Task:
     hashes: tuple[str, ...]
     """Source hash of each case."""
     notes: tuple[str, ...] = ()
+    files: tuple[tuple[Path | None, ...], ...] = ()
+    """Of each case one for each channel; empty for an archive of arrays."""
+    modalities: tuple[tuple[str | None, ...], ...] = ()
+    """What the files are read as, where they do not say it themselves."""
+    masks: tuple[Path, ...] = ()
+    """Label maps of a segmentation."""
+    missing: bool = False
+    """Whether a case may lack sequences."""
+    seen: tuple[Seen, ...] = ()
+    """What each scan was measured like; empty for an archive of arrays."""
+
+    @property
+    def channels(self) -> int:
+        return len(self.images[0])
+
+    @property
+    def flags(self) -> int:
+        """Channels of a network that say which sequence is missing."""
+        return self.channels if self.missing else 0
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Mean and standard deviation of the training cases' numbers."""
+        values = self.labels(self.where("train")).astype(np.float64)
+        return float(values.mean()), float(values.std())
 
     def where(self, split: str) -> np.ndarray:
         """Indices of a split's cases."""
@@ -75,20 +116,29 @@ class Task:
         return np.unique([self.patients[i] for i in index], return_inverse=True)[1]
 
 
-def read_task(path: Path, dims: int, size: tuple[int, ...] | None, seed: int, progress: Callable[[Any], Any]) -> Task:
+def read_task(
+    path: Path, dims: int, size: tuple[int, ...] | None, seed: int, progress: Callable[[Any], Any], *,
+    labels: Sequence[str] = (), outside: bool = False, value: str | None = None, channels: Sequence[str] = (),
+    missing: bool = False,
+) -> Task:  # fmt: skip
     """Read, normalise and split a task; `size` resizes every image (but not of a segmentation).
+
+    labels: columns of a table that are labels, where not all that look like it are. outside: absolute paths in it may
+    lead out of its folder. value: the column of numbers to predict. channels, missing: as for `read_label_table`.
 
     Raises:
         UserError: in one line, for whatever is wrong with the table, a scan, a split or the dimension.
     """
     if not path.is_file():
         raise UserError(f"--task {path}: no such file; give an .npz (MedMNIST's layout) or a .csv of scans", 2)
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
+        if channels or value is not None:
+            raise UserError(f"--task {path}: {'--channels' if channels else '--value'} is of a .csv of scans", 2)
         task = _read_npz(path, dims, progress)
-    elif path.suffix == ".csv":
-        task = _read_csv(path, dims, progress)
+    elif path.suffix.lower() in (".csv", ".tsv"):
+        task = _read_csv(path, dims, progress, labels, outside, value, channels, missing)
     else:
-        raise UserError(f"--task {path}: must end in .npz or .csv", 2)
+        raise UserError(f"--task {path}: must end in .npz, .csv or .tsv", 2)
     task = _complete(task, seed)
     _check_patients(task)
     _check_classes(task)
@@ -102,29 +152,17 @@ def read_task(path: Path, dims: int, size: tuple[int, ...] | None, seed: int, pr
     return task if size is None else replace(task, images=[resize(image, size) for image in task.images])
 
 
-def resize(image: Tensor, size: tuple[int, ...]) -> Tensor:
-    if tuple(image.shape[1:]) == size:
-        return image
-    x = image[None].float()
-    for _ in range(8):  # halve first: interpolation alone would skip voxels
-        halve = [n >= 2 * s for n, s in zip(x.shape[2:], size, strict=True)]
-        if not any(halve):
-            break
-        pool = F.avg_pool3d if len(size) == 3 else F.avg_pool2d
-        x = pool(x, [2 if h else 1 for h in halve])
-    mode = "trilinear" if len(size) == 3 else "bilinear"
-    return F.interpolate(x, size=size, mode=mode, align_corners=False)[0].half()
-
-
 def _normal(voxels: np.ndarray, source: str) -> Tensor:
-    """As pretraining sees it: (1, Y, X) or (1, Z, Y, X) float16."""
-    flat = voxels.ndim == 2
-    volume = Volume(
-        voxels=voxels[None] if flat else voxels, affine=np.eye(4), modality="unknown", units="arbitrary", notes=(),
-        source=source,
+    """An array as pretraining sees it: (1, Y, X) or (1, Z, Y, X) float16."""
+    return torch.from_numpy(network_input([as_volume(voxels, source)], voxels.ndim)).half()
+
+
+def as_volume(voxels: np.ndarray, source: str) -> Volume:
+    """An array (Y, X) or (Z, Y, X) as a scan without place."""
+    return Volume(
+        voxels=voxels[None] if voxels.ndim == 2 else voxels, affine=np.eye(4), modality="unknown", units="arbitrary",
+        notes=(), source=source, geometry="none",
     )  # fmt: skip
-    out = normalise(volume)
-    return torch.from_numpy(out[0] if flat else out)[None].half()
 
 
 def _array_hash(voxels: np.ndarray) -> str:
@@ -133,20 +171,20 @@ def _array_hash(voxels: np.ndarray) -> str:
 
 
 def source_hash(files: Iterable[str | Path]) -> str:
-    """One hash of a scan's files, whatever their names and order."""
+    """One hash of a scan's files, whatever their names and order; pages of one file differ."""
     each = []
-    for file in files:
+    for path in files:
+        file, page = split_page(path)
         with open(file, "rb") as opened:
-            each.append(hashlib.file_digest(opened, "sha256").hexdigest())
+            each.append(hashlib.file_digest(opened, "sha256").hexdigest() + (f"#{page}" if page else ""))
     return each[0] if len(each) == 1 else hashlib.sha256("".join(sorted(each)).encode()).hexdigest()
 
 
 def _open_npz(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"--task {path}: not an .npz of plain arrays ({error})") from error
+        return read_arrays(path)
+    except ScanError as error:
+        raise UserError(f"--task {path}: {error}") from error
 
 
 def _read_npz(path: Path, dims: int, progress: Callable[[Any], Any]) -> Task:
@@ -162,25 +200,28 @@ def _read_npz(path: Path, dims: int, progress: Callable[[Any], Any]) -> Task:
         raise UserError(
             f"--task {path}: images of {found} axes, but the checkpoint takes {dims}; use one trained in {found}D", 2
         )
-    images, targets, split, patients, sources, hashes = [], [], [], [], [], []
-    lists = [arrays[f"{s}_labels"].reshape(len(arrays[f"{s}_images"]), -1) for s in present]
-    several = lists[0].shape[1] > 1
+    images, targets, split, patients, sources, hashes, remarks = [], [], [], [], [], [], []
+    try:
+        lists, count = check_arrays(arrays, present)
+    except ScanError as error:
+        raise UserError(f"--task {path}: {error}") from error
+    several = lists[0].ndim > 1
     names = arrays.get("class_names")
-    count = lists[0].shape[1] if several else int(max(labels.max() for labels in lists)) + 1
-    if names is not None and len(names) != count:
-        raise UserError(f"--task {path}: {len(names)} class_names for {count} classes or labels")
+    if names is not None and names.shape != (count,):
+        raise UserError(f"--task {path}: class_names of shape {names.shape} for {count} classes or labels")
     for part, labels in zip(present, lists, strict=True):
         stack = arrays[f"{part}_images"]
         ids = arrays.get(f"{part}_patients")
         for i in progress(range(len(stack))):
-            voxels = np.round(stack[i].mean(-1)).astype(stack.dtype) if colour else stack[i]
+            voxels, changes = grey_array(stack[i]) if colour else (stack[i], ())
             source = f"{path.name} {part}[{i}]"
             try:
                 image = _normal(voxels, source)
             except ScanError as error:
                 raise UserError(f"--task {path}: {error}") from error
+            remarks.append(changes)
             images.append(image)
-            targets.append(_known(labels[i].astype(np.float32)) if several else torch.tensor(int(labels[i, 0])))
+            targets.append(torch.from_numpy(labels[i]) if several else torch.tensor(int(labels[i])))
             split.append(part)
             sources.append(source)
             hashes.append(_array_hash(stack[i]))
@@ -193,107 +234,116 @@ def _read_npz(path: Path, dims: int, progress: Callable[[Any], Any]) -> Task:
         names=tuple(str(n) for n in names) if names is not None else tuple(str(i) for i in range(count)),
         images=images, targets=targets, split=np.array(split, _SPLIT), patients=tuple(patients) or None,
         sources=tuple(sources), hashes=tuple(hashes),
+        notes=(f"{path.name}: {', '.join(f'{s} {len(l)}' for s, l in zip(present, lists, strict=True))} cases; "
+               f"{count} {'labels' if several else 'classes'}", *counted(remarks, "images")),
     )  # fmt: skip
 
 
-def _known(labels: np.ndarray) -> Tensor:
-    """0, 1, and NaN for everything below 0."""
-    return torch.from_numpy(np.where(labels < 0, np.nan, labels).astype(np.float32))
-
-
-def _read_csv(path: Path, dims: int, progress: Callable[[Any], Any]) -> Task:
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or "path" not in rows[0]:
-        raise UserError(f"--task {path}: needs a header with the column path and at least one row")
-    columns = [c for c in rows[0] if c is not None]
-    others = [c for c in columns if c not in _CODE]
-    ways = [("mask" in columns), ("label" in columns), bool(others)]
-    if sum(ways) != 1:
-        raise UserError(
-            f"--task {path}: columns {', '.join(columns)}; give exactly one of label, mask, or one column for each "
-            "label"
-        )
-    kind: Any = ("segmentation", "classes", "labels")[ways.index(True)]
-    classes = sorted({row["label"] for row in rows}) if kind == "classes" else others
-    if kind == "classes" and "" in classes:
-        empty = next(i for i, row in enumerate(rows) if row["label"] == "")
-        raise UserError(f"--task {path}: row {empty + 2} has no label; fill it in or remove the row")
-    images, targets, hashes, highest = [], [], [], 0
-    for number, row in enumerate(progress(rows)):
-        source = path.parent / row["path"]
+def _read_csv(
+    path: Path, dims: int, progress: Callable[[Any], Any], labels: Sequence[str], outside: bool, value: str | None,
+    channels: Sequence[str], missing: bool,
+) -> Task:  # fmt: skip
+    try:
+        table = read_label_table(path, labels, outside=outside, value=value, channels=channels, missing=missing)
+    except ScanError as error:
+        raise UserError(f"--task {path}: {str(error).removeprefix(f'{path.name}: ')}") from error
+    images, targets, hashes, seen, remarks, highest = [], [], [], [], [], 0
+    vote = _Vote(path.parent, len(table.files[0]))
+    for i, files in enumerate(progress(table.files)):
         try:
-            voxels, image = _read_image(source, dims)
-            if kind == "segmentation":
-                target = _read_mask(path.parent / row["mask"], voxels, source)
+            case = read_case(files, dims)
+            if (words := vote.hear(i, files, case)) is not None:
+                case = read_case(files, dims, modalities=words)
+            image = torch.from_numpy(network_input(case, dims)).half()
+            if table.kind == "segmentation":
+                target = _read_mask(table.masks[i], first(case), dims)
                 highest = max(highest, int(target.max()))
-            elif kind == "classes":
-                target = torch.tensor(classes.index(row["label"]))
             else:
-                target = _known(np.array([float(row[c]) if row[c].strip() else -1 for c in others], np.float32))
-        except ScanError as error:
-            raise UserError(f"--task {path}: row {number + 2}: {error}") from error
-        except ValueError as error:
-            raise UserError(f"--task {path}: row {number + 2}: a label is no number ({error})") from error
+                target = torch.tensor(table.targets[i])
+            # Of a folder only the slices, as `hashes_of` takes them; reading it said that it holds one scan.
+            sources: list[str | Path] = []
+            for file in files:
+                if file is not None:
+                    sources += find_scans(file).scans[0].files if file.is_dir() else [file]
+            hashes.append(source_hash(sources))
+        except WrongAxes as error:
+            raise UserError(f"--task {path}: row {table.lines[i]}: {error}", 2) from error
+        except (ScanError, OSError) as error:
+            raise UserError(f"--task {path}: row {table.lines[i]}: {error}") from error
+        changes = dict.fromkeys(note for volume in case if volume is not None for note in volume.notes)
+        remarks.append([note for note in changes if not note.startswith("left out: ")])  # which names files
         images.append(image)
         targets.append(target)
-        # Of a folder only the slices, as `hashes_of` takes them; reading it said that it holds one scan.
-        files: Sequence[str | Path] = find_scans(source).scans[0].files if source.is_dir() else [source]
-        hashes.append(source_hash(files))
-    split = np.array([row.get("split") or "" for row in rows], "U32")
-    wrong = sorted(set(split.tolist()) - {*_SPLITS, ""})
-    if wrong or ("" in split and (split != "").any()):
-        shown = wrong[0] if wrong else ""
-        raise UserError(
-            f"--task {path}: split {shown!r} must be train, val or test in every row, or no row may have one"
-        )
-    if kind == "segmentation":
-        classes = [str(c) for c in range(1, highest + 1)]
+        seen.append(_seen(first(case)))
+    for i in vote.count():  # as pretraining on their folder takes them
+        case = read_case(table.files[i], dims, modalities=vote.words[i])
+        images[i], seen[i] = torch.from_numpy(network_input(case, dims)).half(), _seen(first(case))
+    classes = tuple(str(c) for c in range(1, highest + 1)) if table.kind == "segmentation" else table.names
     return Task(
-        name=path.stem, kind=kind, dims=dims, names=tuple(classes), images=images, targets=targets,
-        split=split.astype(_SPLIT),
-        patients=tuple(row["patient"] for row in rows) if "patient" in columns else None,
-        sources=tuple(row["path"] for row in rows), hashes=tuple(hashes),
+        name=path.stem, kind=table.kind, dims=dims, names=classes, images=images, targets=targets,
+        split=np.array(table.splits, _SPLIT), patients=table.patients, sources=table.paths, hashes=tuple(hashes),
+        notes=(*table.notes, *counted(remarks, "images"), *vote.lines), files=table.files, masks=table.masks,
+        missing=missing, seen=tuple(seen), modalities=tuple(tuple(vote.words[i]) for i in range(len(images))),
     )  # fmt: skip
 
 
-def _read_image(source: Path, dims: int) -> tuple[np.ndarray, Tensor]:
-    if source.suffix.lower() in _IMAGES:
-        from PIL import Image
+def _seen(grid: Volume) -> Seen:
+    place = None if grid.geometry == "none" else grid.spacing_mm
+    return Seen(spacing_mm=place, modality=grid.modality, units=grid.units, shape=grid.shape)
 
-        try:
-            with Image.open(source) as opened:
-                voxels = np.asarray(opened.convert("L"))
-        except OSError as error:
-            raise ScanError(f"{source.name}: cannot be read as an image ({error})") from error
-        found, image = 2, _normal(voxels, source.name)
+
+class _Vote:
+    """What scans are that do not say it: as a modality.txt says, else as most of their folder look; each channel for
+    itself."""
+
+    def __init__(self, root: Path, channels: int) -> None:
+        self.root, self.said, self.lines = root, Said(str(root)), ()
+        self.voters: list[dict[str, tuple[str, bool]]] = [{} for _ in range(channels)]
+        self.cases: list[dict[str, int]] = [{} for _ in range(channels)]
+        self.words: dict[int, list[str | None]] = {}
+        """Of each case what its channels are read as; None: as they say themselves."""
+
+    def hear(self, i: int, files: Sequence[Path | None], case: Case) -> list[str | None] | None:
+        """What a modality.txt says of the case's files; None where there is none for them."""
+        words: list[str | None] = [None] * len(files)
+        for c, (file, volume) in enumerate(zip(files, case, strict=True)):
+            if file is None or volume is None or is_picture(file) or not guessed(volume):
+                continue
+            if (word := self.said.of(str(file.parent))) is not None:
+                words[c] = word
+            elif not count_labels(volume.voxels):
+                place = os.path.relpath(file, self.root)
+                self.cases[c][place] = i
+                self.voters[c][place] = (volume.modality, could_be_hu(volume.voxels))
+        self.words[i] = words
+        return words if any(words) else None
+
+    def count(self) -> list[int]:
+        """Cases that the votes change."""
+        changed = []
+        for voters, cases, c in zip(self.voters, self.cases, range(len(self.cases)), strict=True):
+            vote = decide(voters, flag="")
+            self.lines += tuple(vote.lines)
+            for place, modality in vote.modality.items():
+                self.words[cases[place]][c] = modality
+                changed.append(cases[place])
+        return sorted({*changed})
+
+
+def _read_mask(path: Path, scan: Volume, dims: int) -> Tensor:
+    source = Path(scan.source).name
+    if is_picture(path):
+        mask = read_mask(path)[None]
     else:
-        volume = read_volume(source)
-        voxels, found = volume.voxels, 3
-        image = torch.from_numpy(normalise(volume))[None].half()
-        if dims == 2 and voxels.shape[0] == 1:
-            return voxels[0], image[:, 0]
-    if found != dims:
-        raise UserError(
-            f"--task: {source.name} has {found} axes, but the checkpoint takes {dims}; use one trained in {found}D", 2
-        )
-    return voxels, image
-
-
-def _read_mask(path: Path, voxels: np.ndarray, source: Path) -> Tensor:
-    if path.suffix.lower() in _IMAGES:
-        from PIL import Image
-
-        with Image.open(path) as opened:
-            mask = np.asarray(opened)
-    else:
-        mask = read_volume(path).voxels
-        mask = mask[0] if voxels.ndim == 2 else mask
-    if mask.shape != voxels.shape:
-        raise ScanError(f"{path.name}: mask of {mask.shape} voxels, {source.name} has {voxels.shape}")
+        found = read_volume(path)
+        mask = found.voxels
+        if found.shape == scan.shape and "none" not in (found.geometry, scan.geometry) and not on_grid(found, scan):
+            raise ScanError(f"{path.name}: mask lies elsewhere in the patient than {source}; resample it onto its grid")
+    if mask.shape != scan.shape:
+        raise ScanError(f"{path.name}: mask of {mask.shape[3 - dims :]} voxels, {source} has {scan.shape[3 - dims :]}")
     if mask.min() < 0 or mask.max() > 255 or not np.array_equal(mask, np.round(mask)):
         raise ScanError(f"{path.name}: labels from {mask.min()} to {mask.max()} must be whole numbers of 0 to 255")
-    return torch.from_numpy(mask.astype(np.uint8))
+    return torch.from_numpy((mask[0] if dims == 2 else mask).astype(np.uint8))
 
 
 def _complete(task: Task, seed: int) -> Task:
@@ -327,6 +377,9 @@ def _cut(task: Task, split: np.ndarray, name: str, seed: int) -> np.ndarray:
     group = task.groups(index)
     order = rng.permutation(group.max() + 1)
     strata = np.array([int(task.targets[i]) if task.kind == "classes" else 0 for i in index])
+    if task.kind == "regression" and len(index) >= 20:  # about evenly over the quarters of the range
+        values = task.labels(index)[:, 0]
+        strata = np.searchsorted(np.quantile(values, (0.25, 0.5, 0.75)), values)
     out = split.copy()
     moved = dict.fromkeys(np.unique(strata).tolist(), 0)
     for g in order:
@@ -357,6 +410,22 @@ def _check_patients(task: Task) -> None:
 
 
 def _check_classes(task: Task) -> None:
+    if task.kind == "regression":
+        for split in _SPLITS:
+            values = task.labels(task.where(split))
+            if len(values) < 2 or values.min() == values.max():
+                what = f"{len(values)} case(s)" if len(values) < 2 else f"the one number {values.min():g}"
+                raise UserError(
+                    f"task {task.name}: {task.names[0]} has {what} in the {split} split; two different ones are the "
+                    "least; add cases, or (where no split is given) try another --split_seed"
+                )
+        return
+    least = {"classes": 2, "labels": 1, "segmentation": 1}[task.kind]
+    if len(task.names) < least:
+        found = f"only class {task.names[0]}" if task.names else "only background in every mask"
+        raise UserError(
+            f"task {task.name}: {found}; give cases of at least {least} {'classes' if least > 1 else 'label'}"
+        )
     if task.kind == "segmentation":
         return
     for split in _SPLITS:
@@ -380,11 +449,12 @@ def fraction(task: Task, share: float, seed: int) -> np.ndarray:
         UserError: a class would be left without a label.
     """
     index, rng = task.where("train"), np.random.default_rng((seed, 12))
-    if task.kind == "segmentation":
-        count = round(share * len(index))
-        if count < 1:
+    if task.kind in ("segmentation", "regression"):
+        count, least = round(share * len(index)), 1 if task.kind == "segmentation" else 2
+        if count < least:
             raise UserError(
-                f"--fractions {share:g} of {len(index)} training scans is none; use at least {1 / len(index):.2g}"
+                f"--fractions {share:g} of {len(index)} training scans is {'none' if count < 1 else 'one'}; use at "
+                f"least {least / len(index):.2g}"
             )
         return np.sort(rng.permutation(index)[:count])
     values = task.labels(index)
@@ -436,7 +506,7 @@ def hashes_of(path: Path, progress: Callable[[Any], Any]) -> set[str]:
         return {_array_hash(image) for stack in stacks for image in progress(stack)}
     if not path.is_dir():
         raise UserError(f"--pretraining {path}: no such folder or .npz", 2)
-    found: list[Sequence[str | Path]] = [[p] for p in sorted(path.rglob("*")) if p.suffix.lower() in _IMAGES]
+    found: list[Sequence[str | Path]] = [[p] for p in find_pictures(path)]
     try:
         found += [scan.files for scan in find_scans(path).scans]
     except ScanError as error:
@@ -445,8 +515,12 @@ def hashes_of(path: Path, progress: Callable[[Any], Any]) -> set[str]:
     return {source_hash(files) for files in progress(found)}
 
 
-def drop_leaks(task: Task, pretraining: set[str], keep: bool) -> tuple[Task, list[str]]:
+def drop_leaks(
+    task: Task, pretraining: set[str], keep: bool, flag: str = "--leaks keep"
+) -> tuple[Task, list[str]]:  # fmt: skip
     """Held-out cases that the training cases or the pretraining index hold too: reported, and left out unless `keep`.
+
+    flag: what keeps them on the command line; empty where nothing does.
 
     A task's own validation and training cases are expected in the pretraining index (without labels) and stay.
     """
@@ -456,14 +530,18 @@ def drop_leaks(task: Task, pretraining: set[str], keep: bool) -> tuple[Task, lis
         hits = [int(i) for i in task.where("test") if task.hashes[i] in known]
         if hits:
             named = ", ".join(task.sources[i] for i in hits[:_NAMED]) + (", ..." if len(hits) > _NAMED else "")
-            fate = "kept (--leaks keep)" if keep else "left out of the test"
+            way = f" ({flag} only reports them)" if flag else ""
+            fate = f"kept ({flag})" if keep else f"left out of the test{way}"
             lines.append(
                 f"LEAK: {len(hits)} of {len(task.where('test'))} held-out cases occur in {what} ({named}); {fate}"
             )
             out[hits] = "test" if keep else "leaked"
     result = replace(task, split=out)
     if not len(result.where("test")):
-        raise UserError(f"task {task.name}: every held-out case has leaked ({lines[-1]}); hold other cases out")
+        raise UserError(
+            f"task {task.name}: every held-out case has leaked ({lines[-1]}); hold other cases "
+            "out, or fine-tune, which takes what pretraining has seen"
+        )
     if not keep:
         _check_classes(result)
     return result, lines

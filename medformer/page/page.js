@@ -10,13 +10,15 @@ const PLANES = [
 ];
 const HEAT = [[0, 0, 4], [60, 9, 101], [136, 34, 106], [203, 65, 73], [246, 125, 21], [251, 190, 35], [252, 255, 164]];
 const COOL = [[38, 20, 84], [49, 82, 139], [33, 130, 141], [40, 168, 126], [122, 209, 81], [253, 231, 37]];
+const LABELS = [[239, 83, 80], [66, 165, 245], [102, 187, 106], [255, 202, 40], [171, 71, 188], [38, 198, 218], [255, 112, 67], [141, 110, 99]];
 const PRESETS = [["soft tissue", 40, 400], ["lung", -600, 1500], ["bone", 400, 1800], ["brain", 40, 80]];
-const LONGEST = 390; // pixels of the longest side of all planes
+const FRAME = [26, 56]; // pixels around a plane, across and up, with its slider
 
 let scan = null; // the scan shown, unpacked
 const state = { scan: 0, at: [0, 0, 0], plane: 0, centre: 0, width: 1, overlay: "", before: "none", opacity: 0.55, token: null };
 
 async function unpack(text, Type) {
+  if (ArrayBuffer.isView(text)) return text; // made in this page
   const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
   return new Type(await new Response(stream).arrayBuffer());
@@ -26,21 +28,34 @@ async function open(number) {
   const packed = data.scans[number];
   const next = { ...packed };
   next.voxels = await unpack(packed.voxels, Int16Array);
-  next.colours = await unpack(packed.colours, Uint8Array);
-  next.tokens = await unpack(packed.tokens, Int8Array);
+  if (packed.tokens) next.colours = await unpack(packed.colours, Uint8Array), next.tokens = await unpack(packed.tokens, Int8Array);
+  next.mask = packed.mask ? await unpack(packed.mask, Uint8Array) : null;
   next.heads = await Promise.all(packed.heads.map(async (h) => ({ ...h, values: await unpack(h.values, Uint8Array) })));
   scan = next;
-  Object.assign(state, { scan: number, at: scan.shape.map((n) => n >> 1), token: null, plane: 0 });
+  document.body.classList.remove("empty");
+  Object.assign(state, { scan: number, at: middle(), token: null, plane: 0 });
   [state.centre, state.width] = scan.window;
   const keep = overlays().some(([key]) => key === state.overlay && key !== "similarity");
-  if (!keep) state.overlay = scan.heads.length ? "head" + (scan.heads.length - 1) : "pca";
+  if (scan.mask) state.overlay = "mask";
+  else if (!keep) state.overlay = scan.heads.length ? "head" + (scan.heads.length - 1) : scan.tokens ? "pca" : "none";
   build();
   draw();
+  tabulate();
+}
+
+// Where the mask is largest along each axis; the scan's own middle where there is none.
+function middle() {
+  const count = scan.shape.map((n) => new Uint32Array(n)), [, rows, columns] = scan.shape;
+  (scan.mask || []).forEach((label, i) => {
+    if (label) [Math.floor(i / rows / columns), Math.floor(i / columns) % rows, i % columns].forEach((v, a) => count[a][v]++);
+  });
+  return count.map((c) => { const best = c.indexOf(Math.max(...c)); return c[best] ? best : c.length >> 1; });
 }
 
 function overlays() {
   const heads = scan.heads.map((h, i) => ["head" + i, "attention, " + h.title]);
-  return [["none", "nothing"], ...heads.reverse(), ["pca", "patch colours (PCA)"], ["similarity", "similarity to a token"]];
+  return [["none", "nothing"], ...(scan.mask ? [["mask", "answer: mask"]] : []), ...heads.reverse(),
+    ...(scan.tokens ? [["pca", "patch colours (PCA)"], ["similarity", "similarity to a token"]] : [])];
 }
 
 function lut(colours, t) {
@@ -91,12 +106,22 @@ function painter() { // token number to [r, g, b, a], or null
 
 // ---- drawing ------------------------------------------------------------------------------------------------------
 
+// Pixels a millimetre with which the planes fill what the window has: in a row, or as two over one.
+function arrange([z, y, x]) {
+  const table = $("table").hidden ? 0 : Math.min($("table").offsetHeight, 0.35 * window.innerHeight) + 12, top = $("planes").getBoundingClientRect().top + window.scrollY;
+  const wide = Math.max(280, $("planes").clientWidth), high = Math.max(280, window.innerHeight - top - 40 - table);
+  const fits = (columns, rows, across, up) => Math.min((wide - columns * FRAME[0]) / across, (high - rows * FRAME[1]) / up);
+  if (scan.flat) return fits(1, 0.5, x, y);
+  const row = fits(3, 1, 2 * x + y, Math.max(y, z)), four = fits(2, 2, x + y, y + z), one = fits(1, 1, Math.max(x, y), Math.max(y, z));
+  $("planes").classList.toggle("four", wide > 700 && four > row);
+  return wide > 700 ? Math.max(row, four) : one;
+}
+
 const canvases = [];
 function build() {
   $("planes").replaceChildren();
   canvases.length = 0;
-  const mm = scan.shape.map((n, a) => n * scan.spacing[a]);
-  const perMm = (scan.flat ? 1.6 : 1) * LONGEST / Math.max(...mm.slice(scan.flat ? 1 : 0));
+  const mm = scan.shape.map((n, a) => n * scan.spacing[a]), perMm = arrange(mm);
   PLANES.forEach((plane, p) => {
     if (scan.flat && p) return;
     const figure = document.createElement("figure"), canvas = document.createElement("canvas");
@@ -132,6 +157,20 @@ function gray(p) {
       const value = scan.voxels[line + (turned ? w - 1 - col : col) * step[across]] * scan.slope + scan.middle;
       out[o] = out[o + 1] = out[o + 2] = (value - low) * gain; // clamped by the array
       out[o + 3] = 255;
+    }
+  }
+  return image;
+}
+
+// The label map's plane, one pixel a voxel; background is clear.
+function maskOf(p) {
+  const { across, up } = PLANES[p], step = [scan.shape[1] * scan.shape[2], scan.shape[2], 1];
+  const w = scan.shape[across], h = scan.shape[up], image = new ImageData(w, h), start = state.at[p] * step[p];
+  for (let row = 0, o = 0; row < h; row++) {
+    const line = start + (scan.flat ? row : h - 1 - row) * step[up];
+    for (let col = 0; col < w; col++, o += 4) {
+      const label = scan.mask[line + (scan.flat ? col : w - 1 - col) * step[across]];
+      if (label) image.data.set([...LABELS[(label - 1) % LABELS.length], 255], o);
     }
   }
   return image;
@@ -178,6 +217,12 @@ function drawPlane(p) {
     paste(context, overlay(p, paint), x, y, wide, high);
     context.globalAlpha = 1;
   }
+  if (state.overlay === "mask" && scan.mask && state.opacity > 0) {
+    context.globalAlpha = state.opacity;
+    context.imageSmoothingEnabled = false;
+    paste(context, maskOf(p), 0, 0, w, h);
+    context.globalAlpha = 1;
+  }
   const place = (axis, size) => ((scan.flat ? state.at[axis] : scan.shape[axis] - 1 - state.at[axis]) + 0.5) * size / scan.shape[axis];
   context.strokeStyle = "rgba(124, 196, 255, 0.55)";
   context.lineWidth = 1;
@@ -213,10 +258,11 @@ function drawPlane(p) {
 function draw() {
   canvases.forEach((_, p) => drawPlane(p));
   const index = (state.at[0] * scan.shape[1] + state.at[1]) * scan.shape[2] + state.at[2];
-  const value = scan.voxels[index] * scan.slope + scan.middle, token = tokenAt(state.at);
-  let text = `voxel ${state.at.join(", ")} (zyx): ${number(value)} ${scan.units}; token ${token.join(", ")} of ${scan.grid.join(" x ")}`;
+  const value = scan.voxels[index] * scan.slope + scan.middle, token = scan.tokens && tokenAt(state.at);
+  let text = `${scan.flat ? "pixel" : "voxel"} ${axes(state.at).join(", ")} (${scan.flat ? "yx" : "zyx"}): ${number(value)}${scan.units && " " + scan.units}`;
+  if (token) text += `; token ${axes(token).join(", ")} of ${axes(scan.grid).join(" x ")}`;
   if (state.token && state.overlay === "similarity" && painter())
-    text += `; similarity to token ${state.token.join(", ")}: ${state.similar[flat(token)].toFixed(3)}`;
+    text += `; similarity to token ${axes(state.token).join(", ")}: ${state.similar[flat(token)].toFixed(3)}`;
   $("place").textContent = text;
   $("overlay").value = state.overlay;
   $("opacity").value = 100 * state.opacity;
@@ -232,100 +278,15 @@ function legend() {
   const ends = head ? head.range.map((v) => v.toFixed(2) + " x mean") : colours ? [state.low.toFixed(2), "1.00"] : ["", ""];
   if (colours) $("scale").style.background = `linear-gradient(to right, ${colours.map((c) => `rgb(${c})`).join(",")})`;
   ends.forEach((text, i) => ($("ends").children[i].textContent = text));
-  $("hint").textContent = state.overlay !== "similarity" ? ""
+  $("hint").textContent = state.overlay === "pca" ? "Like colours are like tokens: their first three principal components."
+    : head ? "How much the class token of the last block looks at each token, against the mean."
+    : state.overlay !== "similarity" ? ""
     : !state.token ? "Click a place in the scan."
     : `Cosine of the tokens, from ${scan.rank} dimensions (${(100 * scan.share).toFixed(1)}% of their length), within ${scan.error.toFixed(3)}.`;
 }
 
+const axes = (list) => (scan.flat ? list.slice(1) : list);
 const number = (v) => (Number.isInteger(v) ? String(v) : Math.abs(v) >= 100 ? v.toFixed(0) : v.toPrecision(4));
-
-// ---- the side -----------------------------------------------------------------------------------------------------
-
-function element(kind, text, into) {
-  const made = document.createElement(kind);
-  if (text !== undefined) made.textContent = text;
-  if (into) into.append(made);
-  return made;
-}
-
-function fill() {
-  $("overlay").replaceChildren(...overlays().map(([key, title]) => new Option(title, key)));
-  $("scans").replaceChildren(...data.scans.map((s, i) => new Option(s.name, i, false, i === state.scan)));
-  $("scans").hidden = data.scans.length < 2;
-  $("name").textContent = scan.name;
-  $("units").textContent = scan.units;
-  $("presets").replaceChildren();
-  if (scan.units === "HU")
-    for (const [title, centre, width] of PRESETS) {
-      const button = element("button", title, $("presets"));
-      button.onclick = () => { Object.assign(state, { centre, width }); draw(); };
-    }
-  const [title, bars] = $("answers").children;
-  $("answers").hidden = !scan.answer;
-  bars.replaceChildren();
-  if (scan.answer) {
-    title.textContent = "Answer: " + scan.answer.task;
-    for (const [name, share] of scan.answer.classes) {
-      const bar = element("div", undefined, bars), label = element("span", name, bar), fillIn = element("i", undefined, bar);
-      bar.className = "bar";
-      label.title = name;
-      fillIn.style.width = 100 * share + "%";
-      element("b", (100 * share).toFixed(1) + "%", bar);
-    }
-    const top = scan.answer.kind === "classes" ? "Shares of one linear probe, uncalibrated; no diagnosis." : "Each label for itself, uncalibrated; no diagnosis.";
-    element("p", top, bars).className = "soft";
-  }
-  $("near").hidden = !scan.nearest.length;
-  $("nearest").replaceChildren();
-  for (const near of scan.nearest) {
-    const figure = element("figure", undefined, $("nearest")), image = element("img", undefined, figure);
-    image.src = near.picture;
-    image.alt = near.name;
-    element("figcaption", `${near.similarity.toFixed(3)} ${near.name}`, figure);
-  }
-  $("about").replaceChildren();
-  const rows = [
-    ["size", `${scan.full.join(" x ")} voxels (zyx)` + (String(scan.full) === String(scan.shape) ? "" : `, shown as ${scan.shape.join(" x ")}`)],
-    ["spacing", scan.spacing.map((v) => number(v)).join(" x ") + " mm"],
-    ["tokens", `${scan.grid.join(" x ")} of ${scan.kernel.join(" x ")} voxels, every ${scan.stride.join(" x ")}`],
-    ...(scan.modality && scan.modality !== "unknown" ? [["modality", scan.modality]] : []),
-    ...scan.notes.map((note) => ["note", note]), ...data.facts.map((fact) => ["", fact]),
-  ];
-  for (const [name, text] of rows) {
-    element("dt", name, $("about"));
-    element("dd", text, $("about"));
-  }
-}
-
-function curve() {
-  const points = data.curves[$("series").value] || [], canvas = $("curve"), context = canvas.getContext("2d");
-  const { width: w, height: h } = canvas, left = 70, bottom = 34, top = 14;
-  context.clearRect(0, 0, w, h);
-  if (!points.length) return;
-  const xs = points.map((p) => p[0]), ys = points.map((p) => p[1]);
-  const [x0, x1, y0, y1] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
-  const x = (v) => left + ((v - x0) / Math.max(x1 - x0, 1e-9)) * (w - left - 12);
-  const y = (v) => h - bottom - ((v - y0) / Math.max(y1 - y0, 1e-12)) * (h - bottom - top);
-  context.font = "20px system-ui, sans-serif";
-  context.fillStyle = "#a3adba";
-  context.strokeStyle = "#333b47";
-  context.textAlign = "right";
-  for (const v of [y0, (y0 + y1) / 2, y1]) {
-    context.fillText(v === 0 || Math.abs(v) >= 0.01 ? v.toPrecision(3) : v.toExponential(0), left - 8, y(v) + 6);
-    context.beginPath();
-    context.moveTo(left, y(v));
-    context.lineTo(w - 12, y(v));
-    context.stroke();
-  }
-  context.fillText("step " + x1, w - 12, h - 8);
-  context.textAlign = "left";
-  context.fillText(String(x0), left, h - 8);
-  context.strokeStyle = "#7cc4ff";
-  context.lineWidth = 2.5;
-  context.beginPath();
-  points.forEach((p, i) => (i ? context.lineTo(x(p[0]), y(p[1])) : context.moveTo(x(p[0]), y(p[1]))));
-  context.stroke();
-}
 
 // ---- hands --------------------------------------------------------------------------------------------------------
 
@@ -342,6 +303,7 @@ function select(key) {
 }
 
 function ask() {
+  if (!scan.tokens) return draw();
   state.token = tokenAt(state.at);
   select("similarity");
 }
@@ -359,7 +321,7 @@ function listen(canvas, p) {
     const dx = e.clientX - from.x, dy = e.clientY - from.y;
     if (!from.moved && Math.hypot(dx, dy) < 4) return;
     from.moved = true;
-    state.width = Math.max(scan.slope, from.width * Math.exp(dx / 200));
+    state.width = Math.max(scan.least ?? scan.slope, from.width * Math.exp(dx / 200));
     state.centre = from.centre - (dy / 300) * from.width;
     draw();
   };
@@ -389,7 +351,7 @@ document.addEventListener("keydown", (e) => {
     o: () => select(keys[(now + 1) % keys.length]), O: () => select(keys[(now + keys.length - 1) % keys.length]),
     "[": () => { state.opacity = Math.max(0, state.opacity - near); draw(); },
     "]": () => { state.opacity = Math.min(1, state.opacity + near); draw(); },
-    n: () => open((state.scan + 1) % data.scans.length),
+    n: () => { const next = data.scans.findIndex((s, i) => s && i > state.scan); open(next < 0 ? data.scans.findIndex((s) => s) : next); },
     Enter: ask, Escape: () => { state.token = null; select(state.before); },
     1: () => canvases[0].canvas.focus(), 2: () => canvases[1]?.canvas.focus(), 3: () => canvases[2]?.canvas.focus(),
   };
@@ -402,41 +364,7 @@ $("overlay").onchange = (e) => select(e.target.value);
 $("opacity").oninput = (e) => { state.opacity = e.target.value / 100; draw(); };
 $("centre").onchange = (e) => { if (e.target.value !== "") state.centre = +e.target.value; draw(); };
 $("width").onchange = (e) => { if (+e.target.value > 0) state.width = +e.target.value; draw(); };
+let resizing = 0;
+window.addEventListener("resize", () => { clearTimeout(resizing); resizing = setTimeout(() => scan && (build(), draw()), 150); });
 $("scans").onchange = (e) => open(+e.target.value);
 $("series").onchange = curve;
-
-// ---- a page that takes scans (--serve) ------------------------------------------------------------------------------
-
-async function send(file) {
-  $("problem").textContent = `reading ${file.name} ...`;
-  try {
-    if (file.size > data.limit) throw new Error(`${file.name}: ${file.size} bytes, at most ${data.limit} are taken`);
-    const headers = { "X-Medformer": data.serve, "X-Name": encodeURIComponent(file.name) };
-    const answer = await fetch("/scan", { method: "POST", body: file, headers });
-    if (!answer.ok) throw new Error((await answer.text()).slice(0, 500));
-    data.scans.push(await answer.json());
-    $("problem").textContent = "";
-    await open(data.scans.length - 1);
-  } catch (error) {
-    $("problem").textContent = error.message;
-  }
-}
-
-if (data.serve) {
-  $("drop").hidden = false;
-  $("file").onchange = (e) => e.target.files.length && send(e.target.files[0]);
-  for (const kind of ["dragover", "dragleave", "drop"])
-    document.addEventListener(kind, (e) => {
-      e.preventDefault();
-      $("drop").classList.toggle("over", kind === "dragover");
-      if (kind === "drop" && e.dataTransfer.files.length) send(e.dataTransfer.files[0]);
-    });
-}
-
-$("model").textContent = `${data.checkpoint}: ${data.model}`;
-$("training").hidden = !Object.keys(data.curves).length;
-$("series").replaceChildren(...Object.keys(data.curves).map((name) => new Option(name.replaceAll("_", " "), name)));
-curve();
-if (data.scans.length) open(0);
-else for (const card of ["answers", "near"]) $(card).hidden = true;
-window.medformer = { state, data, open, get scan() { return scan; }, tokenAt, similarities };

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from runs import UserError
+from medformer.errors import UserError
 
 __all__ = ["Difference", "Estimate", "dice", "difference", "estimate", "metrics_of", "point", "weighted"]
 
@@ -20,6 +20,7 @@ _METRICS = {
     "classes": ("auroc", "balanced_accuracy"),
     "labels": ("auroc", "balanced_accuracy"),
     "segmentation": ("dice",),
+    "regression": ("r2", "mae", "rmse", "r"),
 }
 
 
@@ -31,11 +32,16 @@ def metrics_of(kind: str) -> tuple[str, ...]:
 def point(metric: str, predictions: np.ndarray, truth: np.ndarray) -> float:
     """One score of [n, C] probabilities: macro over classes or labels, NaN truth left out. Dice: mean of the cases'.
 
+    Of numbers [n, 1] the mean absolute (mae) and root mean squared error, Pearson's r, and r2, the share of the
+    variance of `truth` that is explained (below 0 where its mean alone would do better).
+
     Raises:
         UserError: scikit-learn is not installed.
     """
     if metric == "dice":
         return float(np.nanmean(np.nanmean(predictions, axis=1)))
+    if metric in _METRICS["regression"]:
+        return float(weighted(metric, predictions, truth, np.ones((1, len(truth))))[0])
     try:
         from sklearn.metrics import balanced_accuracy_score, roc_auc_score
     except ImportError as error:
@@ -70,6 +76,8 @@ def weighted(metric: str, predictions: np.ndarray, truth: np.ndarray, weights: n
         values = np.nanmean(predictions, axis=1)
         seen = ~np.isnan(values)
         return weights[:, seen] @ values[seen] / np.maximum(weights[:, seen].sum(1), 1e-12)
+    if metric in _METRICS["regression"]:
+        return _of_numbers(metric, predictions[:, 0], truth[:, 0], weights)
     columns = []
     guess = predictions.argmax(1) if truth.ndim == 1 else None
     for c in range(predictions.shape[1]):
@@ -87,6 +95,23 @@ def weighted(metric: str, predictions: np.ndarray, truth: np.ndarray, weights: n
                 parts = [w[:, is_c & right].sum(1) / w[:, is_c].sum(1) for is_c, right in recall]
             columns.append(np.mean(parts, axis=0))
     return np.nanmean(columns, axis=0)
+
+
+def _of_numbers(metric: str, guess: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    guess, truth = guess.astype(np.float64), truth.astype(np.float64)
+    weights = weights / weights.sum(1, keepdims=True)
+    error = guess - truth
+    if metric == "mae":
+        return weights @ np.abs(error)
+    if metric == "rmse":
+        return np.sqrt(weights @ error**2)
+    y = truth - (weights @ truth)[:, None]
+    spread = (weights * y**2).sum(1)
+    with np.errstate(invalid="ignore", divide="ignore"):  # a resample of one number has neither
+        if metric == "r2":
+            return np.where(spread > 0, 1 - weights @ error**2 / spread, np.nan)
+        x = guess - (weights @ guess)[:, None]
+        return (weights * x * y).sum(1) / np.sqrt(spread * (weights * x**2).sum(1))
 
 
 def _auroc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -21,9 +21,9 @@ import yaml
 from torch import Tensor, nn
 
 import medformer
+from medformer.errors import UserError
 from medformer.models import TNT, ImageGPT, Model, ResNet
-from runs import UserError
-from schedules import cosine
+from medformer.schedules import cosine
 
 __all__ = ["AttentiveHead", "Frozen", "LinearProbe", "knn", "linear_sweep", "load_model", "loss_of", "probabilities"]
 
@@ -62,6 +62,7 @@ def load_model(path: Path) -> tuple[Model, Path, dict[str, Any]]:
     file = sequence if sequence.is_file() else path / "backbone.safetensors" if path.is_dir() else path
     try:
         model = medformer.load(file)
+        model = getattr(model, "backbone", model)  # of one that was fine-tuned
     except FileNotFoundError as error:
         raise UserError(f"{error}; give the folder of a run, or its backbone.safetensors", 2) from error
     except ValueError as error:
@@ -118,8 +119,10 @@ def balance_of(target: Tensor, classes: int) -> Tensor | None:
 
 
 def probabilities(logits: Tensor, kind: str) -> np.ndarray:
-    """[..., C] float64."""
+    """[..., C] float64; of a regression its numbers as they are."""
     logits = logits.double()
+    if kind == "regression":
+        return logits.detach().cpu().numpy()
     return (logits.softmax(-1) if kind == "classes" else logits.sigmoid()).detach().cpu().numpy()
 
 

@@ -1,7 +1,7 @@
 """One HTML file that shows what a checkpoint sees in scans: opens from disk, loads nothing from anywhere.
 
-    python ssl/report.py CHECKPOINT SCAN... [--probe FILE] [--cases DIR] [--out page.html]
-    python ssl/report.py CHECKPOINT --serve
+    medformer report CHECKPOINT SCAN... [--probe FILE] [--cases DIR] [--out page.html]
+    medformer report CHECKPOINT --serve
 
 Every number the page draws is computed here and packed into it: voxels as int16, attention and patch colours as bytes,
 tokens as int8 of a few dimensions from which the page computes similarities itself.
@@ -9,17 +9,16 @@ tokens as int8 of a few dimensions from which the page computes similarities its
 
 from __future__ import annotations
 
-import argparse
 import base64
 import gzip
+import hashlib
 import html
 import json
 import math
-import os
 import re
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -28,52 +27,56 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm import tqdm
 
 import medformer
-import probes
-import runs
-from medformer.data import ScanError, Volume, find_scans, normalise, read_volume
-from medformer.data.intensity import count_labels
+from medformer.answers.model import About, Finetuned
+from medformer.answers.predict import predict
+from medformer.answers.results import shown_scores
+from medformer.data import ScanError, Volume, normalise, read_volume
+from medformer.data.names import Ids, known_modality
+from medformer.data.resample import resize
+from medformer.errors import UserError
+from medformer.evaluation import probes
+from medformer.files import write_whole
 from medformer.models import Encoder
-from runs import UserError
-from tasks import resize
+from medformer.page.cases import Case, nearest
 
-__all__ = ["Probe", "Viewer", "load_scan", "main", "read_cases", "read_probe", "render", "write_page"]
+__all__ = [
+    "Probe",
+    "Viewer",
+    "assemble",
+    "described",
+    "load_scan",
+    "read_probe",
+    "render",
+    "told",
+    "training_curves",
+    "write_page",
+]
 
 VOXELS = 128**3  # most voxels of a scan that are shown; more are averaged away by whole factors
 TOKEN_BYTES = 2 * 2**20  # most bytes of one scan's tokens
-CASES = 200  # most training cases compared with
-NEAREST = 6
-_CASE_VOXELS = 64**3  # size at which cases, and a scan beside them, are embedded
-_THUMB = 72  # pixels
+_CASE_VOXELS = 64**3  # size at which cases, and a scan with them, are embedded
 _POINTS = 400  # of a training curve
 _CURVES = ("loss", "teacher_entropy", "kl", "marginal_entropy", "accuracy", "gradient_norm", "lr", "scans_per_s")
-_PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """A linear probe that ssl/evaluate.py left, with what it needs to be asked."""
+    """A linear probe that medformer evaluate left, with what it needs to be asked."""
 
     task: str
     kind: str
     names: tuple[str, ...]
     size: tuple[int, ...]
     head: probes.LinearProbe
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """A training case: its embedding and a small picture."""
-
-    name: str
-    vector: np.ndarray
-    picture: str
+    scores: str = ""
+    """On the held-out cases of its evaluation; empty where the file is of before they were kept."""
+    cases: int = 0
 
 
 class Viewer:
-    """A backbone and everything beside it that a page shows."""
+    """A backbone and everything else that a page shows."""
 
     def __init__(
         self, model: Encoder, file: Path, *, probe: Probe | None = None, cases: Sequence[Case] = (),
@@ -81,8 +84,22 @@ class Viewer:
     ) -> None:  # fmt: skip
         self.model, self.file, self.probe, self.cases = model.eval(), file, probe, list(cases)
         self.curves, self.facts = curves or {}, list(facts)
+        self.finetuned: Finetuned | None = None
+        """Whose answers are shown."""
+        self.near = "Nearest training cases"
+        """What `cases` are called."""
+        self.ids: Ids | None = None
+        """Where set, names of files are replaced by ids."""
         if probe is not None and len(probe.size) != model.config.dims:
             raise UserError(f"--probe: of a {len(probe.size)}D model, {file} takes {model.config.dims} axes", 2)
+
+    @property
+    def dims(self) -> int:
+        return self.model.config.dims
+
+    def called(self, name: str) -> str:
+        """What the page calls a scan of this name."""
+        return name if self.ids is None else self.ids.of(name)
 
     @torch.no_grad()
     def scan(self, volume: Volume, name: str) -> dict[str, Any]:
@@ -99,16 +116,21 @@ class Viewer:
         if flat:
             reach, stride, padding = (1, *reach), (1, *stride), (0, *padding)
         stored, slope, middle = to_int16(voxels)
+        notes, modality = list(volume.notes), volume.modality
+        if self.ids is not None:
+            notes = [self.ids.hide(n, name) for n in notes if not n.startswith("left out: ")]  # which names files
+            modality = known_modality(modality)
         return {
-            "name": name, "notes": list(volume.notes), "modality": volume.modality,
+            "name": self.called(name), "notes": notes, "modality": modality,
             "units": "HU" if volume.units == "HU" else "", "flat": flat,
             "shape": list(voxels.shape), "full": list(volume.voxels.shape),
             "spacing": [mm * f for mm, f in zip(volume.spacing_mm, factors, strict=True)],
+            "measured": volume.geometry != "none",
             "voxels": packed(stored), "slope": slope, "middle": middle, "window": window(volume, voxels),
             "grid": list(grid), "kernel": list(reach), "stride": list(stride), "padding": list(padding),
             "heads": self._attention(x), "colours": packed(colours(patches)),
             "tokens": packed(codes), "rank": codes.shape[1], "scale": scale, "error": error, "share": share,
-            "nearest": self._nearest(volume), "answer": self._answer(volume),
+            "nearest": nearest(self.cases, self.embed(volume)) if self.cases else [], **self._answers(volume, factors),
         }  # fmt: skip
 
     def _input(self, normal: np.ndarray) -> Tensor:
@@ -123,14 +145,14 @@ class Viewer:
 
     def _attention(self, x: Tensor) -> list[dict[str, Any]]:
         """The class token's row of each head of the last block, as bytes of its own range; none without that token."""
-        if isinstance(self.model, medformer.ResNet) or self.model.class_token is None:
+        if isinstance(self.model, medformer.ResNet | medformer.SliceEncoder) or self.model.class_token is None:
             return []
         rows = self.model.attention_map(x)[0].flatten(1).float().cpu()
         rows = torch.cat([rows, rows.mean(0, keepdim=True)])
         out = []
         for number, row in enumerate(rows):
-            # The few tokens that take most would leave all others black.
-            low, high = float(row.min()), float(torch.quantile(row, 0.998))
+            # Those that take most would leave the others black, the half that takes least would cover the scan.
+            low, high = (float(torch.quantile(row, q)) for q in (0.5, 0.998))
             byte = ((row - low) / max(high - low, 1e-12)).clamp(0, 1).mul(255).round().to(torch.uint8)
             times = [low * len(row), high * len(row)]
             title = "mean of heads" if number == len(rows) - 1 else f"head {number + 1}"
@@ -144,13 +166,36 @@ class Viewer:
         vector = self.model(self._input(normal))[0].double().cpu().numpy()
         return vector / max(float(np.linalg.norm(vector)), 1e-12)
 
-    def _nearest(self, volume: Volume) -> list[dict[str, Any]]:
-        if not self.cases:
-            return []
-        similar = np.stack([case.vector for case in self.cases]) @ self.embed(volume)
-        best = np.argsort(-similar)[:NEAREST]
-        cases = ((self.cases[i], float(similar[i])) for i in best)
-        return [{"name": c.name, "similarity": s, "picture": c.picture} for c, s in cases]
+    def _answers(self, volume: Volume, factors: tuple[int, int, int]) -> dict[str, Any]:
+        """What the probe or the fine-tuned model says; of a segmentation a mask with its volumes."""
+        if self.finetuned is None:
+            return {"answer": self._answer(volume)}
+        about, said = self.finetuned.about, predict(self.finetuned, volume)
+        answer: dict[str, Any] = {
+            "task": about.task, "kind": about.kind, "scores": shown_scores(about.scores.get("test", {})),
+            "cases": about.cases["test"], "warnings": list(said.warnings), "classes": [],
+        }  # fmt: skip
+        if said.value is not None:
+            mae, r2 = (about.scores.get("test", {}).get(metric, {}).get("mean") for metric in ("mae", "r2"))
+            worse = r2 is not None and r2 <= 0
+            return {"answer": answer | {"name": about.names[0], "value": said.value, "error": mae, "worse": worse}}
+        if said.labels is None:
+            assert said.probabilities is not None
+            each = about.by_class.get("test") or [None] * len(about.names)
+            shares = zip(about.names, said.probabilities.tolist(), each, strict=True)
+            ranked = sorted(shares, key=lambda entry: -entry[1])
+            return {"answer": answer | {"classes": ranked[:12], "metric": "AUROC"}}
+        # Of every block the voxel in its middle, where the page averages grey values.
+        part = tuple(
+            np.minimum(np.arange(-(-n // f)) * f + f // 2, n - 1)
+            for n, f in zip(said.labels.shape, factors, strict=True)
+        )
+        dice = about.by_class.get("test") or [None] * len(about.names)
+        structures = [
+            {"name": name, "voxels": (said.voxels or {})[name], "ml": (said.volumes_ml or {}).get(name), "dice": score}
+            for name, score in zip(about.names, dice, strict=True)
+        ]
+        return {"answer": answer | {"structures": structures}, "mask": packed(said.labels[np.ix_(*part)])}
 
     def _answer(self, volume: Volume) -> dict[str, Any] | None:
         if self.probe is None:
@@ -160,7 +205,8 @@ class Viewer:
         frozen = probes.extract(self.model, [image], 1, torch.no_grad, list)
         shares = probes.probabilities(self.probe.head(frozen), self.probe.kind)[0]
         ranked = sorted(zip(self.probe.names, shares.tolist(), strict=True), key=lambda pair: -pair[1])
-        return {"task": self.probe.task, "kind": self.probe.kind, "classes": ranked[:12]}
+        return {"task": self.probe.task, "kind": self.probe.kind, "classes": ranked[:12], "scores": self.probe.scores,
+                "cases": self.probe.cases, "warnings": []}  # fmt: skip
 
 
 def reduce(voxels: np.ndarray, limit: int) -> tuple[np.ndarray, tuple[int, int, int]]:
@@ -227,25 +273,8 @@ def packed(array: np.ndarray) -> str:
     return base64.b64encode(gzip.compress(np.ascontiguousarray(array).tobytes(), 6, mtime=0)).decode()
 
 
-def thumbnail(voxels: np.ndarray) -> str:
-    """A PNG data address of the middle axial slice, the patient's right on the left."""
-    import io
-
-    from PIL import Image
-
-    plane = voxels[len(voxels) // 2].astype(np.float32)
-    if len(voxels) > 1:
-        plane = plane[::-1, ::-1]
-    low, high = np.percentile(plane, (1, 99.5))
-    picture = Image.fromarray(np.clip(255 * (plane - low) / max(high - low, 1e-6), 0, 255).astype(np.uint8))
-    picture.thumbnail((_THUMB, _THUMB))
-    file = io.BytesIO()
-    picture.save(file, format="PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def training_curves(run: Path) -> dict[str, list[list[float]]]:
-    """Name to [step, value] of metrics.jsonl, thinned."""
+def training_curves(run: Path, rates: bool = False) -> dict[str, list[list[float]]]:
+    """Name to [step, value] of metrics.jsonl, thinned; with `rates` a curve for each learning rate of a fine-tuning."""
     path = run / "metrics.jsonl"
     found: dict[str, list[list[float]]] = {}
     for line in path.read_text().splitlines() if path.is_file() else ():
@@ -253,9 +282,10 @@ def training_curves(run: Path) -> dict[str, list[list[float]]]:
             values = json.loads(line)
         except ValueError:
             continue  # the half-written last line of a run under way
+        rate = f", lr {values.pop('lr'):g}" if rates and "lr" in values else ""
         for name, value in values.items():
             if name != "step" and isinstance(value, int | float):
-                found.setdefault(name, []).append([values.get("step", 0), value])
+                found.setdefault(name + rate, []).append([values.get("step", 0), value])
     order = sorted(found, key=lambda name: (_CURVES.index(name) if name in _CURVES else len(_CURVES), name))
     return {name: found[name][:: max(1, len(found[name]) // _POINTS)] for name in order}
 
@@ -267,75 +297,74 @@ def read_probe(path: Path, model: Encoder) -> Probe:
             about = json.loads((file.metadata() or {})["medformer_probe"])
             tensors = {name: file.get_tensor(name) for name in ("mean", "spread", "weight", "bias")}
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise UserError(f"--probe {path}: not a probe.safetensors of ssl/evaluate.py ({error})", 2) from error
+        raise UserError(f"--probe {path}: not a probe.safetensors of medformer evaluate ({error})", 2) from error
     if about["width"] != model.config.width or len(about["size"]) != model.config.dims:
         raise UserError(
             f"--probe {path}: made for a {len(about['size'])}D model of width {about['width']}, this one is "
-            f"{model.config.dims}D of width {model.config.width}", 2,
-        )  # fmt: skip
+            f"{model.config.dims}D of width {model.config.width}",
+            2,
+        )
     head = probes.LinearProbe(last=about["last"], pool=about["pool"], lr=0.0, **tensors)
     return Probe(
-        task=about["task"], kind=about["kind"], names=tuple(about["names"]), size=tuple(about["size"]), head=head
+        task=about["task"],
+        kind=about["kind"],
+        names=tuple(about["names"]),
+        size=tuple(about["size"]),
+        head=head,
+        scores=shown_scores(about.get("scores", {})),
+        cases=about.get("cases", 0),
     )
-
-
-def read_cases(viewer: Viewer, root: Path, limit: int, progress: Callable[[Any], Any]) -> list[Case]:
-    """Embed up to `limit` cases below a folder, or of the train_images of an .npz, without what the trainer skips."""
-    volumes: list[tuple[str, Callable[[], Volume]]] = []
-    if root.suffix == ".npz":
-        with np.load(root, allow_pickle=False) as file:
-            images = file["train_images"]
-        chosen = np.random.default_rng(0).permutation(len(images))[:limit]
-        volumes = [(f"{root.stem} {i}", lambda image=images[i]: _picture(image)) for i in chosen]
-    else:
-        pictures = sorted(p for p in root.rglob("*") if p.suffix.lower() in _PICTURES)
-        volumes = [(p.stem, lambda path=p: read_volume(path)) for p in pictures]
-        if viewer.model.config.dims == 3:
-            volumes = [(scan.name, scan.read) for scan in find_scans(root).scans]
-        order = np.random.default_rng(0).permutation(len(volumes))[:limit]
-        volumes = [volumes[i] for i in order]
-    cases = []
-    for name, read in progress(volumes):
-        try:
-            volume = read()
-            if viewer.model.config.dims == 3 and count_labels(volume.voxels):
-                continue
-            cases.append(Case(name=name, vector=viewer.embed(volume), picture=thumbnail(volume.voxels)))
-        except ScanError:
-            continue
-    return cases
-
-
-def _picture(image: np.ndarray) -> Volume:
-    grey = image.mean(-1) if image.ndim == 3 else image
-    return Volume(
-        voxels=np.ascontiguousarray(grey, np.float32)[None], affine=np.eye(4), modality="unknown", units="arbitrary",
-        notes=(), source="picture",
-    )  # fmt: skip
 
 
 def render(viewer: Viewer, scans: Sequence[dict[str, Any]], serve: str = "", limit: int = 0) -> str:
     """The page as text; `serve` is the key that lets it upload up to `limit` bytes."""
-    here = Path(__file__).parent
     content = {
         "checkpoint": viewer.file.parent.name + "/" + viewer.file.name, "facts": viewer.facts, "scans": list(scans),
-        "model": _named(viewer.model),
-        "curves": viewer.curves, "serve": serve, "limit": limit,
+        "model": described(viewer.model), "near": viewer.near, "curves": viewer.curves, "serve": serve, "limit": limit,
+        "flat": viewer.dims == 2, "what": "" if viewer.finetuned is None else told(viewer.finetuned.about),
     }  # fmt: skip
+    title = f"medformer: {', '.join(s['name'] for s in scans) or 'drop a scan'}"
+    return assemble(content, title, connect="'self'" if serve else "'none'")
+
+
+def told(about: About) -> str:
+    """What a model answers and how well, before it is asked."""
+    names = ", ".join(about.names[:12]) + (", ..." if len(about.names) > 12 else "")
+    scores, cases = shown_scores(about.scores.get("test", {})), about.cases.get("test", 0)
+    return f"{about.task}: {about.kind} ({names}). On {cases} held-out cases: {scores}. Research only; no diagnosis."
+
+
+def assemble(
+    content: Mapping[str, Any], title: str, *, connect: str, scripts: Sequence[str] = (), allowed: str = "",
+    blocks: Mapping[str, str] | None = None,
+) -> str:  # fmt: skip
+    """The page as text. Its policy allows its own script, by its hash, and no other.
+
+    scripts: further files of this folder. allowed: further sources of scripts. blocks: of each id a text, found in the
+    page by it.
+    """
+    here = resources.files("medformer.page")
+    files = ("page.js", "side.js", *scripts, "table.js")
+    script = "\n".join((here / name).read_text(encoding="utf-8") for name in files)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     # "<" could end the script element early.
     text = json.dumps(content, allow_nan=False).replace("<", "\\u003c")
+    parts = {
+        "title": html.escape(title), "script": script, "connect": connect, "data": text,
+        "scripts": " ".join(filter(None, (f"'sha256-{digest}'", allowed))),
+        "parts": "".join(f'<script type="text/plain" id="{n}">{t}</script>\n' for n, t in (blocks or {}).items()),
+    }  # fmt: skip
     page = (here / "page.html").read_text(encoding="utf-8")
-    title = html.escape(f"medformer: {', '.join(s['name'] for s in scans) or 'drop a scan'}")
-    script = (here / "page.js").read_text(encoding="utf-8")
-    parts = {"title": title, "script": script, "connect": "'self'" if serve else "'none'", "data": text}
     # One pass: a part that holds a mark, such as a file's name, stays as it is.
-    return re.sub(r"\{\{(title|script|connect|data)\}\}", lambda mark: parts[mark[1]], page)
+    return re.sub(rf"\{{\{{({'|'.join(parts)})\}}\}}", lambda mark: parts[mark[1]], page)
 
 
-def _named(model: Encoder) -> str:
+def described(model: Encoder) -> str:
     config = model.config
     if isinstance(model, medformer.ResNet):
         return f"{config.dims}D ResNet-{model.config.depth}, width {config.width}"
+    if isinstance(model, medformer.SliceEncoder):
+        return f"3D, slices by a 2D {type(model.encoder).__name__} of width {config.width}"
     if isinstance(model, medformer.TNT):
         levels = " in ".join(f"{level.width}" for level in model.config.levels)
         return (
@@ -348,14 +377,14 @@ def write_page(viewer: Viewer, sources: Sequence[Path], out: Path, progress: Cal
     """Read scans and write the page; returns its bytes."""
     scans = [viewer.scan(load_scan(source, viewer.model.config.dims), source.name) for source in progress(sources)]
     page = render(viewer, scans).encode()
-    runs.write_whole(out, lambda file: file.write(page))
+    write_whole(out, lambda file: file.write(page))
     return len(page)
 
 
 def load_scan(source: Path, dims: int) -> Volume:
-    """A scan, or a picture as a scan of one slice; UserError says why not."""
+    """A scan, or a picture as a scan of one slice, colours as training turns them to grey; UserError says why not."""
     try:
-        volume = read_volume(source)
+        volume = read_volume(source, colour="grey")
     except ScanError as error:
         told = str(error)
         raise UserError(told if source.name in told else f"{source.name}: {told}") from error
@@ -364,75 +393,3 @@ def load_scan(source: Path, dims: int) -> Volume:
     if dims == 3 and volume.voxels.shape[0] == 1:
         raise UserError(f"{source.name}: one slice, but the checkpoint takes 3D scans", 2)
     return volume
-
-
-def main(argv: list[str] | None = None) -> int:
-    """`python ssl/report.py`: 0 done, 1 data or disk, 2 usage, 130 stopped by Ctrl-C."""
-    try:
-        return _run(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        runs.complain(str(error))
-        return error.code
-    except KeyboardInterrupt:
-        return 130
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UserError(f"{message}; python ssl/report.py --help lists all flags", 2)
-
-
-def _run(argv: list[str]) -> int:
-    parser = _Parser(
-        prog="python ssl/report.py", description="A page that shows what a checkpoint sees in scans: one HTML file."
-    )
-    parser.add_argument("checkpoint", type=Path, help="backbone.safetensors, or the folder of its run")
-    parser.add_argument("scans", type=Path, nargs="*", help=".nii, .nii.gz, DICOM folder or zip; .png for a 2D model")
-    parser.add_argument("--probe", type=Path, help="probe.safetensors of ssl/evaluate.py: shows its answers")
-    parser.add_argument("--cases", type=Path, help="folder or .npz of training cases; default: the run's own")
-    parser.add_argument("--cases_limit", type=int, default=CASES, help=f"most cases embedded [{CASES}]; 0 for none")
-    parser.add_argument("--out", type=Path, default=Path("page.html"), help="file to write [page.html]")
-    parser.add_argument("--serve", action="store_true", help="a page on this machine where scans are dropped")
-    parser.add_argument("--port", type=int, default=8765, help="of --serve [8765]")
-    options = parser.parse_args(argv)
-    if not options.scans and not options.serve:
-        raise UserError("give at least one scan, or --serve", 2)
-    model, file, run = probes.load_model(options.checkpoint)
-    if not isinstance(model, Encoder):
-        raise UserError(
-            f"{file} is an {type(model).__name__}, whose features are of whole images; the page shows patches", 2
-        )
-    if model.config.in_channels != 1:
-        raise UserError(f"{file} takes {model.config.in_channels} channels; the page shows models of one", 2)
-    missing = [s for s in options.scans if not s.exists()]
-    if missing:
-        raise UserError(f"{missing[0]}: no such file or folder", 2)
-    viewer = Viewer(
-        model, file, probe=read_probe(options.probe, model) if options.probe else None,
-        curves=training_curves(file.parent),
-    )  # fmt: skip
-    root = options.cases or _trained_on(run)
-    if root is not None and options.cases_limit > 0:
-        try:
-            viewer.cases = read_cases(viewer, root, options.cases_limit, _bar("training cases"))
-        except (ScanError, OSError, KeyError) as error:
-            raise UserError(f"--cases {root}: {error}") from error
-        viewer.facts.append(f"{len(viewer.cases)} training cases compared")
-    if options.serve:
-        from drop import serve
-
-        return serve(viewer, options.scans, options.port)
-    size = write_page(viewer, options.scans, options.out, _bar("scans"))
-    print(f"{options.out} ({size / 2**20:.1f} MB), open it in any browser")
-    return 0
-
-
-def _bar(what: str) -> Callable[[Any], Any]:
-    return lambda things: tqdm(things, desc=what, leave=False, disable=not sys.stderr.isatty(), file=sys.stderr)
-
-
-def _trained_on(run: dict[str, Any]) -> Path | None:
-    """Where the scans of the run lie, if it says and they are here; the first of several, no prepared store."""
-    root = (run.get("data") or {}).get("root") or ""
-    here = [Path(part) for part in root.split(os.pathsep) if part and Path(part).exists()]
-    return next((part for part in here if not (part / "index.sqlite").is_file()), None)

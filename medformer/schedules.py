@@ -1,6 +1,6 @@
 """Schedules as pure functions of the step.
 
-Nothing here has state: a resumed run asks for the same step and gets the same value.
+Nothing here has state: a resumed run computes the same value at the same step.
 Source: Caron et al. 2021 (DINO) for the shapes: linear warm-up, then a half cosine.
 """
 

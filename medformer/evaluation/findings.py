@@ -9,16 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from runs import write_whole
-from scores import difference, estimate, point
+from medformer.evaluation.scores import difference, estimate, point
+from medformer.evaluation.tuning import PEERS
+from medformer.files import write_whole
 
-__all__ = ["gather", "plot", "table", "write"]
+__all__ = ["by_class", "gather", "plot", "table", "write"]
 
 BASELINE = "scratch"
 _COLUMNS = 12  # more classes than these are in results.json only
 _COLOURS = {
     "scratch": "#444444", "finetune": "#d1495b", "fpt": "#edae49", "attentive": "#66a182", "linear": "#2e86ab",
-    "decoder": "#66a182", "knn": "#8d6a9f", "untrained": "#aaaaaa",
+    "decoder": "#66a182", "knn": "#8d6a9f", "untrained": "#aaaaaa", "unet": "#8c5a2b", "resnet": "#8c5a2b",
 }  # fmt: skip
 
 
@@ -30,21 +31,25 @@ def gather(
     metrics: tuple[str, ...],
     resamples: int,
 ) -> dict[str, Any]:
-    """Scores of every (setting, method), [S, n, C] predictions each, and differences to scratch where it ran."""
+    """Scores of every (setting, method), [S, n, C] predictions each, and differences to scratch and peer where they
+    ran."""
     rows = []
     for (setting, method), stack in stacks.items():
         row: dict[str, Any] = {"setting": setting, "method": method, "chosen": chosen[setting, method]}
-        base = stacks.get((setting, BASELINE))
+        bases = {"scratch": stacks.get((setting, BASELINE))}
+        bases["peer"] = next((stacks[setting, name] for name in PEERS if (setting, name) in stacks), None)
         for metric in metrics:
             row[metric] = estimate(metric, stack, truth, groups, resamples).as_dict()
-            if base is not None and method != BASELINE:
-                row[f"{metric}_over_scratch"] = difference(metric, stack, base, truth, groups, resamples).as_dict()
-        row["by_class"] = _by_class(metrics[0], stack, truth)
+            for name, base in bases.items():
+                if base is not None and base is not stack:
+                    found = difference(metric, stack, base, truth, groups, resamples)
+                    row[f"{metric}_over_{name}"] = found.as_dict()
+        row["by_class"] = by_class(metrics[0], stack, truth)
         rows.append(row)
     return {"metrics": list(metrics), "rows": rows}
 
 
-def _by_class(metric: str, stack: np.ndarray, truth: np.ndarray) -> list[float | None]:
+def by_class(metric: str, stack: np.ndarray, truth: np.ndarray) -> list[float | None]:
     """Mean over seeds of each class's own score; None where the held-out cases cannot tell."""
     if metric == "dice":
         known = ~np.isnan(stack)
@@ -65,20 +70,26 @@ def _range(value: dict[str, Any], signed: bool = False) -> str:
     return text if value["low"] is None else f"{text} [{value['low']:{sign}.3f}, {value['high']:{sign}.3f}]"
 
 
+def _gain(value: dict[str, Any] | None) -> list[str]:
+    """A difference and its p."""
+    return ["", ""] if value is None else [_range(value, True), "" if value["p"] is None else f"{value['p']:.3f}"]
+
+
 def table(results: dict[str, Any]) -> str:
-    """Markdown: mean [95% interval] and its difference to scratch with the paired test's p."""
+    """Markdown: mean [95% interval] and its difference to scratch and to the peer with the paired test's p."""
     metrics = results["metrics"]
+    peer = any(row["method"] in PEERS for row in results["rows"])
     head = ["labels", "cases", "method"]
     for metric in metrics:
-        head += [metric.replace("_", " "), "over scratch", "p"]
+        head += [metric.replace("_", " "), "over scratch", "p", *(["over peer", "p"] if peer else [])]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in results["rows"]:
         counts = results["labelled"][row["setting"]]
         cells = [row["setting"], str(round(sum(counts) / len(counts))), row["method"]]
         for metric in metrics:
-            gain = row.get(f"{metric}_over_scratch")
             cells += [_range(row[metric])]
-            cells += ["", ""] if gain is None else [_range(gain, True), "" if gain["p"] is None else f"{gain['p']:.3f}"]
+            for name in ("scratch", "peer") if peer else ("scratch",):
+                cells += _gain(row.get(f"{metric}_over_{name}"))
         lines.append("| " + " | ".join(cells) + " |")
     if 1 < len(results["classes"]) <= _COLUMNS:
         lines += ["", *_classes(results)]

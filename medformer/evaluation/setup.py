@@ -1,0 +1,167 @@
+"""What evaluation and fine-tuning begin with: flags, device, labelled cases, what pretraining has seen."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import jsonargparse
+import torch
+
+from medformer.data.names import ids_of_run
+from medformer.data.store.index import is_store
+from medformer.errors import UserError
+from medformer.evaluation import tasks
+from medformer.evaluation.trials import bar
+from medformer.models import ImageGPT, Model
+from medformer.short_help import ALL, short_help
+
+__all__ = [
+    "CaseSettings", "device_of", "difference", "labelled_cases", "parse_command", "sha256_of", "sources_of_pretraining",
+]  # fmt: skip
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+C = TypeVar("C")
+
+
+class CaseSettings(Protocol):
+    """Settings that say what the labelled cases are."""
+
+    @property
+    def task(self) -> str: ...
+    @property
+    def labels(self) -> list[str]: ...
+    @property
+    def value(self) -> str | None: ...
+    @property
+    def channels(self) -> list[str]: ...
+    @property
+    def missing(self) -> bool: ...
+    @property
+    def outside(self) -> bool: ...
+    @property
+    def names(self) -> Any: ...
+    @property
+    def size(self) -> list[int]: ...
+    @property
+    def split_seed(self) -> int: ...
+
+
+def parse_command(
+    parser: jsonargparse.ArgumentParser, config: type[C], positional: str, topics: Mapping[str, Mapping[str, str]],
+    lists: Collection[str], argv: Sequence[str],
+) -> tuple[Path, C]:  # fmt: skip
+    """The positional argument, which `parser` has already, and the settings of all flags.
+
+    topics: what --help shows; lists: flags whose values are written 0.1,1.0 or 24x32x32.
+
+    Raises:
+        UserError: with exit code 2.
+    """
+    parser.add_class_arguments(config, as_group=False)
+    if {"-h", "--help"} & {*argv}:
+        print(short_help(parser, topics))
+        raise SystemExit(0)
+    flags = {f"--{name}" for name in lists}
+    words, after = [], ""
+    for word in ("--help" if word == ALL else word for word in argv):
+        name, equals, value = word.partition("=")
+        if after in flags:
+            words.append(_list(word))
+        else:
+            words.append(f"{name}={_list(value)}" if name in flags and equals else word)
+        after = word
+    try:
+        values = parser.parse_args(words).as_dict()
+        return Path(values.pop(positional)), config(**values)
+    except Exception as error:
+        # jsonargparse raises many types for wrong flags.
+        message = re.sub(r'Parser key "([^"]+)":\s*', r"--\1: ", str(error))
+        raise UserError(f"{message}; {parser.prog} {ALL} lists all flags", 2) from error
+
+
+def _list(word: str) -> str:
+    """24x32x32 and 24,32,32 to [24,32,32]; names keep their x."""
+    return f"[{re.sub(r'(?<=[0-9])x(?=[0-9])', ',', word.strip('[]'))}]"
+
+
+def device_of(name: str) -> torch.device:
+    """Raises UserError."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: no such device; use auto, cpu, cuda or cuda:N", 2) from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: this PyTorch sees no GPU; use --device cpu", 2)
+    return device
+
+
+def labelled_cases(
+    config: CaseSettings, model: Model, file: Path, run: Mapping[str, Any]
+) -> tuple[tasks.Task, tuple[int, ...]]:
+    """The task, and the size of its images or of a crop of its scans. `run`: the settings of the checkpoint's run."""
+    if isinstance(model, ImageGPT):
+        grid, patch = model.config.grid, model.config.patch
+        dims, trained = len(grid), tuple(n * p for n, p in zip(grid, patch, strict=True))
+    else:
+        dims = model.config.dims
+        # An image was a scan of one slice there: 1 x Y x X.
+        trained = tuple((run.get("views") or {}).get("global_size") or ())[-dims:]
+    size = tuple(config.size) or trained
+    task = tasks.read_task(
+        Path(config.task), dims, size or None, config.split_seed, partial(bar, what="reading"), labels=config.labels,
+        outside=config.outside, value=config.value, channels=config.channels, missing=config.missing,
+    )  # fmt: skip
+    if task.kind != "segmentation":
+        size = tuple(task.images[0].shape[1:])
+    elif len(size) != dims:
+        raise UserError(f"--size must give the {dims} voxels (zyx) of a crop: {file} has no config.yaml next to it", 2)
+    try:
+        model.grid_of(size)
+    except ValueError as error:
+        raise UserError(f"--size {'x'.join(map(str, size))}: {error}", 2) from error
+    if (ids := ids_of_run(run, config.names)) is not None:
+        task = replace(task, sources=tuple(map(ids.of, task.sources)))
+    return task, size
+
+
+def sources_of_pretraining(where: str | None, run: Mapping[str, Any]) -> set[str]:
+    """Source hashes of what the checkpoint was trained on (`where`, else as its run says); says so where they cannot
+    be had."""
+    folders = where or (run.get("data") or {}).get("root")
+    roots = [Path(part) for part in (folders or "").split(os.pathsep) if part]  # a run may have several
+    found: set[str] = set()
+    for root in roots:
+        if is_store(root):
+            print(f"note: {root} is a prepared store, which keeps no source files; --pretraining DIR checks for leaks")
+        elif where is None and not root.exists():
+            print(f"note: the checkpoint was trained on {root}, which is not here; --pretraining DIR checks for leaks")
+        else:
+            found |= tasks.hashes_of(root, partial(bar, what="leak check"))
+    if not roots:
+        print("note: what the checkpoint was trained on is not known here; --pretraining DIR checks for leaks")
+    return found
+
+
+def sha256_of(file: str | Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def difference(mine: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> str | None:
+    """The first thing that differs, in words."""
+    for name, value in mine.items():
+        other = theirs.get(name)
+        if isinstance(value, dict) and isinstance(other, dict):
+            if inner := difference(value, other, f"{name}."):
+                return inner
+        elif value != other:
+            return f"{prefix}{name} is {other} there, {value} here"
+    return None

@@ -7,6 +7,7 @@ code (cuobjdump and nvdisasm ship inside the triton wheel; AMD's assembly carrie
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
@@ -21,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from machine_code import Code, read_code
 from medformer_kernels._dispatch import Chip, assume_chip
 
 __all__ = ["TARGETS", "Compiled", "Target", "record"]
@@ -90,10 +92,14 @@ class Compiled:
     """The kernel holds a matrix product (tl.dot) as written."""
     assembly: str = field(repr=False)
     """PTX, or AMD's assembly."""
+    code: Code = field(repr=False)
+    """Its loops, as the model of one Hopper multiprocessor counts them; empty on AMD."""
 
     @property
     def fits(self) -> bool:
-        return self.spills == 0 and self.shared <= TARGETS[self.arch].shared_limit
+        """No spills, no products that wait for each other, within shared memory."""
+        held = self.shared <= TARGETS[self.arch].shared_limit
+        return self.spills == 0 and held and not self.code.serialised
 
     @property
     def occupancy(self) -> int:
@@ -136,19 +142,19 @@ def record(arch: str, launch: Callable[[], Any], only: str | None = None) -> lis
             return
         kernel: Any = run(self, *args, grid=grid, warmup=True, **kwargs)
         names = {param.name for param in self.params}
-        programs = 1
-        for size in grid:
-            programs *= size
+        constants = {key: value for key, value in kwargs.items() if key in names}
+        if (meta := constants.pop("META", None)) is not None:
+            constants |= {key: value.value for key, value in meta._asdict().items()}
         compiled.append(
             Compiled(
                 kernel=self.__name__,
                 arch=arch,
-                programs=programs,
+                programs=math.prod(grid),
                 num_warps=kernel.metadata.num_warps,
                 num_stages=kernel.metadata.num_stages,
                 multiplies="tt.dot" in kernel.asm["ttir"],
                 assembly=kernel.asm["amdgcn" if target.gpu.backend == "hip" else "ptx"],
-                tiles={key: value for key, value in kwargs.items() if key in names},
+                tiles=constants,
                 **(_read_amd(kernel) if target.gpu.backend == "hip" else _read_nvidia(kernel)),
             )
         )
@@ -172,11 +178,12 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def _read_nvidia(kernel) -> dict[str, Any]:
+    ptx = kernel.asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        sass = _tool("nvdisasm", file.name)
+        sass = _tool("nvdisasm", "-c", file.name)
 
     def used(what: str) -> int:
         return max(int(number) for number in re.findall(rf"\b{what}:(\d+)", usage))
@@ -190,6 +197,7 @@ def _read_nvidia(kernel) -> dict[str, Any]:
         "spills": used("STACK") + used("LOCAL") + len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         "shared": kernel.metadata.shared,
         "matrix": matrix,
+        "code": read_code(sass, ptx, kernel.metadata.num_warps),
     }
 
 
@@ -204,4 +212,5 @@ def _read_amd(kernel) -> dict[str, Any]:
         "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
         "shared": kernel.metadata.shared,
         "matrix": "mfma" if "v_mfma" in assembly else "none",
+        "code": read_code("", "", kernel.metadata.num_warps),
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from medformer.data import make_phantom, read_volume
+from medformer.data import find_scans, make_phantom, native, native_child, read_volume, write_dicom_series
+from medformer.data.dicom import pixels
 from medformer.data.store import compresses, cut, open_array, random_crop, write_array
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -186,9 +188,45 @@ def bench_random_crop_of_many(benchmark: Any, tmp_path: Path) -> None:
     benchmark.pedantic(go, rounds=3, warmup_rounds=1)
 
 
-def bench_read_dicom(benchmark: Any) -> None:
-    """A real series of 20 JPEG 2000 slices, folder to volume."""
+def _decode_here(
+    name: str, job: str, arguments: dict[str, Any], data: bytes = b"", *, most: int, memory: int = 0
+) -> tuple[dict[str, Any], np.ndarray]:
+    """What native.call does, without the child process."""
+    facts, array = native_child.JOBS[job](data, **arguments)
+    return facts, np.ascontiguousarray(array)
+
+
+@pytest.mark.parametrize("where", ["child", "here"])
+def bench_read_dicom(benchmark: Any, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """A real series of 20 JPEG 2000 slices, folder to volume; processor time of both processes is in extra_info."""
     if not SHARED.is_dir():
         pytest.skip(f"real scans are not at {SHARED}")
     folder = SHARED / "dicom" / "ct_chest_j2k"
-    benchmark.pedantic(lambda: read_volume(folder), rounds=3)
+    if where == "here":
+        monkeypatch.setattr(pixels, "call", _decode_here)
+    spent: list[float] = []
+
+    def go() -> None:
+        before = time.process_time() + _child_s()
+        read_volume(folder)
+        spent.append(time.process_time() + _child_s() - before)
+
+    read_volume(folder)  # the child starts
+    benchmark.pedantic(go, rounds=5)
+    benchmark.extra_info.update(processor_s=min(spent))
+
+
+def _child_s() -> float:
+    """Processor time of the child that decodes, in s."""
+    schedule = Path(f"/proc/{native._child.process.pid}/schedstat") if native._child is not None else None
+    return int(schedule.read_text().split()[0]) / 1e9 if schedule is not None and schedule.exists() else 0.0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def bench_headers(benchmark: Any, tmp_path: Path, workers: int) -> None:
+    """An index of 3000 slices of 64 x 64, in this process and by a pool of two, its start included."""
+    for i in range(30):
+        write_dicom_series(make_phantom(i, shape=(100, 64, 64), spacing_mm=(1.2, 3.0, 3.0)), tmp_path / str(i))
+    benchmark.pedantic(lambda: find_scans(tmp_path, workers=workers), rounds=2)
+    info = {"headers_per_s": 3000 / benchmark.stats.stats.min} if benchmark.stats else {}
+    benchmark.extra_info.update(cores=os.cpu_count(), **info)

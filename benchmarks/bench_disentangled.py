@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from measuring import DEVICE, cpu_peak_memory_mib, peak_memory_mib
+from measuring import DEVICE, cpu_peak_memory_mib, floor_ms, peak_memory_mib, training_step
 from medformer_kernels import disentangled_attention, log_buckets
 from medformer_kernels.disentangled.arguments import prepare
 from medformer_kernels.disentangled.tables import operands
@@ -220,11 +220,10 @@ def prepared(
     return implementation(at), inputs, at
 
 
-def floor_ms(tokens: int, products: int) -> float | None:
-    """Products of the scores and values alone on one H200 (790 TFLOP/s), ms; none elsewhere."""
-    if not ON_GPU or "H200" not in torch.cuda.get_device_name():
-        return None
-    return 1e3 * products * 2 * HEADS * tokens * tokens * WIDTH / 790e12
+def floor(tokens: int, products: int) -> float:
+    """Products of the scores and values alone on this machine, ms."""
+    moved = 4 * HEADS * tokens * WIDTH * DTYPE.itemsize
+    return floor_ms(DTYPE, flop=products * 2 * HEADS * tokens * tokens * WIDTH, moved=moved)
 
 
 def shape(tokens: int) -> str:
@@ -236,11 +235,7 @@ def shape(tokens: int) -> str:
 def bench_disentangled_forward(timed, implementation, tokens):
     attention, inputs, _ = prepared(implementation, tokens)
 
-    def forward() -> None:
-        with torch.no_grad():
-            attention(*inputs)
-
-    timed(forward, floor_ms=floor_ms(tokens, 2), shape=shape(tokens))
+    timed(torch.no_grad()(lambda: attention(*inputs)), floor_ms=floor(tokens, 2), shape=shape(tokens))
 
 
 @lengths
@@ -252,12 +247,7 @@ def bench_disentangled_step(timed, implementation, tokens):
     inputs = [x.requires_grad_() for x in inputs]
     dout = torch.randn_like(inputs[2])
 
-    def step() -> None:
-        for x in (*inputs, *at.leaves()):
-            x.grad = None
-        attention(*inputs).backward(dout)
-
-    timed(step, floor_ms=floor_ms(tokens, 9), shape=shape(tokens))
+    timed(training_step(attention, inputs, dout, *at.leaves()), floor_ms=floor(tokens, 9), shape=shape(tokens))
 
 
 _MEMORY = """

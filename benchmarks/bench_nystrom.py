@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from measuring import DEVICE, cpu_peak_memory_mib, peak_memory_mib
+from measuring import DEVICE, cpu_peak_memory_mib, floor_ms, peak_memory_mib, training_step
 from medformer_kernels import nystrom_attention, nystrom_attention_reference, nystrom_pinv
 
 ON_GPU = DEVICE.type == "cuda"
@@ -37,9 +37,7 @@ def medformer_volume(weight: Tensor, tokens: int) -> Attention:
     if side**3 != tokens:
         pytest.skip(f"{tokens} tokens are no cube")
     taps = weight[:, : 3**3].reshape(HEADS, 3, 3, 3)
-    return lambda q, k, v: nystrom_attention(
-        q, k, v, grid=(side,) * 3, landmark_grid=(4, 8, 8), conv_weight=taps
-    )  # fmt: skip
+    return lambda q, k, v: nystrom_attention(q, k, v, grid=(side,) * 3, landmark_grid=(4, 8, 8), conv_weight=taps)
 
 
 def composition(weight: Tensor, tokens: int) -> Attention:
@@ -154,13 +152,13 @@ def prepare(implementation: Callable[[Tensor, int], Attention], tokens: int) -> 
     return attention, [torch.randn(1, HEADS, tokens, WIDTH, device=DEVICE, dtype=DTYPE) for _ in range(3)]
 
 
-def floor_ms(tokens: int, products: int, exponentials: int, tensors: int) -> float | None:
-    """The floor of one H200 (790 TFLOP/s, 3.9 T exp/s, 4.3 TB/s), ms; none elsewhere."""
-    if not ON_GPU or "H200" not in torch.cuda.get_device_name():
-        return None
+def floor(tokens: int, products: int, exponentials: int, tensors: int) -> float:
+    """ms of this machine for so many products with the landmarks, exponentials of each, and tensors moved."""
     rows = HEADS * tokens
-    flop, moved = products * 2 * rows * LANDMARKS * WIDTH, tensors * rows * WIDTH * DTYPE.itemsize
-    return 1e3 * max(flop / 790e12, exponentials * rows * LANDMARKS / 3.9e12, moved / 4.3e12)
+    return floor_ms(
+        DTYPE, flop=products * 2 * rows * LANDMARKS * WIDTH, moved=tensors * rows * WIDTH * DTYPE.itemsize,
+        exponentials=exponentials * rows * LANDMARKS,
+    )  # fmt: skip
 
 
 def shape(tokens: int) -> str:
@@ -172,11 +170,7 @@ def shape(tokens: int) -> str:
 def bench_nystrom_forward(timed, implementation, tokens):
     attention, inputs = prepare(implementation, tokens)
 
-    def forward() -> None:
-        with torch.no_grad():
-            attention(*inputs)
-
-    timed(forward, floor_ms=floor_ms(tokens, 4, 2, 6), shape=shape(tokens))
+    timed(torch.no_grad()(lambda: attention(*inputs)), floor_ms=floor(tokens, 4, 2, 6), shape=shape(tokens))
 
 
 @lengths
@@ -187,12 +181,7 @@ def bench_nystrom_step(timed, implementation, tokens):
     inputs = [x.requires_grad_() for x in inputs]
     dout = torch.randn_like(inputs[2])
 
-    def step() -> None:
-        for x in inputs:
-            x.grad = None
-        attention(*inputs).backward(dout)
-
-    timed(step, floor_ms=floor_ms(tokens, 18, 6, 21), shape=shape(tokens))
+    timed(training_step(attention, inputs, dout), floor_ms=floor(tokens, 18, 6, 21), shape=shape(tokens))
 
 
 _MEMORY = """

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import medformer_kernels
 from config_files import dump
-from measuring import DEVICE, cpu_peak_memory_mib, environment, peak_memory_mib
+from measuring import DEVICE, cpu_peak_memory_mib, environment, floor_ms, peak_memory_mib
 from medformer_kernels import hu_window, patch_embed, patch_embed_choice
 from medformer_kernels.patch_embed import ops
 
@@ -179,13 +179,11 @@ def prepare(implementation: Callable[[Shape, Weights], Embed], shape: Shape, dty
     return embed, x, weights
 
 
-def floor_ms(shape: Shape, dtype: torch.dtype) -> float | None:
-    """The floor of one H200 (790 TFLOP/s in 16 bit, 4.3 TB/s), ms; none elsewhere."""
-    if not ON_GPU or "H200" not in torch.cuda.get_device_name():
-        return None
+def floor(shape: Shape, dtype: torch.dtype) -> float:
+    """ms of this machine for the products, voxels once and tokens once."""
     tokens, patch = shape.batch * math.prod(shape.grid), shape.channels * shape.kernel ** len(shape.size)
     moved = (shape.batch * shape.channels * math.prod(shape.size) + tokens * shape.width) * dtype.itemsize
-    return 1e3 * max(2 * tokens * patch * shape.width / 790e12, moved / 4.3e12)
+    return floor_ms(dtype, flop=2 * tokens * patch * shape.width, moved=moved)
 
 
 @shapes
@@ -197,11 +195,7 @@ def bench_patch_embed_forward(timed, implementation, shape, dtype):
     if implementation in (medformer, medformer_channels_last):
         chosen = {"path": patch_embed_choice(x, weights.weight, stride=shape.stride, padding=shape.padding).path}
 
-    def forward() -> None:
-        with torch.no_grad():
-            embed(x)
-
-    timed(forward, floor_ms=floor_ms(shape, dtype), shape=f"{shape} {str(dtype)[6:]}", **chosen)
+    timed(torch.no_grad()(lambda: embed(x)), floor_ms=floor(shape, dtype), shape=f"{shape} {str(dtype)[6:]}", **chosen)
 
 
 @pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
@@ -261,11 +255,7 @@ def bench_patch_embed_raw(timed, implementation, dtype):
         expected = raw_cast_window_conv(scan, weights)
         torch.testing.assert_close(implementation(scan, weights), expected, rtol=tolerance, atol=tolerance)
 
-    def forward() -> None:
-        with torch.no_grad():
-            implementation(scan, weights)
-
-    timed(forward, shape=f"int16 {RAW} {str(dtype)[6:]}")
+    timed(torch.no_grad()(lambda: implementation(scan, weights)), shape=f"int16 {RAW} {str(dtype)[6:]}")
 
 
 _MEMORY_SCRIPT = """

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from measuring import DEVICE, cpu_peak_memory_mib, peak_memory_mib
+from measuring import DEVICE, cpu_peak_memory_mib, floor_ms, peak_memory_mib, training_step
 from medformer_kernels import (
     orthogonal_features,
     performer_attention,
@@ -143,13 +143,13 @@ def prepare(implementation: Callable[[Tensor], Attention], tokens: int) -> tuple
     return attention, inputs
 
 
-def floor_ms(tokens: int, products: int, exponentials: int, tensors: int) -> float | None:
-    """The floor of one H200 (790 TFLOP/s, 3.9 T exp/s, 4.3 TB/s), ms; none elsewhere."""
-    if not ON_GPU or "H200" not in torch.cuda.get_device_name():
-        return None
+def floor(tokens: int, products: int, exponentials: int, tensors: int) -> float:
+    """ms of this machine for so many products with the features, exponentials of each, and tensors moved."""
     rows = HEADS * tokens
-    flop, moved = products * 2 * rows * FEATURES * WIDTH, tensors * rows * WIDTH * DTYPE.itemsize
-    return 1e3 * max(flop / 790e12, exponentials * rows * FEATURES / 3.9e12, moved / 4.3e12)
+    return floor_ms(
+        DTYPE, flop=products * 2 * rows * FEATURES * WIDTH, moved=tensors * rows * WIDTH * DTYPE.itemsize,
+        exponentials=exponentials * rows * FEATURES,
+    )  # fmt: skip
 
 
 def shape(tokens: int) -> str:
@@ -161,11 +161,7 @@ def shape(tokens: int) -> str:
 def bench_performer_forward(timed, implementation, tokens):
     attention, inputs = prepare(implementation, tokens)
 
-    def forward() -> None:
-        with torch.no_grad():
-            attention(*inputs)
-
-    timed(forward, floor_ms=floor_ms(tokens, 4, 2, 4), shape=shape(tokens))
+    timed(torch.no_grad()(lambda: attention(*inputs)), floor_ms=floor(tokens, 4, 2, 4), shape=shape(tokens))
 
 
 @lengths
@@ -176,12 +172,7 @@ def bench_performer_step(timed, implementation, tokens):
     inputs = [x.requires_grad_() for x in inputs]
     dout = torch.randn_like(inputs[2])
 
-    def step() -> None:
-        for x in inputs:
-            x.grad = None
-        attention(*inputs).backward(dout)
-
-    timed(step, floor_ms=floor_ms(tokens, 12, 4, 12), shape=shape(tokens))
+    timed(training_step(attention, inputs, dout), floor_ms=floor(tokens, 12, 4, 12), shape=shape(tokens))
 
 
 def prepare_causal(implementation: Callable[[Tensor], Attention], tokens: int) -> tuple[Attention, list[Tensor]]:
@@ -195,11 +186,7 @@ def prepare_causal(implementation: Callable[[Tensor], Attention], tokens: int) -
 def bench_performer_causal_forward(timed, implementation, tokens):
     attention, inputs = prepare_causal(implementation, tokens)
 
-    def forward() -> None:
-        with torch.no_grad():
-            attention(*inputs)
-
-    timed(forward, shape=shape(tokens))
+    timed(torch.no_grad()(lambda: attention(*inputs)), shape=shape(tokens))
 
 
 @lengths
@@ -212,12 +199,7 @@ def bench_performer_causal_step(timed, implementation, tokens):
     inputs = [x.requires_grad_() for x in inputs]
     dout = torch.randn_like(inputs[2])
 
-    def step() -> None:
-        for x in inputs:
-            x.grad = None
-        attention(*inputs).backward(dout)
-
-    timed(step, shape=shape(tokens))
+    timed(training_step(attention, inputs, dout), shape=shape(tokens))
 
 
 def bench_performer_decode(timed):

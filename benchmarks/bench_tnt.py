@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from measuring import DEVICE, cpu_peak_memory_mib, peak_memory_mib
+from measuring import DEVICE, cpu_peak_memory_mib, floor_ms, peak_memory_mib
 from medformer.tnt import TNT, TNTConfig, TNTLevel, blocks, tnt_from_timm
 from medformer_kernels import TNTInnerWeights, tnt_inner_block, tnt_inner_to_outer
 
@@ -109,14 +109,11 @@ def checked(implementation: Inner, x: Tensor, w: TNTInnerWeights, heads: int) ->
         torch.testing.assert_close(out[some], eager(x[some], w, heads), rtol=tolerance, atol=tolerance)
 
 
-def floor_ms(shape: Shape, dtype: torch.dtype, *, step: bool) -> float | None:
-    """The floor of one H200 (790 TFLOP/s in 16 bit, 4.3 TB/s), ms; none elsewhere. A step is three forward passes."""
-    if not ON_GPU or "H200" not in torch.cuda.get_device_name():
-        return None
+def floor(shape: Shape, dtype: torch.dtype, *, step: bool) -> float:
+    """ms of this machine; a step is three forward passes."""
     rows = shape.sequences * shape.tokens
     flop = 2 * rows * 12 * shape.width**2 + 4 * rows * shape.tokens * shape.width
-    moved = 2 * rows * shape.width * dtype.itemsize
-    return 1e3 * (3 if step else 1) * max(flop / 790e12, moved / 4.3e12)
+    return (3 if step else 1) * floor_ms(dtype, flop=flop, moved=2 * rows * shape.width * dtype.itemsize)
 
 
 @shapes
@@ -126,11 +123,11 @@ def bench_tnt_inner_forward(timed, implementation, shape, dtype):
     x, w = make(shape, dtype)
     checked(implementation, x, w, shape.heads)
 
-    def forward() -> None:
-        with torch.no_grad():
-            implementation(x, w, shape.heads)
-
-    timed(forward, floor_ms=floor_ms(shape, dtype, step=False), shape=f"{shape} {str(dtype)[6:]}")
+    timed(
+        torch.no_grad()(lambda: implementation(x, w, shape.heads)),
+        floor_ms=floor(shape, dtype, step=False),
+        shape=f"{shape} {str(dtype)[6:]}",
+    )
 
 
 @shapes
@@ -144,7 +141,7 @@ def bench_tnt_inner_step(timed, implementation, shape, dtype):
     dout = torch.randn_like(x)
     timed(
         lambda: torch.autograd.grad(implementation(x, w, shape.heads), leaves, dout),
-        floor_ms=floor_ms(shape, dtype, step=True),
+        floor_ms=floor(shape, dtype, step=True),
         shape=f"{shape} {str(dtype)[6:]}",
     )
 
@@ -226,11 +223,7 @@ def bench_tnt_s_forward(timed, which):
     with torch.no_grad():
         torch.testing.assert_close(model(x), tnt_s("timm").eval()(x), rtol=1e-3, atol=1e-3)
 
-    def forward() -> None:
-        with torch.no_grad():
-            model(x)
-
-    timed(forward, shape=f"TNT-S {IMAGES}x3x224x224 float32")
+    timed(torch.no_grad()(lambda: model(x)), shape=f"TNT-S {IMAGES}x3x224x224 float32")
 
 
 @models

@@ -139,7 +139,7 @@ def bench_views(timed, settings: dict[str, Any]) -> None:
 def bench_share_of_views(benchmark, size: str) -> None:
     """Views and step of `ssl/train.py dino --size SIZE` in turn (tiny on a CPU: 2 scans a step): what views take of it.
 
-    In a run the plans are drawn by another thread, beside the step; here all three take turns.
+    In a run the plans are drawn by another thread during the step; here all three take turns.
     """
     few = size != "mini" and not ON_GPU
     config = settings.parse(["dino", f"--size={size}", *(["--batch_size=2"] if few else [])])

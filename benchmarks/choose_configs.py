@@ -68,7 +68,7 @@ CAUSAL_CANDIDATES = {
 
 def fits(entry: dict[str, int], family: str, kernel: str, arch: str, width: int, dtype: torch.dtype) -> bool:
     """Whether `entry` fits in every variant (masked or not) of this kernel, width and dtype; no if there is none."""
-    # For every kernel that a launch starts beside this one, too, and on every chip: a family may ask which have a tile.
+    # Also for every kernel that a launch starts along with this one, on every chip: a family may ask which have a tile.
     table = defaultdict(lambda: {chip: [entry] for chip in TARGETS})
     with patch.object(_dispatch, "load_configs", lambda _: table):
         launches = [
@@ -112,7 +112,7 @@ def main() -> None:
                 print(f"{kernel} {arch}: no candidate fits width {width} {dtype}", flush=True)
                 continue
             print(kernel, arch, entry, flush=True)
-            table = json.loads(path.read_text()) if path.exists() else {}  # read again: others may choose beside us
+            table = json.loads(path.read_text()) if path.exists() else {}  # read again: others may write it meanwhile
             entries = table.setdefault(kernel, {}).setdefault(arch, [])
             entries[:] = [e for e in entries if (e["itemsize"], e["width"]) != (entry["itemsize"], width)] + [entry]
             entries.sort(key=lambda e: (e["width"], e["itemsize"]))

@@ -4,7 +4,7 @@
 
 adds what is missing to kernels/medformer_kernels/configs/tnt.json. Its own script because a tile here is keyed by
 width, head and rows, and not by one width as in `choose_configs.py`. What no candidate holds has no entry, and is
-refused by name: the gradients of a shape, or all of it.
+named: the gradients of a shape, or all of it.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def main() -> None:
                 if entry is None and kernel in ("fwd", "attn_dx"):
                     break  # without these no other of them is of use
                 if entry is not None:
-                    tables = read()  # again: others may choose beside us
+                    tables = read()  # again: others may write it meanwhile
                     tables.setdefault(kernel, {}).setdefault(arch, []).append(entry)
                     PATH.write_text(dump(tables))
 

@@ -106,7 +106,7 @@ def main() -> None:
             print(f"{name}, {label}")
             results[name][label] = curve(
                 attention, lengths, backward=backward, limit=arguments.limit, exponent=exponent
-            )  # fmt: skip
+            )
     described = environment() | {"date": f"{datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}"}
     shape = f"B1 H{HEADS} D{WIDTH} M{FEATURES} {str(DTYPE)[6:]}"
     draw(results, f"{shape}; {described['hardware']}, torch {described['torch']}, {described['date']}", arguments.out)

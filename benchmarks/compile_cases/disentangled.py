@@ -7,8 +7,12 @@ from collections.abc import Iterator
 import torch
 
 from ahead_of_time import TARGETS
-from compile_cases.shapes import WIDTHS, Case, Family, Floor
+from compile_cases.shapes import WIDTHS, Case, Cost, Family, Floor
+from medformer_kernels import _dispatch
+from medformer_kernels._dispatch import Chip, block
 from medformer_kernels.disentangled import fused
+from medformer_kernels.disentangled.tables import Inputs
+from medformer_kernels.disentangled.tiles import BLOCK_X, LINES
 
 __all__ = ["FAMILY"]
 
@@ -28,16 +32,17 @@ def cases(*, widths: tuple[int, ...] = WIDTHS) -> Iterator[Case]:
         mask = torch.empty(1, tokens, dtype=torch.bool, device="meta") if full else None
         seed = torch.empty((), dtype=torch.int64, device="meta") if full else None
         settings = ([0, *grid] if grid else [], 0.07, full, 0.1 if full else 0.0, 0)
+        inputs = Inputs(x, x, x, table, table, buckets, mask, seed, *settings)
 
         def backward() -> None:
-            fused.backward(x, x, x, table, table, buckets, mask, seed, x, lse, x, lse if full else None, *settings)
+            fused.backward(inputs, x, lse, x, lse if full else None)
 
         return Case(
             name=f"{name} D={width} {str(dtype)[6:]}",
             width=width,
             dtype=dtype,
             launches={
-                "fwd": lambda: fused.forward(x, x, x, table, table, buckets, mask, seed, *settings),
+                "fwd": lambda: fused.forward(inputs),
                 "dq": backward,
                 "dkv": backward,
             },
@@ -53,11 +58,36 @@ def cases(*, widths: tuple[int, ...] = WIDTHS) -> Iterator[Case]:
             yield case("buckets", width, dtype, (), False)
 
 
+def costs(*, chip: Chip, batch_heads: int, grid: tuple[int, int, int], width: int, itemsize: int) -> dict[str, Cost]:
+    """Cost by kernel over a grid with c2c, c2p and p2c; products with constant matrices included."""
+    gz, gy, gx = grid
+    tokens, columns = gz * gy * gx, sum(-(-g // 16) * 16 for g in grid)
+    pair = 2 * batch_heads * tokens * tokens
+    bias = LINES + min(block(gx), BLOCK_X)  # of the table walked over: by line, by x
+    launches = fused.dkv_launches(width)
+    # (products of a head's width, launches, tensors of the own tokens): read and written once
+    work = {"fwd": (2, 1, 3), "dq": (3, 1, 5), "dkv": (3 + len(launches), len(launches), 5)}
+    result = {}
+    for kernel, (products, times, tensors) in work.items():
+        own = tensors * width * itemsize + columns * (itemsize if kernel == "fwd" else itemsize + 4)
+        tile = _dispatch.tile("disentangled", kernel, chip, width, itemsize)
+        # A head is walked over once for each wave of programs: within one all read the same tiles, from the cache.
+        programs = batch_heads * -(-tokens // tile["block_m"])
+        waves = -(-programs // (2 * chip.units))
+        walked = times * waves * (2 * width + columns) * itemsize
+        result[kernel] = Cost(
+            flop=pair * (products * width + times * bias),
+            exponentials=times * pair // 2,
+            bytes=tokens * (batch_heads * own + walked),
+        )
+    return result
+
+
 def floors() -> Iterator[Floor]:
     """B=1 H=8 32^3 tokens D=64 bf16 on an H200, c2c + c2p + p2c."""
     grid, heads, width = (32, 32, 32), 8, 64
     tokens = 32**3
-    by_kernel = fused.costs(chip=TARGETS["sm_90"].chip, batch_heads=heads, grid=grid, width=width, itemsize=2)
+    by_kernel = costs(chip=TARGETS["sm_90"].chip, batch_heads=heads, grid=grid, width=width, itemsize=2)
     row = heads * tokens * width * 2
     table = heads * tokens * 96 * 2
     passes = {
@@ -65,13 +95,8 @@ def floors() -> Iterator[Floor]:
         "backward": (("dq", "dkv"), 8 * row + 4 * table),  # q k v out dout, dq dk dv; T U dT dU
     }
     for direction, (kernels, least) in passes.items():
-        yield Floor(
-            shape="disentangled B1 H8 32^3 D64 c2c c2p p2c bf16",
-            direction=direction,
-            flop=sum(by_kernel[kernel].flop for kernel in kernels),
-            exponentials=sum(by_kernel[kernel].exponentials for kernel in kernels),
-            planned_bytes=sum(by_kernel[kernel].bytes for kernel in kernels),
-            least_bytes=least,
+        yield Floor.of(
+            "disentangled B1 H8 32^3 D64 c2c c2p p2c bf16", direction, (by_kernel[kernel] for kernel in kernels), least
         )
 
 

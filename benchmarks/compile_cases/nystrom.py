@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import torch
 
 from ahead_of_time import TARGETS
-from compile_cases.shapes import WIDTHS, Case, Family, Floor
-from medformer_kernels._dispatch import chip_of, tile
+from compile_cases.shapes import WIDTHS, Case, Cost, Family, Floor
+from medformer_kernels._dispatch import AttentionPlan, Chip, chip_of, tile
 from medformer_kernels.nystrom import Cells, fused, products
 from medformer_kernels.nystrom.backward import backward as fused_backward
-from medformer_kernels.nystrom.plans import costs, has_walk, one_program
+from medformer_kernels.nystrom.plans import has_walk, key_walk, launch_plan, one_program
 
 __all__ = ["FAMILY"]
 
@@ -80,6 +80,46 @@ def cases(*, widths: tuple[int, ...] = WIDTHS, landmarks: int = 256) -> Iterator
                 yield case(width, dtype, full)
 
 
+def costs(
+    *, chip: Chip, batch_heads: int, tokens: int, landmarks: int, width: int, itemsize: int, iterations: int = 6
+) -> dict[str, Cost]:
+    """Cost by kernel of a forward and a backward pass over N = S = `tokens`, Dv = D, without a convolution."""
+
+    def plan(kernel: str) -> AttentionPlan:
+        return launch_plan(
+            kernel, chip=chip, landmarks=landmarks, width=width, itemsize=itemsize, tokens=tokens,
+            batch_heads=batch_heads,
+        )  # fmt: skip
+
+    rows = batch_heads * tokens
+    tensor, product = rows * width * itemsize, 2 * rows * landmarks * width
+    partial = batch_heads * landmarks * (width + 1) * 4
+    values_plan, landmark_plan = plan("values_fwd"), plan("landmark_bwd")
+    values_passes, landmark_passes = (-(-landmarks // p.block_m) for p in (values_plan, landmark_plan))
+    walk = key_walk(
+        Cells(grid=(1, 1, tokens), landmark_grid=(1, 1, landmarks)), ranked=False, chip=chip, landmarks=landmarks,
+        width=width, itemsize=itemsize, tokens=tokens, batch_heads=batch_heads,
+    )  # fmt: skip
+    slices = (walk or values_plan).slices
+    values_slices = slices * 2 + 1 if slices > 1 else 1
+    exponentials = rows * landmarks
+    return {
+        "pool": Cost(flop=4 * rows * width, bytes=tensor if walk else 2 * tensor),
+        "values_fwd": Cost(
+            flop=2 * product, exponentials=exponentials, bytes=values_passes * 2 * tensor + values_slices * partial
+        ),
+        "inverse": Cost(flop=8 * iterations * batch_heads * landmarks**3, bytes=0),
+        "read_fwd": Cost(flop=2 * product, exponentials=exponentials, bytes=2 * tensor + rows * 4),
+        "delta": Cost(flop=2 * rows * width, bytes=2 * tensor + rows * 4),
+        "landmark_bwd": Cost(
+            flop=7 * product,
+            exponentials=2 * exponentials,
+            bytes=landmark_passes * (4 * tensor + 8 * rows) + 6 * landmark_plan.slices * partial,
+        ),
+        "token_bwd": Cost(flop=7 * product, exponentials=2 * exponentials, bytes=7 * tensor + 8 * rows),
+    }
+
+
 def floors() -> Iterator[Floor]:
     """B=1 H=8 N=262,144 (64^3 tokens) D=64, 256 landmarks, bf16, no convolution, on an H200.
 
@@ -94,13 +134,11 @@ def floors() -> Iterator[Floor]:
         "backward": (("delta", "landmark_bwd", "token_bwd"), 8),  # q k v out dout, dq dk dv
     }
     for direction, (kernels, tensors) in passes.items():
-        yield Floor(
-            shape="nystrom B1 H8 N=262,144 D64 L256 bf16",
-            direction=direction,
-            flop=sum(by_kernel[kernel].flop for kernel in kernels),
-            exponentials=sum(by_kernel[kernel].exponentials for kernel in kernels),
-            planned_bytes=sum(by_kernel[kernel].bytes for kernel in kernels),
-            least_bytes=tensors * heads * tokens * width * 2,
+        yield Floor.of(
+            "nystrom B1 H8 N=262,144 D64 L256 bf16",
+            direction,
+            (by_kernel[kernel] for kernel in kernels),
+            tensors * heads * tokens * width * 2,
         )
 
 

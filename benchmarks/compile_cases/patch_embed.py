@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from ahead_of_time import TARGETS
-from compile_cases.shapes import WIDTHS, Case, Family, Floor
+from compile_cases.shapes import WIDTHS, Case, Cost, Family, Floor
+from medformer_kernels._dispatch import Chip
 from medformer_kernels.patch_embed import fused
 from medformer_kernels.patch_embed.geometry import Geometry, resolve
 
@@ -54,24 +56,44 @@ def cases(*, widths: tuple[int, ...] = WIDTHS, size: int = 128) -> Iterator[Case
                 yield case(1536, dtype, "channels last", 128, 3, 2)
 
 
+def costs(
+    *, chip: Chip, geometry: Geometry, batch: int, channels: int, width: int, itemsize: int, voxel_bytes: int
+) -> dict[str, Cost]:
+    """Cost by kernel of a forward and a backward pass with a norm, from the launch plans themselves."""
+    taps, tokens = math.prod(geometry.kernel), geometry.tokens
+    rows, patch = batch * tokens, channels * taps
+    volume = batch * channels * math.prod(geometry.size) * voxel_bytes
+    row_bytes = rows * width * itemsize
+    flop = 2 * rows * patch * width
+    plan = fused.launch_plan(
+        "dw", chip=chip, channels=channels, taps=taps, width=width, itemsize=itemsize, tokens=tokens, batch=batch
+    )
+    partial = 4 * patch * width * plan.slices * batch
+    passes = -(-width // plan.block_e)
+    return {
+        "fwd": Cost(flop=flop, bytes=volume + row_bytes),
+        "norm_bwd": Cost(flop=0, bytes=3 * row_bytes),
+        "dw": Cost(flop=flop, bytes=passes * volume + row_bytes + 2 * partial),
+        "dx": Cost(flop=flop, bytes=volume + row_bytes),
+    }
+
+
 def floors() -> Iterator[Floor]:
     """The two shapes of the targets, bf16 on an H200."""
     for channels, width, kernel, stride, size in ((1, 64, 7, 4, 256), (64, 128, 3, 2, 64)):
         geometry: Geometry = resolve((size,) * 3, kernel, stride=stride, padding=kernel // 2)
-        by_kernel = fused.costs(
+        by_kernel = costs(
             chip=TARGETS["sm_90"].chip, geometry=geometry, batch=1, channels=channels, width=width, itemsize=2,
             voxel_bytes=2,
         )  # fmt: skip
         volume, tokens = channels * size**3 * 2, geometry.tokens * width * 2
         passes = {"forward": (("fwd",), volume + tokens), "backward": (("norm_bwd", "dw"), volume + 2 * tokens)}
         for direction, (kernels, least) in passes.items():
-            yield Floor(
-                shape=f"patch_embed {channels}x{size}^3 k{kernel} s{stride} E={width} bf16",
-                direction=direction,
-                flop=sum(by_kernel[kernel].flop for kernel in kernels),
-                exponentials=0,
-                planned_bytes=sum(by_kernel[kernel].bytes for kernel in kernels),
-                least_bytes=least,
+            yield Floor.of(
+                f"patch_embed {channels}x{size}^3 k{kernel} s{stride} E={width} bf16",
+                direction,
+                (by_kernel[kernel] for kernel in kernels),
+                least,
             )
 
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import torch
 
 from ahead_of_time import TARGETS
-from compile_cases.shapes import Case, Family, Floor
+from compile_cases.shapes import Case, Cost, Family, Floor
 from medformer_kernels import _dispatch
+from medformer_kernels._dispatch import AttentionPlan, Chip
 from medformer_kernels.performer import causal_fused, default_num_features, fused
 
 __all__ = ["FAMILY"]
@@ -76,7 +77,9 @@ def cases(*, widths: tuple[int, ...] = WIDTHS, tokens: int = 262_144) -> Iterato
         end = (0, tokens)
 
         def backward() -> None:
-            causal_fused.backward(x, x, x, omega, mask, end, x, row, row.new_empty((3, *row.shape)), x, full)
+            causal_fused.backward(
+                x, x, x, omega, mask, end, x, row, row.new_empty((row.shape[0], 3, *row.shape[1:])), x, full
+            )
 
         return Case(
             name=f"D={width} M={num_features} {str(dtype)[6:]} {'mask omega' if full else 'plain'} causal",
@@ -97,6 +100,95 @@ def cases(*, widths: tuple[int, ...] = WIDTHS, tokens: int = 262_144) -> Iterato
                 yield causal_case(width, dtype, full)
 
 
+def costs(
+    *, chip: Chip, batch_heads: int, tokens: int, num_features: int, width: int, width_v: int, itemsize: int
+) -> dict[str, Cost]:
+    """Cost by kernel of a forward and a backward pass over N = S = `tokens`, from the launch plans themselves.
+
+    Where programs share out the columns of a wide head, each makes the features, and reads what they take, again.
+    Programs that share out the features over one slice of the tokens are neighbours in the launch, and run at the same
+    time: what one reads the others find in the cache, and it counts once.
+    """
+
+    def plan(kernel: str) -> AttentionPlan:
+        return fused.launch_plan(
+            kernel,
+            chip=chip,
+            num_features=num_features,
+            width=max(width, width_v),
+            itemsize=itemsize,
+            tokens=tokens,
+            batch_heads=batch_heads,
+        )
+
+    rows = batch_heads * tokens
+    both = width + width_v
+    partial = batch_heads * num_features * (width_v + 1) * 4
+    state_plan, dstate_plan = plan("state_fwd"), plan("read_dstate")
+    merged = state_plan.slices + 1 if state_plan.slices > 1 else 0
+    # programs that share out columns
+    state, read, dstate = (fused.column_blocks(width_v, p) for p in (state_plan, plan("read_fwd"), dstate_plan))
+    dq = fused.column_blocks(width, plan("read_dq"))
+    dkv = max(fused.column_blocks(size, plan("state_bwd")) for size in (width, width_v))
+    result = {
+        # kernel: (widths of its products with the features, exponentials a feature, numbers a token, other bytes)
+        "state_fwd": (state * width + width_v, state, state * width + width_v, state_plan.slices * partial),
+        "merge": (0, 0, 0, merged * partial),
+        "read_fwd": (read * width + width_v, read, read * width + width_v, rows * 4),
+        "read_dq": (dq * both + width, dq, dq * (both + width_v) + width, rows * 8),
+        "read_dstate": (
+            dstate * width + width_v, dstate, dstate * width + width_v, rows * 8 + 2 * dstate_plan.slices * partial,
+        ),
+        "state_bwd": (dkv * both + both, dkv, dkv * both + both, 0),
+    }  # fmt: skip
+    return {
+        kernel: Cost(
+            flop=2 * rows * num_features * widths,
+            exponentials=rows * num_features * exps,
+            bytes=rows * numbers * itemsize + rest,
+        )
+        for kernel, (widths, exps, numbers, rest) in result.items()
+    }
+
+
+def causal_costs(
+    *, chip: Chip, batch_heads: int, tokens: int, num_features: int, width: int, width_v: int, itemsize: int
+) -> dict[str, Cost]:
+    """Cost by kernel of a forward and a backward pass, from the launch plans themselves; of heads no wider than a tile.
+
+    A program's own state is not counted: read and written once a chunk, it stays in the cache (2 programs a
+    multiprocessor x M (Dv + 1) float32 numbers, 18 MB on an H200 with M=256 and Dv=64).
+    """
+    rows, result = batch_heads * tokens, {}
+    partial = batch_heads * num_features * (width_v + 1) * 4
+    pair = (width + width_v) * itemsize
+    passes = {
+        # kernel: (widths of its products with the features, exponentials a feature, products of a chunk's features and
+        # of its values, bytes a token)
+        "causal_fwd": (2 * (width + width_v), 4, 1, 1, 2 * pair + 16),
+        "causal_dq": (3 * width + 2 * width_v, 4, 1, 1, 3 * pair + width_v * itemsize + 20),
+        "causal_dkv": (5 * width + 3 * width_v, 7, 2, 2, 3 * pair + 20),
+    }
+    for kernel, (widths, exponentials, products, small, moved) in passes.items():
+        plan = causal_fused.launch_plan(
+            kernel, chip=chip, num_features=num_features, width=max(width, width_v), itemsize=itemsize, tokens=tokens,
+            batch_heads=batch_heads,
+        )  # fmt: skip
+        if plan.slices > 1:
+            read = rows * (plan.slices - 1) // plan.slices  # nobody reads the state of the last slice
+            result[f"{kernel} states"] = Cost(
+                flop=2 * read * num_features * (width + width_v),
+                exponentials=read * num_features,
+                bytes=read * (pair + 8 * (kernel == "causal_dkv")) + 3 * plan.slices * partial,
+            )
+        result[kernel] = Cost(
+            flop=2 * rows * (num_features * (widths + products * plan.block_n) + small * plan.block_n * width_v),
+            exponentials=rows * (num_features * exponentials + plan.block_n),
+            bytes=rows * moved + plan.slices * partial,
+        )
+    return result
+
+
 def floors() -> Iterator[Floor]:
     """B=1 H=8 N=262,144 (64^3 tokens) D=64 M=256 bf16 on an H200.
 
@@ -109,7 +201,7 @@ def floors() -> Iterator[Floor]:
         "chip": TARGETS["sm_90"].chip, "batch_heads": heads, "tokens": tokens, "num_features": num_features,
         "width": width, "width_v": width, "itemsize": 2,
     }  # fmt: skip
-    by_kernel, causal = fused.costs(**shape), causal_fused.costs(**shape)
+    by_kernel, causal = costs(**shape), causal_costs(**shape)
     tensor = heads * tokens * width * 2
     passes = {
         "forward": ([by_kernel[kernel] for kernel in ("state_fwd", "merge", "read_fwd")], 4),  # q k v, out
@@ -118,15 +210,8 @@ def floors() -> Iterator[Floor]:
         "causal forward": ([cost for kernel, cost in causal.items() if "fwd" in kernel], 6),
         "causal backward": ([cost for kernel, cost in causal.items() if "fwd" not in kernel], 16),
     }
-    for direction, (costs, tensors) in passes.items():
-        yield Floor(
-            shape="performer B1 H8 N=262,144 D64 M256 bf16",
-            direction=direction,
-            flop=sum(cost.flop for cost in costs),
-            exponentials=sum(cost.exponentials for cost in costs),
-            planned_bytes=sum(cost.bytes for cost in costs),
-            least_bytes=tensors * tensor,
-        )
+    for direction, (launched, tensors) in passes.items():
+        yield Floor.of("performer B1 H8 N=262,144 D64 M256 bf16", direction, launched, tensors * tensor)
 
 
 FAMILY = Family(cases=cases, floors=floors, widths=WIDTHS)

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from ahead_of_time import TARGETS
-from compile_cases.shapes import Case, Family, Floor
+from compile_cases.shapes import Case, Cost, Family, Floor
+from medformer_kernels._dispatch import Chip
 from medformer_kernels.tnt import TNTInnerWeights, fused, outer
-from medformer_kernels.tnt.plans import KERNELS, OUTER_KERNELS, fits
+from medformer_kernels.tnt.plans import KERNELS, OUTER_KERNELS, TilePlan, fits, launch_plan
 
-__all__ = ["FAMILY", "OUTER_SHAPES", "SHAPES", "launches", "outer_launches"]
+__all__ = ["FAMILY", "OUTER_SHAPES", "SHAPES", "costs", "launches", "outer_launches"]
 
 # (tile width, tile head, rows of a tile) of every entry in configs/tnt.json: (tokens, width, heads) that take it.
 SHAPES = {
@@ -120,10 +121,49 @@ def _outer_cases(dtype: torch.dtype, widths: tuple[int, ...]) -> Iterator[Case]:
                 )
 
 
+def costs(
+    *, chip: Chip, sequences: int, tokens: int, width: int, hidden: int, num_heads: int, itemsize: int
+) -> dict[str, Cost]:
+    """Cost by kernel of a forward and a backward pass, from the launch plans themselves."""
+    rows = sequences * tokens
+    tensor = rows * width * itemsize
+
+    def plan(kernel: str) -> TilePlan:
+        parts = {"attn_dw": num_heads, "mlp_dw": hidden}.get(kernel, 1)
+        return launch_plan(
+            kernel, chip=chip, sequences=sequences, tokens=tokens, width=width, head=width // num_heads, parts=parts,
+            itemsize=itemsize,
+        )  # fmt: skip
+
+    linear, mlp, scores = 2 * rows * width * width, 2 * rows * width * hidden, 2 * rows * tokens * width
+    exponentials = rows * tokens * num_heads
+    fwd, attn_dx, attn_dw, mlp_dw = (plan(kernel) for kernel in ("fwd", "attn_dx", "attn_dw", "mlp_dw"))
+    mlp_passes, attn_passes = -(-hidden // mlp_dw.block_f), num_heads * len(fused.halves(attn_dw))
+    mlp_partial, attn_partial = 2 * 4 * (2 * hidden * width) * mlp_dw.slices, 2 * 4 * (4 * width**2) * attn_dw.slices
+    return {
+        "fwd": Cost(
+            flop=4 * linear + 2 * mlp + 2 * scores, exponentials=exponentials, bytes=(4 if fwd.split else 3) * tensor
+        ),
+        "mlp_dx": Cost(flop=3 * mlp, bytes=3 * tensor),
+        "mlp_dw": Cost(flop=4 * mlp, bytes=2 * mlp_passes * tensor + mlp_partial),
+        # Two launches compute queries, keys, the gradient of o and scores twice.
+        "attn_dx": Cost(
+            flop=(10 * linear + 6 * scores) if attn_dx.split else (7 * linear + 5 * scores),
+            exponentials=len(fused.halves(attn_dx)) * exponentials,
+            bytes=(7 if attn_dx.split else 3) * tensor,
+        ),
+        "attn_dw": Cost(
+            flop=(12 * linear + 7 * scores) if attn_dw.split else (8 * linear + 6 * scores),
+            exponentials=len(fused.halves(attn_dw)) * exponentials,
+            bytes=2 * attn_passes * tensor + attn_partial,
+        ),
+    }
+
+
 def floors() -> Iterator[Floor]:
     """32,768 sequences of 64 tokens of width 48, MLP of 192, 4 heads, bf16, on an H200."""
     sequences, tokens, width, heads = SEQUENCES, 64, 48, 4
-    by_kernel = fused.costs(
+    by_kernel = costs(
         chip=TARGETS["sm_90"].chip, sequences=sequences, tokens=tokens, width=width, hidden=4 * width,
         num_heads=heads, itemsize=2,
     )  # fmt: skip
@@ -133,13 +173,11 @@ def floors() -> Iterator[Floor]:
         "backward": (("mlp_dx", "mlp_dw", "attn_dx", "attn_dw"), 4),  # x, middle, dout, dx
     }
     for direction, (kernels, tensors) in passes.items():
-        yield Floor(
-            shape="tnt_inner_block 32,768 x 64 x 48 bf16",
-            direction=direction,
-            flop=sum(by_kernel[kernel].flop for kernel in kernels),
-            exponentials=sum(by_kernel[kernel].exponentials for kernel in kernels),
-            planned_bytes=sum(by_kernel[kernel].bytes for kernel in kernels),
-            least_bytes=tensors * tensor,
+        yield Floor.of(
+            "tnt_inner_block 32,768 x 64 x 48 bf16",
+            direction,
+            (by_kernel[kernel] for kernel in kernels),
+            tensors * tensor,
         )
 
 

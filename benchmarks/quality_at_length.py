@@ -1,0 +1,298 @@
+"""Does an attention still learn at length? Recall between far places of a volume, by kind of attention and tokens.
+
+    python benchmarks/quality_at_length.py --out recall.jsonl [--sides 8,16] [--kinds softmax,performer] [--seeds 3]
+    python benchmarks/quality_at_length.py --table recall.jsonl [--plot recall.svg]
+
+A volume of side^3 tokens (patches of 4^3 voxels) is empty but for `--load` pairs, each painted as a texture of one
+patch: half of it names a key, the other half a value. Four times as many queries show a key and ask; each is answered
+at its own token, by one of 16 values, from a pair that lies at least `--distance` of the side away. The bed counts
+where exact attention answers more than 95%.
+
+The same network (width, depth, steps, examples) for every kind; the rate is the best of `--rates` on validation
+volumes of the first seed. Accuracy is on fresh volumes, seed by seed. Every finished run is one line of `--out`,
+and runs that are there are not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import medformer
+from medformer import BackboneConfig
+
+PATCH, KEYS, VALUES = 4, 1024, 16
+HALF = PATCH**3 // 2  # voxels that name a key
+NOISE = 0.0  # of what is empty: the first LayerNorm would make any noise as loud as what is painted
+ASKED = 4  # queries of a volume for each pair
+CHANCE = 1 / VALUES
+
+# What differs from softmax attention, by name. Blocks are half of the side, so that there are eight.
+KINDS: dict[str, dict[str, Any]] = {
+    "softmax": {"attention": "softmax"},
+    "performer 64": {"num_features": 64},
+    "performer": {"num_features": 128},
+    "performer 256": {"num_features": 256},
+    "performer qk_norm": {"num_features": 128, "qk_norm": True},
+    "blocks": {"num_features": 128, "state_blocks": "half"},
+    "blocks 64": {"num_features": 64, "state_blocks": "half"},
+    "blocks qk_norm": {"num_features": 128, "qk_norm": True, "state_blocks": "half"},
+    "nystrom 64": {"attention": "nystrom", "num_landmarks": 64},
+    "nystrom 256": {"attention": "nystrom", "num_landmarks": 256},
+    "disentangled": {"attention": "disentangled", "position": "none"},
+    "hopfield": {"attention": "hopfield"},
+    "none": {"attention": "none"},  # a token reads nothing but itself: what no attention could answer
+}
+
+
+class Nothing(nn.Module):
+    """In place of attention."""
+
+    def forward(self, x: Tensor, **_: Any) -> Tensor:
+        return torch.zeros_like(x)
+
+
+def network(kind: str, side: int, *, width: int, depth: int, heads: int) -> nn.Module:
+    """A backbone of patches of one texture each, with a classifier of the values at every token."""
+    change = dict(KINDS[kind])
+    if change.get("state_blocks") == "half":
+        change["state_blocks"] = side // 2
+    without = change.get("attention") == "none"
+    if without:
+        change["attention"] = "softmax"
+    config = BackboneConfig(
+        width=width, depth=depth, heads=heads, mlp_ratio=2, patch_size=PATCH, patch_stride=PATCH, patch_padding=0,
+        registers=0, class_token=False, **{"position": "none", **change},
+    )  # fmt: skip
+    backbone = medformer.Backbone(config)
+    if without:
+        for block in backbone.blocks:
+            block.attention = Nothing()
+    for module in backbone.modules():
+        if isinstance(module, nn.Linear | nn.Conv3d):
+            # The deviation 0.02 of wide networks leaves one of 64 channels with nothing to learn from for long.
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+    return nn.ModuleDict({"backbone": backbone, "head": nn.Linear(width, VALUES)})
+
+
+class Volumes:
+    """Draws volumes, the places of their queries and the values that answer them; the textures are those of seed 0."""
+
+    def __init__(self, side: int, load: int, distance: float) -> None:
+        if (1 + ASKED) * load > side**3:
+            raise ValueError(f"--load {load}: {load} pairs and {ASKED} queries of each need more than {side}^3 tokens")
+        if load > KEYS:
+            raise ValueError(f"--load {load} must be at most {KEYS}, the keys there are")
+        self.side, self.load, self.distance = side, load, distance
+        generator = torch.Generator().manual_seed(0)
+        codes = torch.randn(KEYS + VALUES + 1, HALF, generator=generator)
+        self.keys, self.values, self.ask = codes[:KEYS], codes[KEYS:-1], codes[-1]
+
+    def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """(volumes (B, 1, Z, Y, X), tokens of the queries (B, ASKED load), values (B, ASKED load))."""
+        tokens, load, asked = self.side**3, self.load, ASKED * self.load
+        texture = NOISE * torch.randn(batch, tokens, 2 * HALF, generator=generator)
+        places = torch.rand(batch, tokens, generator=generator).argsort(1)
+        pairs, queries = places[:, :load], places[:, load : load + asked]
+        key = torch.rand(batch, KEYS, generator=generator).argsort(1)[:, :load]
+        value = torch.randint(VALUES, (batch, load), generator=generator)
+        rows, about = torch.arange(batch)[:, None], self._pairs_of(pairs, queries, generator)
+        texture[rows, pairs] = torch.cat([self.keys[key], self.values[value]], -1)
+        ask = self.ask.expand(batch, asked, -1)
+        texture[rows, queries] = torch.cat([self.keys[key.gather(1, about)], ask], -1)
+        grid = texture.view(batch, self.side, self.side, self.side, PATCH, PATCH, PATCH)
+        volume = grid.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, 1, *[self.side * PATCH] * 3)
+        return volume, queries, value.gather(1, about)
+
+    def _pairs_of(self, pairs: Tensor, queries: Tensor, generator: torch.Generator) -> Tensor:
+        """(B, queries): the pair that each asks for, drawn from those that lie far enough, or from all if none does."""
+        axes = [
+            torch.stack([x // self.side**2, x // self.side % self.side, x % self.side], -1) for x in (queries, pairs)
+        ]
+        apart = (axes[0][:, :, None] - axes[1][:, None]).abs().amax(-1)
+        far = apart >= self.distance * self.side
+        weight = torch.where(far.any(-1, keepdim=True), far, True).double()
+        drawn = torch.multinomial(weight.flatten(0, 1), 1, generator=generator)
+        return drawn.view(*queries.shape)
+
+
+def answered(model: nn.Module, volume: Tensor, queries: Tensor) -> Tensor:
+    """Logits (B, queries, values) at the tokens of the queries."""
+    patches = model["backbone"].forward_features(volume).patches  # type: ignore[index,operator]
+    return model["head"](patches.gather(1, queries[..., None].expand(-1, -1, patches.shape[-1])))  # type: ignore[index,operator]
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, volumes: Volumes, count: int, batch: int, seed: int) -> float:
+    generator, right = torch.Generator().manual_seed(seed), []
+    model.eval()
+    for _ in range(max(1, count // (batch * ASKED * volumes.load))):
+        volume, queries, value = volumes.draw(batch, generator)
+        right.append((answered(model, volume, queries).argmax(-1) == value).double().mean().item())
+    model.train()
+    return mean(right)
+
+
+def train(kind: str, side: int, rate: float, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """One network, from its seed to its accuracy on validation and on test volumes."""
+    torch.manual_seed(seed)
+    model = network(kind, side, width=args.width, depth=args.depth, heads=args.heads)
+    volumes = Volumes(side, args.load, args.distance)
+    generator = torch.Generator().manual_seed(1_000 + seed)
+    batch = max(1, args.step_tokens // side**3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, betas=(0.9, 0.98))
+    began, seconds, losses, right = time.perf_counter(), [], [], []
+    for step in range(args.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / args.steps))
+        volume, queries, value = volumes.draw(batch, generator)
+        at = time.perf_counter()
+        logits = answered(model, volume, queries)
+        loss = F.cross_entropy(logits.flatten(0, 1), value.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        seconds.append(time.perf_counter() - at)
+        losses.append(loss.item())
+        right.append((logits.argmax(-1) == value).double().mean().item())
+        if args.verbose and (step + 1) % 100 == 0:
+            print(f"  step {step + 1}: loss {mean(losses[-50:]):.3f}, right {mean(right[-50:]):.3f}", flush=True)
+    return {
+        "kind": kind, "side": side, "tokens": side**3, "rate": rate, "seed": seed, "load": args.load,
+        "distance": args.distance, "steps": args.steps, "step_tokens": args.step_tokens,
+        "batch": batch, "width": args.width, "depth": args.depth,
+        "heads": args.heads, "validation": accuracy(model, volumes, args.queries, batch, 7), "test": accuracy(
+            model, volumes, args.queries, batch, 8), "loss": mean(losses[-50:]),
+        "step_seconds": sorted(seconds)[len(seconds) // 2], "minutes": (time.perf_counter() - began) / 60,
+        "torch": torch.__version__, "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+BED = ("load", "distance", "steps", "step_tokens", "width", "depth", "heads")
+SETTING = (*BED, "kind", "side", "rate", "seed")
+
+
+def run(args: argparse.Namespace) -> None:
+    out = Path(args.out)
+    done = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+
+    def one(kind: str, side: int, rate: float, seed: int) -> dict[str, Any]:
+        wanted = {**vars(args), "kind": kind, "side": side, "rate": rate, "seed": seed}
+        for row in done:
+            if all(row[name] == wanted[name] for name in SETTING):
+                return row
+        row = train(kind, side, rate, seed, args)
+        done.append(row)
+        with out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(f"{kind:18} {side**3:6} tokens, rate {rate:g}, seed {seed}: {row['test']:.3f} "
+              f"({row['step_seconds']:.2f} s a step, {row['minutes']:.1f} min)", flush=True)  # fmt: skip
+        return row
+
+    for side in args.sides:
+        for kind in args.kinds:
+            tried = [one(kind, side, rate, 0) for rate in args.rates]
+            best = max(tried, key=lambda row: row["validation"])["rate"]
+            for seed in range(1, args.seeds):
+                one(kind, side, best, seed)
+
+
+def chosen(rows: list[dict[str, Any]]) -> dict[tuple[tuple, int, str], list[dict[str, Any]]]:
+    """Runs at the rate that was best on validation volumes of seed 0, by (bed, tokens, kind)."""
+    groups: dict[tuple[tuple, int, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((tuple(row[name] for name in BED), row["tokens"], row["kind"]), []).append(row)
+    found = {}
+    for key in sorted(groups, key=lambda key: (*key[:2], list(KINDS).index(key[2]))):
+        best = max((row for row in groups[key] if row["seed"] == 0), key=lambda row: row["validation"])["rate"]
+        found[key] = [row for row in groups[key] if row["rate"] == best]
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| attention | tokens | load | steps | accuracy, mean (min to max of seeds) | seconds a step | rate |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for (_, tokens, kind), group in chosen(rows).items():
+        scores, first = [row["test"] for row in group], group[0]
+        spread = f" ({min(scores):.3f} to {max(scores):.3f} of {len(scores)})" if len(scores) > 1 else ""
+        seconds = mean(row["step_seconds"] for row in group)
+        size = f"{tokens:,} | {first['load']} | {first['steps']:,}"
+        lines.append(f"| {kind} | {size} | {mean(scores):.3f}{spread} | {seconds:.2f} | {first['rate']:g} |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Curves of the bed with the most steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.5, 4))
+    found = chosen(rows)
+    most = max((bed for bed, _, _ in found), key=lambda bed: bed[BED.index("steps")])
+    for kind in KINDS:
+        mine = {tokens: group for (bed, tokens, k), group in found.items() if (bed, k) == (most, kind)}
+        curve = [(tokens, [row["test"] for row in group]) for tokens, group in mine.items()]
+        if curve:
+            spread = [stdev(scores) if len(scores) > 1 else 0.0 for _, scores in curve]
+            axes.errorbar([t for t, _ in curve], [mean(s) for _, s in curve], spread, marker="o", capsize=3, label=kind)
+    axes.axhline(CHANCE, color="grey", linestyle=":", linewidth=1)
+    axes.set(xscale="log", xlabel="tokens", ylabel="queries answered", ylim=(0, 1.02))
+    axes.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", help="JSON lines, one a run")
+    parser.add_argument("--table", help="print the table of a file that --out wrote, and end")
+    parser.add_argument("--plot", help="with --table: write the curve as well")
+    parser.add_argument(
+        "--sides", type=lambda s: [int(x) for x in s.split(",")], default=[8, 16], help="tokens by axis"
+    )
+    parser.add_argument("--kinds", type=lambda s: s.split(","), default=list(KINDS), help=", ".join(KINDS))
+    parser.add_argument("--rates", type=lambda s: [float(x) for x in s.split(",")], default=[1e-3, 3e-3])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--load", type=int, default=32, help="pairs of a volume, and queries")
+    parser.add_argument(
+        "--distance",
+        type=float,
+        default=0.0,
+        help="least share of the side between query and pair, where a pair lies so far",
+    )
+    parser.add_argument("--step_tokens", type=int, default=8192, help="tokens of a step: the batch is this over side^3")
+    parser.add_argument("--queries", type=int, default=2048, help="queries of a measured accuracy")
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--depth", type=int, default=2)
+    parser.add_argument("--heads", type=int, default=2)
+    parser.add_argument("--verbose", action="store_true", help="the loss every 100 steps")
+    args = parser.parse_args()
+    unknown = [kind for kind in args.kinds if kind not in KINDS]
+    if unknown:
+        parser.error(f"--kinds {','.join(unknown)}: not one of {', '.join(KINDS)}")
+    if args.table:
+        rows = [json.loads(line) for line in Path(args.table).read_text().splitlines()]
+        print(table(rows))
+        if args.plot:
+            plot(rows, Path(args.plot))
+    elif args.out:
+        run(args)
+    else:
+        parser.error("--out FILE runs; --table FILE shows what was run")
+
+
+if __name__ == "__main__":
+    main()

@@ -25,6 +25,8 @@ if not torch.cuda.is_available():
     # Triton decides at decoration time whether a kernel is interpreted.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Imports Triton: not before that.
+from tests import launches
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -57,25 +59,64 @@ def _mend_old_interpreter() -> None:
 
 _mend_old_interpreter()
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from tests import bf16_interpreter  # its ml_dtypes need not be where a GPU is
+
+    bf16_interpreter.install()
+launches.record()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "launches(*kernels): the test launches at least these Triton kernels; without names, none; '*': at least one; "
+        "'?': some of its calls do",
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """A test that launches kernels says which, so that a silent fallback to PyTorch fails it."""
+    launches.launched.clear()
+    result = yield
+    found, mark = sorted(set(launches.launched)), item.get_closest_marker("launches")
+    names = () if mark is None else mark.args
+    if names == ("?",):
+        return result
+    if mark is None and found:
+        pytest.fail(f"launched {found}: say so with @pytest.mark.launches(...)", pytrace=False)
+    if mark is not None and not names and found:
+        pytest.fail(f"launched {found}, and the test says that it launches no kernel", pytrace=False)
+    missing = ["any"] if names == ("*",) and not found else sorted({*names} - {*found, "*"})
+    if missing:
+        pytest.fail(f"did not launch {missing}, only {found}", pytrace=False)
+    return result
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a GPU; none is visible to torch here")
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu") is not None:  # not in its keywords: they hold the names of folders
             item.add_marker(skip)
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """`ssl/train.py` on four tiny scans with a model of 0.03 M parameters: about a second a run."""
+    """`ssl/train.py` on four tiny scans with a model of 0.03 M parameters: about a second a run.
+
+    Without batch norm, Sinkhorn and masked patches, which see a micro-batch and not the batch: tests that want them
+    ask for them.
+    """
 
     scans: Path
     flags = (
         "--model.width=24", "--model.depth=1", "--model.heads=2", "--model.patch_stride=8", "--model.patch_padding=0",
         "--views.global_size=16x16x16", "--views.local_size=8x8x8", "--views.local_views=1", "--dino.prototypes=32",
         "--dino.hidden=16", "--dino.bottleneck=8", "--batch_size=2", "--save_every=2", "--device=cpu",
+        "--dino.norm=none", "--dino.balance=centre", "--dino.koleo=0", "--dino.masked_patches=0", "--byol.koleo=0",
+        "--byol.masked_patches=0", "--model.mask_token=false", "--optim.lr=5e-4",
     )  # fmt: skip
     script = Path(__file__).parents[1] / "ssl" / "train.py"
 
@@ -85,7 +126,7 @@ class Trainer:
     def __call__(self, out: Path, *flags: str, picture: bool = False) -> int:
         import train  # not before TRITON_INTERPRET is set
 
-        with nullcontext() if picture else mock.patch("report.attention_picture"):  # half a second each
+        with nullcontext() if picture else mock.patch("pictures.attention_picture"):  # half a second each
             return train.main(self.arguments(out, *flags))
 
     def lines(self, run: Path) -> list[dict[str, float]]:

@@ -5,8 +5,10 @@ Reads one JSON job from each line of stdin and answers each with one line of JSO
 `kill` sends `signal` to one process once the run's metrics.jsonl has that many lines; `argvs` gives each rank its own;
 `before` is run in each first; `"strike": {"step": 7, "after": 0.01}` has it die by SIGKILL so long after its 7th step.
 
-By hand, a run killed 100 times against one that was not:
+By hand, a run killed 100 times against one that was not; and one killed together with a store being prepared, while
+scans have to be stored anew in every life:
     python tests/lives.py --kills 100 SCANS FOLDER --model.width=24 ...
+    python tests/lives.py --kills-everywhere 50 SCANS FOLDER --model.width=24 ...
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -65,9 +68,12 @@ def live(job: dict[str, Any], scratch: Path) -> dict[str, Any]:
                 os.dup2(os.open(scratch / f"{name}{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
             if ranks > 1:
                 os.environ.update(
-                    RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1",
+                    RANK=str(rank),
+                    LOCAL_RANK=str(rank),
+                    WORLD_SIZE=str(ranks),
+                    MASTER_ADDR="127.0.0.1",
                     MASTER_PORT=port,
-                )  # fmt: skip
+                )
             code = 70
             try:
                 strike = STRIKE.format(**job["strike"]) if "strike" in job else ""
@@ -136,6 +142,69 @@ def kill_many(scans: Path, folder: Path, flags: list[str], kills: int, seed: int
     }  # fmt: skip
 
 
+def kill_everywhere(scans: Path, folder: Path, flags: list[str], kills: int, seed: int = 0) -> dict[str, Any]:
+    """A run and the making of a store, killed at one random moment, again and again, until both are done.
+
+    Before each life some entries of the cache and the store are gone, so that scans are read and stored again. At the
+    end the run is compared with one that was never killed, and the store with what one call makes.
+    """
+    from medformer.data.store import build
+    from medformer.data.store.entries import look_up
+    from medformer.data.store.index import rows
+
+    rng = random.Random(seed)
+    steps, run, store, cache = 6 * kills, folder / "run", folder / "store", folder / "cache"
+    common = [*flags, f"--data.root={scans}", f"--steps={steps}", "--save_every=2", f"--data.cache={cache}"]
+    making = [str(scans), "--out", str(store), "--split", "all", "--workers", "0"]
+    where = {"reading": 0, "training": 0}
+
+    def on() -> list[str]:
+        if list(run.glob("checkpoints/*.pt")):
+            return [f"--resume={run}"]
+        shutil.rmtree(run, ignore_errors=True)  # killed before its first checkpoint: it starts anew
+        return [*common, f"--out={run}"]
+
+    for _ in range(kills):
+        argv = on()
+        for sidecar in (*cache.glob("*.json"), *store.glob("*.json")):
+            if rng.random() < 0.5:
+                sidecar.unlink()
+        before = lines(run)
+        pids = []
+        for main, words in ((train.main, argv), (build.main, making)):
+            pid = os.fork()
+            if pid == 0:
+                for number in (1, 2):
+                    os.dup2(os.open(folder / f"said-{main.__module__}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
+                os._exit(main(words))
+            pids.append(pid)
+        # Half of them by the clock, which strikes while scans are read and stored; half some steps later.
+        until = time.monotonic() + (rng.random() * 1.5 if rng.random() < 0.5 else 60.0)
+        target = min(before + rng.randint(1, 6), steps - 2)
+        while time.monotonic() < until and lines(run) < target:
+            time.sleep(0.002)
+        time.sleep(0.03 * rng.random())
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        for pid in pids:
+            os.waitpid(pid, 0)
+        where["training" if lines(run) > before else "reading"] += 1
+        for file in store.glob("*.json"):
+            assert look_up(file.with_suffix(""), "whole") is not None, file
+    whole = folder / "whole"
+    ends = [live({"argv": argv, "timeout": 600}, folder) for argv in (on(), [*common, f"--out={whole}"])]
+    assert [end["codes"] for end in ends] == [[0], [0]], ends
+    assert build.main(making) in (0, 1)
+    assert build.main([*making[:2], str(folder / "store-at-once"), *making[3:]]) in (0, 1)
+    kept = [[(row.key, row.state, row.shape) for row in rows(folder / name)] for name in ("store", "store-at-once")]
+    losses = [[json.loads(line)["loss"] for line in (r / "metrics.jsonl").open()] for r in (whole, run)]
+    return {
+        "kills": kills, "while": where, "steps": steps, "losses": len(losses[1]), "losses_same": losses[0] == losses[1],
+        "store_same": kept[0] == kept[1], "scans": len(kept[0]),
+        "damaged": len(list(folder.rglob("damaged/*"))),
+    }  # fmt: skip
+
+
 def _flat(values: Any, name: str = ""):
     if isinstance(values, dict):
         for key, value in values.items():
@@ -148,8 +217,9 @@ def _flat(values: Any, name: str = ""):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--kills"]:
-        print(json.dumps(kill_many(Path(sys.argv[3]), Path(sys.argv[4]), sys.argv[5:], int(sys.argv[2]))))
+    if sys.argv[1:2] in (["--kills"], ["--kills-everywhere"]):
+        kill = kill_many if sys.argv[1] == "--kills" else kill_everywhere
+        print(json.dumps(kill(Path(sys.argv[3]), Path(sys.argv[4]), sys.argv[5:], int(sys.argv[2]))))
     else:
         for line in sys.stdin:
             given = json.loads(line)

@@ -185,3 +185,15 @@ def test_wrong_arguments_are_refused(kind: type[Attention]) -> None:
         kind(24, 5)
     with pytest.raises(ValueError, match=r"shape \(2, 8\).*bool of shape \(2, 9\)"):
         build(kind)(tokens(2, 9, 24), key_padding_mask=torch.ones(2, 8, dtype=torch.bool))
+
+
+def test_what_padded_keys_and_values_hold_never_reaches_the_output() -> None:
+    """Weight 0 is not enough: 0 times NaN is NaN."""
+    q, k, v = torch.randn(3, 2, 2, 7, 4)
+    mask = torch.arange(7) < torch.tensor([[4], [0]])
+    expected = attention_module.masked_attention(q, k, v, mask)
+    assert expected[0].isfinite().all()
+    assert not expected[1].any()
+    for fill in (float("nan"), float("inf")):
+        padded = [x.masked_fill(~mask[:, None, :, None], fill) for x in (k, v)]
+        assert torch.equal(attention_module.masked_attention(q, *padded, mask), expected)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from byol import Byol, ByolConfig, Seen, StandardisedLinear, byol_loss, head
+from byol import Byol, ByolConfig, Seen, StandardisedLinear, byol_loss, head, masked_loss
 from collapse import VectorWatch
 from dino_loss import koleo
 from medformer import Backbone, BackboneConfig, SwitchMLP
@@ -159,7 +159,7 @@ def test_the_loss_of_experts_is_the_mean_over_both_views() -> None:
     views = [torch.randn(4, 1, 8, 8, 8)]
     loss, _ = method.loss(method.student, views, 0)
     seen = method.student(*views[0].chunk(2))
-    plain = byol_loss(seen.predictions, method.target(*views[0].chunk(2)))
+    plain = byol_loss(seen.predictions, method.target(*views[0].chunk(2))[0])
     torch.testing.assert_close(loss, plain + (found[0] + found[1]) / 2)
 
 
@@ -202,6 +202,38 @@ def test_a_network_that_says_nothing_is_told_within_200_steps() -> None:
         said.append(method.watch(loss.item(), {name: part.item() for name, part in parts.items()}))
     (message,) = [message for message in said if message]
     assert "same vector" in message
+
+
+def test_the_masked_term_is_the_distance_at_masked_patches_and_each_view_counts_alike() -> None:
+    mask = torch.tensor([[True, True, False, True], [False] * 4, [False, True, False, False]])
+    guess, wanted = torch.randn(4, 6, requires_grad=True), torch.randn(4, 6, requires_grad=True)
+    terms = 2 - 2 * F.cosine_similarity(guess, wanted)
+    found = masked_loss(guess, wanted, mask)
+    torch.testing.assert_close(found, (terms[:3].mean() + terms[3]) / 2)
+    found.backward()
+    assert wanted.grad is None
+
+
+def test_what_is_masked_is_hidden_from_the_online_network_and_seen_by_the_target() -> None:
+    torch.manual_seed(0)
+    shape = BackboneConfig(width=24, depth=2, heads=2, patch_size=4, patch_stride=4, patch_padding=0, mask_token=True)
+    config = replace(CONFIG, masked_patches=1.0, mask_share=(0.4, 0.5))
+    byol: Any = Byol(Backbone(shape), Backbone(shape), 24, config, 20).train()
+    near = torch.randn(4, 1, 8, 8, 8)
+    mask = torch.zeros(4, 8, dtype=torch.bool)
+    mask[[0, 2], 3] = True
+    other = near.clone()
+    other[:, :, :4, 4:, 4:] += 1.0  # the voxels of patch 3
+    first, second = (byol.student(*views.chunk(2), mask=mask) for views in (near, other))
+    torch.testing.assert_close(first.patches, second.patches)
+    torch.testing.assert_close(first.predictions[0][0], second.predictions[0][0])
+    assert not torch.allclose(first.predictions[0][1], second.predictions[0][1])  # a view without a mask
+    (_, seen), (_, changed) = (byol.target(*views.chunk(2), mask=mask) for views in (near, other))
+    assert not torch.allclose(seen, changed)
+    loss, parts = byol.loss(byol.student, [near], 0)
+    loss.backward()
+    assert 0 < parts["patch_loss"] < 4
+    assert byol.student.backbone.mask_token.grad.abs().sum() > 0
 
 
 def test_koleo_is_that_of_the_backbones_vectors_view_by_view() -> None:

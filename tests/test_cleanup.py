@@ -7,10 +7,17 @@ import importlib.util
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+
+from medformer.data.datasets import siim_covid19
+from medformer.data.datasets.joins import DataSetWarning
+from tests.dataset_downloads import siim_kaggle
+from tests.test_data_planar import write_image
 
 SCRIPT = Path(__file__).parents[1] / "misc" / "dataset_folder_cleanup.py"
 IMAGES = {"train/s1/a/i1.dcm": b"one", "train/s2/b/i2.dcm": b"two" * 400, "test/s3/c/i3.dcm": b"three"}
@@ -115,13 +122,44 @@ class TestApply:
         assert (out_of(root, mode) / cleanup.JOURNAL).read_bytes() == journal
 
     @pytest.mark.parametrize("mode", MODES)
+    def test_label_tables_go_along_and_come_back(
+        self, root: Path, mode: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        tables = {"train_image_level.csv": b"id,boxes\n", "sample_submission.csv": b"id\n"}
+        make(root, tables)
+        assert run(root, mode, "--out", str(root.with_name("siim-flat"))) == 0
+        out = capsys.readouterr().out
+        assert "2 label tables go along; train_study_level.csv not next to train/" in out
+        assert "3 images placed, 2 label tables" in out
+        assert files(root.with_name("siim-flat")) == flat() | tables
+        assert cleanup.main(["undo", str(root.with_name("siim-flat") / cleanup.JOURNAL)]) == 0
+        assert files(root) == IMAGES | tables
+        assert files(root.with_name("siim-flat")) == {}
+
+    @pytest.mark.parametrize("policy", ["hash-suffix", "study-prefix"])
+    def test_the_adapter_reads_what_was_made_as_it_read_the_source(self, tmp_path: Path, policy: str) -> None:
+        root = siim_kaggle(tmp_path) / "siim-covid19-detection"
+        twin = root / "train" / "000c9c05fd14" / "e555410bd2cd" / "65761e66de9f.dcm"  # one name in two studies
+        twin.parent.mkdir(parents=True)
+        write_image(twin, np.arange(30, dtype=np.uint16).reshape(6, 5)[::-1])
+        assert run(root, "copy", "--on-collision", policy, "--out", str(tmp_path / "elsewhere")) == 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DataSetWarning)
+            before, after = (siim_covid19.scan(folder) for folder in (root, tmp_path / "elsewhere"))
+        facts = [sorted((r.study, r.split, str(r.labels), str(r.boxes)) for r in found) for found in (before, after)]
+        assert facts[0] == facts[1]
+        assert len(before) == 3
+
+    @pytest.mark.parametrize("mode", MODES)
     def test_the_index_keeps_what_flat_folders_lose(self, root: Path, mode: str) -> None:
         run(root, mode)
         with open(out_of(root, mode) / cleanup.INDEX, newline="") as file:
             rows = list(csv.DictReader(file))
         assert {(r["part"], r["image"]): (r["study"], r["series"]) for r in rows} == {
-            ("train", "i1.dcm"): ("s1", "a"), ("train", "i2.dcm"): ("s2", "b"), ("test", "i3.dcm"): ("s3", "c"),
-        }  # fmt: skip
+            ("train", "i1.dcm"): ("s1", "a"),
+            ("train", "i2.dcm"): ("s2", "b"),
+            ("test", "i3.dcm"): ("s3", "c"),
+        }
 
     @pytest.mark.parametrize("mode", MODES)
     def test_undo_restores_every_file_and_folder(self, root: Path, mode: str) -> None:

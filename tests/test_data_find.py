@@ -56,7 +56,7 @@ def test_everything_is_found_once_with_its_facts(tree: Path) -> None:
         ("site/p2/MR", "dicom", "MR", (4, 6, 5)),
     ]
     assert all(s.spacing_mm == pytest.approx((2.0, 1.5, 1.0)) for s in index.scans)
-    assert sorted(Path(s.path).name for s in index.skipped) == ["README.md", "dangling", "labels.csv", "pipe"]
+    assert sorted(Path(s.path).name for s in index.skipped) == ["README.md", "dangling", "labels.csv", "loop", "pipe"]
     assert len(index) == 5
 
 
@@ -192,12 +192,14 @@ class TestSamples:
 
 @needs_shared
 def test_shared_data_is_indexed_by_content() -> None:
-    index = find_scans(SHARED)
-    kinds = [(s.kind, s.modality) for s in index.scans]
-    assert kinds.count(("dicom", "CT")) == 1
-    assert kinds.count(("dicom", "MR")) == 1
-    assert kinds.count(("nifti", "unknown")) == 14
-    assert not any(s.refused for s in index.skipped)
+    found = {folder: find_scans(SHARED / folder) for folder in ("ct", "dicom", "mr")}
+    kinds = {folder: sorted((s.kind, s.modality) for s in index.scans) for folder, index in found.items()}
+    assert kinds == {
+        "ct": [("nifti", "unknown")] * 6,
+        "dicom": [("dicom", "CT"), ("dicom", "MR")],
+        "mr": [("nifti", "unknown")] * 8,
+    }
+    assert not any(s.refused for index in found.values() for s in index.skipped)
 
 
 def why_refused(scan: Scan) -> str | None:

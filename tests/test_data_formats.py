@@ -32,7 +32,7 @@ class TestPairs:
     def test_a_lost_half_is_named(self, tmp_path: Path) -> None:
         nib.save(nib.Nifti1Pair(DATA.T, AFFINE), tmp_path / "a.img")
         (tmp_path / "a.img").unlink()
-        with pytest.raises(ScanError, match=r"a\.hdr: header of a pair whose \.img file is not beside it"):
+        with pytest.raises(ScanError, match=r"a\.hdr: header of a pair whose \.img file is not next to it"):
             read_volume(tmp_path / "a.hdr")
 
     def test_a_cut_image_is_refused(self, tmp_path: Path) -> None:

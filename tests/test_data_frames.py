@@ -21,8 +21,8 @@ from pydicom.dataset import Dataset, FileDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
+from medformer.commands import main
 from medformer.data import ScanError, Volume, find_scans, read_volume
-from medformer.data.__main__ import main
 from medformer.data.resample import deskew
 from tests.dicom_files import OBLIQUE, image, lps_affine, normal_of, write_enhanced, write_series, write_slice
 
@@ -66,6 +66,28 @@ class TestFourDimensions:
         np.testing.assert_array_equal(index.scans[1].read(canonical=False).voxels, np.stack([image(3), image(0)]))
         with pytest.raises(ScanError, match="frame=2 must be 0 to 1"):
             read_volume(tmp_path / "a.dcm", frame=2)
+
+    def test_a_series_twice_as_one_file_and_as_slices_is_read_in_every_part(self, tmp_path: Path) -> None:
+        """What tells a repeat apart depends on its neighbours: the index saw files that one scan does not name."""
+        order = [(1, 1, 1), (1, 2, 1), (1, 1, 2), (1, 2, 2)]
+        write_enhanced(
+            tmp_path / "a.dcm", [0.0, 2.0, 0.0, 2.0], add_dimensions(order, [0x00209056, 0x00209057, 0x00209128])
+        )
+
+        def classic(i: int, ds: FileDataset) -> None:
+            ds.Modality, ds.SeriesInstanceUID, ds.EchoTime, ds.ImageType = "MR", "1.2.3.9", 2.3 * (1 + i // 2), ["M"]
+            ds.FrameOfReferenceUID, ds.StudyInstanceUID = "1.2.3.8", "1.2.3"
+
+        (tmp_path / "classic").mkdir()
+        write_series(tmp_path / "classic", [0.0, 2.0, 0.0, 2.0], edit=classic)
+        found = find_scans(tmp_path)
+        assert len(found) == 4
+        assert sorted(len(scan.files) for scan in found.scans) == [1, 1, 2, 2]
+        whole = [read_volume(tmp_path / "a.dcm", canonical=False, frame=frame).voxels for frame in (0, 1)]
+        voxels = [scan.read(canonical=False).voxels for scan in found.scans]
+        of_one_file = [v for v, scan in zip(voxels, found.scans, strict=True) if len(scan.files) == 1]
+        for a, b in zip(of_one_file, whole, strict=True):
+            np.testing.assert_array_equal(a, b)
 
     def test_frames_of_different_orientation_are_separate_scans(self, tmp_path: Path) -> None:
         def turn(_: int, ds: FileDataset) -> None:
@@ -138,6 +160,20 @@ class TestModalityTable:
         np.testing.assert_array_equal(volume.voxels[0], expected)
         assert volume.units == "HU"
         assert "Modality LUT applied" in volume.notes
+
+    def test_the_first_value_of_a_table_for_signed_pixels_is_signed(self, tmp_path: Path) -> None:
+        """PS3.3 C.11.1.1: the second number of LUTDescriptor has the sign of the pixels, whatever its VR says."""
+        values = np.arange(-15, 15).reshape(6, 5)
+
+        def edit(_: int, ds: FileDataset) -> None:
+            del ds.RescaleSlope, ds.RescaleIntercept
+            ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 15, 1
+            ds.PixelData = values.astype("<i2").tobytes()
+            ds.ModalityLUTSequence = Sequence([lut(20, 65536 - 10, [100 + 3 * i for i in range(20)])])
+
+        write_slice(tmp_path / "a.dcm", 0, np.zeros(3), edit=edit)
+        volume = read_volume(tmp_path / "a.dcm", canonical=False)
+        np.testing.assert_array_equal(volume.voxels[0], 100 + 3 * np.clip(values + 10, 0, 19))
 
     def test_a_table_cut_short_is_refused(self, tmp_path: Path) -> None:
         def edit(_: int, ds: FileDataset) -> None:
@@ -425,7 +461,7 @@ class TestInspect:
         assert "cut off" in capsys.readouterr().out
 
     def test_it_runs_as_a_module_and_names_a_missing_folder(self, tmp_path: Path) -> None:
-        command = [sys.executable, "-m", "medformer.data", "inspect", str(tmp_path / "nowhere")]
+        command = [sys.executable, "-m", "medformer", "inspect", str(tmp_path / "nowhere")]
         done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
         assert done.returncode == 1
         assert done.stderr.count("\n") == 1

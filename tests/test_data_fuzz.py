@@ -21,8 +21,8 @@ from medformer.data import ScanError, Volume, read_volume
 from medformer.data.datasets import bimcv_covid19, chexpert, lidc_idri, medmnist, rsna_ich, siim_covid19
 from medformer.data.safe_xml import parse_xml
 from medformer.data.tables import parse_literal, read_sheet, read_table
+from tests.dataset_files import annotation, sheet
 from tests.dicom_files import write_enhanced, write_slice
-from tests.test_data_datasets import annotation, sheet
 from tests.test_data_frames import write_mosaic
 
 SLOW_S = 5.0
@@ -56,8 +56,12 @@ def _png(path: Path) -> None:
     Image.fromarray(DATA[0].astype(np.uint16)).save(path)
 
 
-def _jpeg(path: Path) -> None:
+def _eight_bits(path: Path) -> None:
     Image.fromarray(np.arange(64 * 64, dtype=np.uint8).reshape(64, 64)).save(path)
+
+
+def _tiff(path: Path) -> None:
+    Image.fromarray(DATA[0].astype(np.uint16)).save(path, compression="tiff_lzw")
 
 
 def _npy(path: Path) -> None:
@@ -85,8 +89,8 @@ def _hdf5(path: Path) -> None:
 
 MAKERS: dict[str, Callable[[Path], None]] = {
     "a.dcm": _dicom, "e.dcm": _enhanced, "m.dcm": _mosaic, "a.nii": _nifti, "a.nii.gz": _nifti, "s.nii": _saved,
-    "a.png": _png, "a.jpg": _jpeg, "a.npy": _npy, "a.zip": _zip, "a.mha": _itk, "a.nrrd": _itk,
-    "a.h5": _hdf5,
+    "a.png": _png, "a.jpg": _eight_bits, "a.tif": _tiff, "a.bmp": _eight_bits, "a.npy": _npy, "a.zip": _zip,
+    "a.mha": _itk, "a.nrrd": _itk, "a.h5": _hdf5,
 }  # fmt: skip
 
 
@@ -137,8 +141,9 @@ def test_altered_bytes_end_in_an_error_or_a_volume(name: str, data: st.DataObjec
 @given(st.data())
 def test_a_cut_file_is_never_a_volume(name: str, data: st.DataObject) -> None:
     content = whole(name)
-    # The last byte or two may be padding, or follow the last pixel of a picture.
-    end = data.draw(st.integers(0, len(content) - (24 if name.endswith((".png", ".jpg")) else 2)))
+    # The last byte or two may be padding, or follow the last pixel of a picture; a TIFF may end in an empty pointer.
+    spare = {".png": 24, ".jpg": 24, ".tif": 5}.get(Path(name).suffix, 2)
+    end = data.draw(st.integers(0, len(content) - spare))
     assert isinstance(read(name, content[:end]), ScanError)
 
 
@@ -182,12 +187,8 @@ def test_tables_of_anything_end_in_rows_or_an_error(place: Path, rows: list[list
 @given(ROWS)
 def test_siim_and_chexpert_tables_of_anything(place: Path, rows: list[list[str]]) -> None:
     for name, header, call in (
-        ("train_image_level.csv", "id,boxes,label,StudyInstanceUID", lambda p: siim_covid19.read_images(p.parent)),
-        (
-            "train_study_level.csv",
-            ",".join(["id", *siim_covid19.CLASSES]),
-            lambda p: siim_covid19.read_studies(p.parent),
-        ),
+        ("train_image_level.csv", "id,boxes,label,StudyInstanceUID", siim_covid19.read_images),
+        ("train_study_level.csv", _header("id", *siim_covid19.CLASSES), siim_covid19.read_studies),
         ("train.csv", _header("Path", *chexpert.FINDINGS), _chexpert),
     ):
         text = "\n".join([header, *(",".join(row) for row in rows)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import nibabel as nib
@@ -160,3 +161,17 @@ def test_clusters_do_not_split_rounding() -> None:
 
 def test_messages_are_one_line() -> None:
     assert "\n" not in str(ScanError("a\n  b"))
+
+
+@pytest.mark.parametrize(
+    ("step", "off", "even"),
+    [(10.0, 0.18, True), (10.0, 0.23, False), (1.0, 0.055, True), (1.0, 0.07, False), (0.3, 0.028, True),
+     (0.3, 0.035, False)],
+)  # fmt: skip
+def test_a_slice_may_lie_off_by_what_the_docstring_says(step: float, off: float, even: bool) -> None:
+    """2 % of the step, 0.06 mm where that is more, and never more than a tenth of the step."""
+    positions = np.zeros((41, 3))
+    positions[:, 2] = np.arange(41) * step
+    positions[20, 2] += off
+    with nullcontext() if even else pytest.raises(ScanError, match="uneven slices"):
+        stack_slices(positions, np.array([1.0, 0, 0, 0, 1, 0]), (1.0, 1.0))

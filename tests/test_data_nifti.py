@@ -134,10 +134,13 @@ class TestAffine:
             read_volume(path)
 
     def test_micrometres_become_millimetres(self, tmp_path: Path) -> None:
-        image = make(affine=np.diag([500.0, 500, 800, 1]))
+        affine = np.array([[500.0, 0, 40, -7000], [0, 500, 0, 12000], [0, 0, 800, 300], [0, 0, 0, 1]])
+        image = make(affine=affine)
         image.header.set_xyzt_units("micron")
         volume = read_volume(save(image, tmp_path / "a.nii"))
-        np.testing.assert_allclose(volume.spacing_mm, (0.8, 0.5, 0.5))
+        expected = affine / 1000  # voxel sizes and the place of the first voxel alike
+        expected[3, 3] = 1
+        np.testing.assert_allclose(volume.affine, expected, atol=1e-6)
         assert "converted to mm" in volume.notes[0]
 
 
@@ -182,6 +185,21 @@ class TestRefused:
         path.write_bytes(content[: int(len(content) * kept)])
         with pytest.raises(ScanError, match="cut off"):
             read_volume(path)
+
+    def test_damage_behind_the_frame_that_is_read_is_refused(self, tmp_path: Path) -> None:
+        """Frame 0 comes out whole of either file, but something is wrong with them: only their end tells."""
+        data = np.random.default_rng(0).integers(0, 4000, (20, 20, 20, 3)).astype("i2")
+        path = save(make(data), tmp_path / "a.nii.gz")
+        content, whole = path.read_bytes(), gzip.decompress(path.read_bytes())
+        cases = {
+            "checksum": content[:-8] + bytes(b ^ 1 for b in content[-8:-4]) + content[-4:],
+            "short": gzip.compress(whole[:-1000]),
+        }
+        for name, damaged in cases.items():
+            path = tmp_path / f"{name}.nii.gz"
+            path.write_bytes(damaged)
+            with pytest.raises(ScanError, match=rf"^{name}.nii.gz: .*cut off"):
+                read_volume(path, frame=0)
 
     def test_declared_size_is_checked_before_allocation(self, tmp_path: Path) -> None:
         path = save(make(), tmp_path / "a.nii")

@@ -12,9 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import medformer
 from medformer import TNT, Backbone, BackboneConfig, ImageGPT, ImageGPTConfig, ResNetConfig, TNTConfig, TNTLevel
 
-VIT: dict[str, Any] = {
-    "patch_size": 16, "patch_stride": 16, "patch_padding": 0, "registers": 0, "attention": "softmax",
-}  # fmt: skip
+VIT: dict[str, Any] = {"patch_size": 16, "patch_stride": 16, "patch_padding": 0, "registers": 0, "attention": "softmax"}
 TINY: dict[str, Any] = {"width": 24, "depth": 2, "heads": 2, "patch_size": 4, "patch_stride": 2, "patch_padding": 1}
 
 
@@ -164,12 +162,13 @@ def test_only_norms_positions_input_and_output_learn(position: str) -> None:
 NETWORKS: dict[str, Any] = {
     "tnt": TNTConfig(
         levels=(TNTLevel(width=12, depth=2, heads=2), TNTLevel(width=24, depth=2, heads=2, kernel=2, stride=2)),
-        attention="disentangled", classes=3,
+        attention="disentangled",
+        classes=3,
     ),
     "resnet": ResNetConfig(depth=10, base_width=32, classes=3),
     "batch_norm": ResNetConfig(depth=10, base_width=32, norm="batch", classes=3),
     "stem": BackboneConfig(**TINY, stem="resnet18", stem_stages=1, classes=3),
-}  # fmt: skip
+}
 PARTS = ("norm", "bn", "downsample.1", "tables", "attention.prefix", "position", "head", "fc.")
 
 

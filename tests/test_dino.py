@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from collapse import CollapseWatch
-from dino import Dino, DinoConfig, DinoHead, agreement, block_masks
-from dino_loss import Centre, DinoLoss, koleo, masked_patch_loss, sinkhorn
+from dino import Dino, DinoConfig, DinoHead, agreement
+from dino_loss import Centre, DinoLoss, block_masks, koleo, masked_patch_loss, sinkhorn
 from medformer import Backbone, BackboneConfig, SwitchMLP
 from optim import update_average
 
@@ -445,6 +445,8 @@ def test_healthy_training_is_no_collapse() -> None:
     # Sharp answers that differ from scan to scan have a low entropy too, but not in the mean over scans.
     assert not said(CollapseWatch(4096), 5.0, 4.0, 6.0)
     assert not said(CollapseWatch(4096), 1.0, 0.1, 2.0)
+    top = math.log(4096)  # a loss at ln K alone is where every run begins
+    assert not said(CollapseWatch(4096), top, 0.8 * top, top)
 
 
 def collapse_of(steps: int, **settings: Any) -> str:
@@ -490,3 +492,15 @@ def test_cross_entropy_is_torch_cross_entropy_with_soft_targets() -> None:
     one = F.cross_entropy(student[1] / 0.1, (teacher[0] / 0.05).softmax(-1))
     two = F.cross_entropy(student[0] / 0.1, (teacher[1] / 0.05).softmax(-1))
     torch.testing.assert_close(loss, (one + two) / 2)
+
+
+def test_the_centre_moves_by_the_prototypes_that_gave_the_logits() -> None:
+    """Not by those of the student, which has just stepped, and not by those that the teacher then takes from it."""
+    method = make()
+    views = views_of(torch.randn(3, 1, 4, 4, 4))
+    method.loss(method.student, views, 0)
+    logits, before = method.teacher(views[0]).logits, method.centre.value.clone()
+    with torch.no_grad():
+        method.student.head.prototypes.normal_()
+    method.after_step(0)
+    torch.testing.assert_close(method.centre.value, 0.9 * before + 0.1 * logits.mean(0))

@@ -386,7 +386,7 @@ BAD = {
     "dropout=1.0 must be at least 0 and less than 1": {"dropout": 1.0},
     "key_padding_mask is torch.float32 (1, 12); it must be bool (1, 12)": {"key_padding_mask": torch.zeros(1, 12)},
     "each behind prefix_tokens=0, hold 7 tokens in all, but q has 12": {"grid": [(2, 3, 1), (1, 1, 1)]},
-    "cu_seqlens=[0, 5] must rise from 0 to the number of tokens, 12": {"cu_seqlens": torch.tensor([0, 5])},
+    "cu_seqlens=[0, 5] must rise from 0 to the 12 tokens": {"cu_seqlens": torch.tensor([0, 5])},
 }  # fmt: skip
 
 
@@ -410,3 +410,16 @@ def test_bad_input_is_named_in_one_line(message: str) -> None:
 def test_distances_that_make_no_table_are_named(message: str, function, options: dict) -> None:
     with pytest.raises(ValueError, match=message):
         function(4, **options)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_distances_of_many_blocks_take_their_own_buckets(causal: bool) -> None:
+    """Far keys, whose distances share a bucket, are added as a column: where they begin shifts from block to block."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 1, 150, 4, generator=generator, dtype=torch.float64)
+    rel_q, rel_k = torch.randn(2, 1, 8, 4, generator=generator, dtype=torch.float64)
+    call = {
+        "q": q, "k": k, "v": v, "rel_q": rel_q, "rel_k": rel_k, "terms": ("c2c", "c2p", "p2c"),
+        "buckets": log_buckets(150, num_buckets=4, max_distance=9),
+    }  # fmt: skip
+    assert_same(call, causal=causal)

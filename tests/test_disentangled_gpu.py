@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from medformer_kernels import disentangled_attention, log_buckets
+from tests import launches
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, launches.disentangled_forward]
 
 
 def volume(
@@ -37,12 +38,14 @@ def run(call: dict, backend: str, dtype: torch.dtype) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(out.dtype))]
 
 
+@launches.disentangled
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("grid", [(8, 8, 32), (5, 7, 20), (2, 3, 200)], ids=str)
 def test_error_is_at_most_twice_that_of_pytorch(grid: tuple[int, int, int], dtype: torch.dtype) -> None:
     assert_rule(volume(grid, dtype=dtype), dtype)
 
 
+@launches.disentangled
 @pytest.mark.parametrize("width", [72, 128])
 def test_wide_heads_keep_the_rule(width: int) -> None:
     assert_rule(volume((5, 7, 20), width=width), torch.bfloat16)
@@ -56,6 +59,7 @@ def assert_rule(call: dict, dtype: torch.dtype) -> None:
         assert (mine.double() - right).norm() <= 2 * (usual.double() - right).norm() + floor
 
 
+@launches.disentangled
 def test_buckets_match_in_float64() -> None:
     torch.manual_seed(0)
     call = {n: torch.randn(1, 2, 1024, 64, device="cuda") for n in "qkv"}
@@ -65,6 +69,7 @@ def test_buckets_match_in_float64() -> None:
         assert (mine.double() - right).norm() <= 1e-4 * right.norm()
 
 
+@launches.disentangled
 def test_equal_inputs_give_equal_bits() -> None:
     call = volume((8, 16, 16))
     for one, other in zip(run(call, "triton", torch.bfloat16), run(call, "triton", torch.bfloat16), strict=True):
@@ -78,6 +83,7 @@ def test_takes_more_heads_than_a_grid_axis_holds() -> None:
     assert torch.equal(out[-1:], part)
 
 
+@launches.disentangled
 def test_memory_stays_linear() -> None:
     call = volume((16, 32, 32), heads=1)
     torch.cuda.reset_peak_memory_stats()

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from medformer_kernels import disentangled_attention, disentangled_attention_reference, log_buckets
 from medformer_kernels.disentangled import TERMS
+from tests import launches
 
+pytestmark = launches.disentangled
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 triton = functools.partial(disentangled_attention, backend="triton")
 
@@ -99,15 +101,16 @@ def test_kernels_match_the_reference_in_float32(name: str) -> None:
     assert_rule(call_on(*CASES[name]), torch.float32)
 
 
-@pytest.mark.parametrize("name", ["grid", "buckets"])
-def test_float16_error_is_at_most_twice_that_of_plain_pytorch(name: str) -> None:
-    assert_rule(call_on(*CASES[name]), torch.float16)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("name", ["grid", "buckets", "absolute"])
+def test_low_precision_error_is_at_most_twice_that_of_plain_pytorch(name: str, dtype: torch.dtype) -> None:
+    assert_rule(call_on(*CASES[name]), dtype)
 
 
-@pytest.mark.parametrize("width", [72, 96, 128])
-def test_wide_heads_match_the_reference(width: int) -> None:
+@pytest.mark.parametrize(("width", "dtype"), [(72, torch.float16), (96, torch.bfloat16), (128, torch.float16)])
+def test_wide_heads_match_the_reference(width: int, dtype: torch.dtype) -> None:
     """The gradients of keys and values come from a launch each."""
-    assert_rule(call_on("grid", (2, 2, 3), width=width), torch.float16)
+    assert_rule(call_on("grid", (2, 2, 3), width=width), dtype)
 
 
 def test_wide_heads_take_buckets_padding_and_dropout() -> None:
@@ -116,6 +119,7 @@ def test_wide_heads_take_buckets_padding_and_dropout() -> None:
     assert_rule(call, torch.float16, causal=True, key_padding_mask=mask, dropout=0.2, seed=4)
 
 
+@launches.none
 @pytest.mark.parametrize(("width", "dtype", "most"), [(136, torch.float16, 128), (72, torch.float32, 64)])
 def test_heads_wider_than_any_tile_are_refused_by_name(width: int, dtype: torch.dtype, most: int) -> None:
     call = cast(call_on("grid", (1, 2, 2), width=width), dtype)
@@ -128,23 +132,29 @@ def test_terms_and_prefix_tokens_match_the_reference(terms: tuple[str, ...]) -> 
     assert_rule(call_on("grid", (2, 3, 3), terms=terms, prefix=2), torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["grid", "buckets"])
-def test_causal_padding_and_dropout_match_the_reference(kind: str) -> None:
+def test_causal_padding_and_dropout_match_the_reference(kind: str, dtype: torch.dtype) -> None:
     prefix = 2 if kind == "grid" else 0
     call = call_on(kind, (3, 4, 4) if kind == "grid" else (50,), prefix=prefix)
     mask = torch.rand(1, 50, generator=torch.Generator().manual_seed(3)) > 0.4
     mask[:, :5] = False  # the first queries have no key
     options = {"causal": True, "key_padding_mask": mask.to(DEVICE), "dropout": 0.2, "seed": 4}
-    assert_rule(call, torch.float32, **options)
-    out = triton(**cast(call, torch.float32), **options)
+    assert_rule(call, dtype, **options)
+    out = triton(**cast(call, dtype), **options)
     assert out[:, :, :5].abs().max() == 0
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 3, 3), (13, 2, 5)], ids=lambda s: str(torch.Size(s).numel()))
-def test_takes_any_number_of_tokens(shape: tuple[int, ...]) -> None:
-    assert_rule(call_on("grid", shape, width=8), torch.float32)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((1, 1, 1), torch.float32), ((7, 3, 3), torch.float32), ((13, 2, 5), torch.float32), ((1, 1, 1), torch.bfloat16)],
+    ids=lambda x: str(torch.Size(x).numel()) if isinstance(x, tuple) else str(x)[6:],
+)
+def test_takes_any_number_of_tokens(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    assert_rule(call_on("grid", shape, width=8), dtype)
 
 
+@launches.disentangled_forward
 def test_padding_never_changes_the_rest() -> None:
     call = cast(call_on("grid", (3, 3, 4), prefix=1), torch.float32)
     mask = torch.rand(1, 37, generator=torch.Generator().manual_seed(1)).to(DEVICE) > 0.3
@@ -163,6 +173,7 @@ def test_volumes_laid_end_to_end_do_not_read_each_other() -> None:
     assert_rule(call, torch.float32)
 
 
+@launches.disentangled_forward
 def test_strides_are_honoured() -> None:
     call = cast(call_on("grid", (2, 3, 4)), torch.float32)
     packed = torch.stack([call[name] for name in "qkv"]).permute(1, 3, 0, 2, 4).contiguous()  # B N 3 H D
@@ -204,9 +215,3 @@ def test_the_log_sum_exp_has_a_gradient() -> None:
         made[backend] = torch.autograd.grad(lse.square().sum(), leaves, allow_unused=True)
     for mine, right in zip(made["triton"], made["torch"], strict=True):
         torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="about the interpreter")
-def test_bfloat16_is_refused_by_the_interpreter() -> None:
-    with pytest.raises(ValueError, match="disentangled_attention: Triton's interpreter is wrong for bfloat16"):
-        triton(**cast(call_on("grid", (1, 2, 2)), torch.bfloat16))

@@ -46,11 +46,14 @@ def whole(model: medformer.Backbone, volume: Volume) -> medformer.Features:
 @pytest.mark.parametrize(
     "options",
     [
-        {}, {"attention": "softmax", "qk_norm": True}, {"position": "sincos", "class_token": False},
-        {"position": "rotary", "width": 32, "mlp": "gated"}, {"position": "none", "registers": 0},
+        {},
+        {"attention": "softmax", "qk_norm": True},
+        {"position": "sincos", "class_token": False},
+        {"position": "rotary", "width": 32, "mlp": "gated"},
+        {"position": "none", "registers": 0},
         {"patch_size": (4, 6, 5), "patch_stride": (2, 5, 5), "patch_padding": (1, 0, 2), "patch_dilation": (2, 1, 1)},
     ],
-)  # fmt: skip
+)
 def test_one_pass_is_the_models_own_forward(options: dict[str, Any]) -> None:
     model, volume = model_of(**options).double(), ct()
     model.train()
@@ -154,7 +157,7 @@ def test_the_model_is_handed_back_in_its_mode_and_a_file_holds_the_same(tmp_path
         ({"method": "tiles"}, "method='tiles'"),
         ({"units": "arbitrary"}, "units='arbitrary' with a Volume in HU"),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_names_its_way_out(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=r"^(embed|PatchEmbed): ") as caught:
         embed(model_of(), ct(), **arguments)
@@ -230,7 +233,7 @@ def test_peak_memory_stays_below_the_limit(tmp_path: Path, method: str, limit: i
 
 
 def test_the_command_line_writes_tokens_and_where_they_lie(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from medformer.__main__ import main
+    from medformer.commands import main
 
     medformer.save(model_of(), tmp_path / "model.safetensors")
     ct().save(tmp_path / "ct.nii")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-import scores
+from medformer.evaluation import scores
 
 metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is in the extras evaluate and test")
 

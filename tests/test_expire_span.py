@@ -193,7 +193,7 @@ def test_low_precision_stays_near_double(dtype: torch.dtype) -> None:
     [
         ({"max_span": 0}, "max_span=0 must be at least 1"),
         ({"ramp": 0}, "ramp=0 must be at least 1"),
-        ({"initial_span": 1.0}, "initial_span=1.0 must lie between 0 and 1"),
+        ({"initial_span": 1.0}, "initial_span=1.0 must be between 0 and 1"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 import crops
-import prepare
 import runs
 import train
+from medformer.data.store import entries
 
 RANDOM = ("--model.drop_path=0.3", "--model.depth=2")
 LIVES = Path(__file__).with_name("lives.py")
@@ -70,6 +70,16 @@ def test_a_run_killed_at_random_moments_ends_bit_identical(trainer: Any, tmp_pat
     assert found["losses_same"]
     assert found["tensors"] > 100
     assert found["differ"] == []
+
+
+def test_killed_while_reading_storing_and_training_nothing_is_lost(trainer: Any, tmp_path: Path) -> None:
+    """A run and the making of a store die together; by hand the same with 50 kills (misc/LOG.md)."""
+    command = [sys.executable, str(LIVES), "--kills-everywhere", "5", str(trainer.scans), str(tmp_path), *trainer.flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["losses"] == found["steps"] == 30
+    assert (found["losses_same"], found["store_same"], found["scans"], found["damaged"]) == (True, True, 4, 0)
 
 
 def test_killed_in_the_middle_of_a_background_write_a_run_goes_on_from_the_one_before(
@@ -180,14 +190,21 @@ def test_a_dead_worker_ends_the_run(
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_stored_scan_that_is_gone_or_cut_short_is_named(
-    trainer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int
+    trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], workers: int
 ) -> None:
-    run, cache = tmp_path / "run", tmp_path / "cache"
+    """After the run has looked them up: before, they would be made anew."""
+    run, cache, real = tmp_path / "run", tmp_path / "cache", train.gather
+
+    def gather(*given: Any) -> Any:
+        found = real(*given)
+        for path in [*cache.rglob("*.npy"), *cache.rglob("*.b2nd")]:
+            if "points" not in path.name:
+                path.write_bytes(path.read_bytes()[:1000])
+        return found
+
     assert trainer(run, "--steps=2", f"--data.cache={cache}", f"--workers={workers}") == 0
-    for path in [*cache.rglob("*.npy"), *cache.rglob("*.b2nd")]:
-        if "points" not in path.name:
-            path.write_bytes(path.read_bytes()[:1000])
-    prepare.load.cache_clear()
+    monkeypatch.setattr(train, "gather", gather)
+    entries.load.cache_clear()
     capsys.readouterr()
     assert train.main([f"--resume={run}", "--steps=6"]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import medformer
 from igpt import Igpt, IgptConfig, igpt_loss, model_config, random_mask
 from medformer import BackboneConfig
 from medformer.codebook import Codebook, kmeans, morton_order
+from medformer.errors import UserError
 from medformer.image_gpt import (
     ImageGPT,
     ImageGPTConfig,
@@ -23,7 +25,6 @@ from medformer.image_gpt import (
     image_gpt_medium,
     image_gpt_small,
 )
-from runs import UserError
 
 SMALL: dict[str, Any] = {"vocabulary": 11, "grid": (4, 5), "width": 16, "depth": 2, "heads": 2}
 
@@ -267,9 +268,11 @@ def method_of(codebook: str | None = None, scale: str = "z-score", **settings: A
     torch.manual_seed(0)
     config = IgptConfig(**{"colours": 8, "patch": (1, 2, 2), "codebook": codebook, **settings})
     shape = model_config(
-        BackboneConfig(dims=2, width=16, depth=2, heads=2, patch_size=2, patch_stride=2, patch_padding=0), config,
-        (1, 8, 8), scale,
-    )  # fmt: skip
+        BackboneConfig(dims=2, width=16, depth=2, heads=2, patch_size=2, patch_stride=2, patch_padding=0),
+        config,
+        (1, 8, 8),
+        scale,
+    )
     return Igpt(shape, config, seed=0)
 
 
@@ -345,3 +348,42 @@ def test_impossible_shapes_are_told() -> None:
         ImageGPTConfig(attention="linear")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"must be \(batch, 20\)"):
         make()(torch.zeros(1, 21, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("objective", ["autoregressive", "bert"])
+def test_the_method_pays_for_what_its_objective_names_and_says_it_in_bits(objective: str) -> None:
+    method = method_of(objective=objective, mask_share=0.25)
+    method.look([torch.randn(20, 1, 8, 8)])
+    method.start()
+    with torch.no_grad():
+        method.student.output.normal_()  # it starts at 0, where every token costs the same
+    x = torch.randn(3, 1, 8, 8)
+    torch.manual_seed(5)
+    loss, parts = method.loss(method.student, [x], 0)
+    torch.manual_seed(5)
+    tokens = method.student.codebook.encode(x)
+    mask = random_mask(3, 16, 0.25, torch.device("cpu")) if objective == "bert" else None
+    costs = -method.student(tokens, mask=mask).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    expected = costs.mean() if mask is None else costs[mask].mean()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(parts["bits"], expected.detach() / math.log(2))
+    share = torch.bincount(tokens.flatten(), minlength=8).double() / tokens.numel()
+    assert parts["unigram_bits"].item() == pytest.approx(
+        -(share * share.clamp_min(1e-30).log2()).sum().item(), abs=1e-5
+    )
+
+
+def test_filling_leaves_after_each_pass_what_the_cosine_says() -> None:
+    """Chang et al. 2022: of the masked tokens cos(pi / 2 * pass / passes) are left, the least sure ones."""
+    model = make(objective="bert")
+    with torch.no_grad():
+        model.output.normal_()
+    tokens, mask = tokens_of(model), torch.zeros(2, 20, dtype=torch.bool)
+    mask[0, :16], mask[1, 4:] = True, True
+    seen: list[Tensor] = []
+    model.register_forward_pre_hook(lambda _m, _args, kwargs: seen.append(kwargs["mask"].clone()), with_kwargs=True)
+    model.fill(tokens, mask, passes=4, temperature=0)
+    assert [each.sum(1).tolist() for each in seen] == [
+        [int(16 * math.cos(math.pi / 2 * done / 4))] * 2 for done in range(4)
+    ]
+    assert all(not (later & ~before).any() for before, later in pairwise(seen))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -386,3 +388,23 @@ def test_no_field_takes_what_it_cannot_use(kind: type, field: str) -> None:
 
 def test_numbers_may_be_written_whole() -> None:
     assert build("softmax", layer_scale=1, mlp_ratio=2, drop_path=0)(volume(1, 1, 4, 4, 4)).isfinite().all()
+
+
+def test_looking_at_files_needs_no_pytorch() -> None:
+    """Processes that read headers take 0.4 s of processor time and 54 MiB without it, 2.6 s and 740 MiB with it."""
+    code = "import sys, medformer.commands, medformer.data.inspect_folder; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", ["embed", "describe", "footprint"])
+def test_a_function_outranks_the_module_of_its_name(name: str) -> None:
+    code = f"import medformer.{name}, medformer; assert callable(medformer.{name}); medformer.Backbone"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_package_offers_what_its_list_says_and_nothing_else() -> None:
+    assert set(medformer.api.__all__) <= set(dir(medformer))
+    assert all(getattr(medformer, name) is getattr(medformer.api, name) for name in medformer.api.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = medformer.nothing
+    assert not hasattr(medformer, "__wrapped__")

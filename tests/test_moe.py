@@ -191,3 +191,10 @@ def test_losses_of_a_model_add_up() -> None:
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(**options)
+
+
+@pytest.mark.parametrize(("every", "experts"), [(1, [0, 1, 2, 3, 4]), (2, [1, 3]), (3, [2])])
+def test_every_nth_block_of_a_backbone_has_experts(every: int, experts: list[int]) -> None:
+    config = medformer.BackboneConfig(width=24, depth=5, heads=2, mlp="moe", experts=3, moe_every=every)
+    blocks = medformer.Backbone(config).blocks
+    assert [i for i, block in enumerate(blocks) if isinstance(block.mlp, SwitchMLP)] == experts

@@ -14,7 +14,7 @@ import medformer
 import methods
 import settings
 import train
-from runs import UserError
+from medformer.errors import UserError
 from settings import NETWORKS
 from sizes import METHODS, SIZES, defaults_of
 
@@ -127,7 +127,10 @@ def test_no_preset_is_impossible(network: str) -> None:
         (["--network=resnet", "--dino.masked_patches=1"], "which only --network transformer has"),
         (["--network=resnet", "--model.norm=batch", "--batch_size=1"], "BatchNorm needs 2 or more scans"),
         (["--network=tnt", '--model.levels=[{"width": 12}]'], "--model.levels has 1 entries"),
-        (["--network=tnt", "--views.local_size=2x2x2"], "--views.local_size 2x2x2: TNT: level 1: a window"),
+        (
+            ["--network=tnt", "--views.local_views=2", "--views.local_size=2x2x2"],
+            "--views.local_size 2x2x2: TNT: level 1: a window",
+        ),
     ],
 )
 def test_what_does_not_go_is_one_line(flags: list[str], words: str) -> None:

@@ -91,7 +91,7 @@ def lucidrains(heads: int, conv: bool) -> Any:
     torch.manual_seed(1)
     return peer.NystromAttention(
         WIDTH, dim_head=16, heads=heads, num_landmarks=L, residual=conv, residual_conv_kernel=5
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("conv", [False, True])

@@ -152,9 +152,12 @@ def test_queries_before_the_first_key_give_zero_and_finite_gradients():
 
 @settings(max_examples=15, deadline=None)
 @given(
-    seed=st.integers(0, 2**16), batch=st.integers(1, 3), tokens=st.integers(1, 80), features=st.integers(1, 40),
+    seed=st.integers(0, 2**16),
+    batch=st.integers(1, 3),
+    tokens=st.integers(1, 80),
+    features=st.integers(1, 40),
     pad=st.integers(0, 10),
-)  # fmt: skip
+)
 def test_laws_of_causal_attention_hold(seed, batch, tokens, features, pad):
     """Convexity; masked tokens are as if they were not there; independence of the other samples."""
     q, k, v = (x.detach() for x in inputs(tokens, batch, seed=seed))
@@ -312,9 +315,12 @@ def test_autocast_never_rounds_the_state_of_decoding():
 )
 def test_bad_arguments_are_named_in_one_line(change, message):
     arguments = {
-        "q": torch.zeros(2, 2, 4, 8), "k": torch.zeros(2, 2, 4, 8), "v": torch.zeros(2, 2, 4, 6),
-        "omega": omega_for(dtype=torch.float32), "causal": True,
-    }  # fmt: skip
+        "q": torch.zeros(2, 2, 4, 8),
+        "k": torch.zeros(2, 2, 4, 8),
+        "v": torch.zeros(2, 2, 4, 6),
+        "omega": omega_for(dtype=torch.float32),
+        "causal": True,
+    }
     with pytest.raises(ValueError, match=message) as error:
         performer_attention(**(arguments | change))
     assert str(error.value).startswith("performer_attention: ")

@@ -11,7 +11,10 @@ from torch import Tensor
 from medformer_kernels import orthogonal_features, performer_attention, performer_attention_reference
 from medformer_kernels._dispatch import Chip
 from medformer_kernels.performer import ops
+from tests import launches
+from tests.rule import assert_as_good_as_pytorch
 
+pytestmark = launches.causal
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("out", "dq", "dk", "dv", "domega")
 
@@ -50,7 +53,7 @@ def holes(tokens: int, batch: int = 1) -> Tensor:
     return mask.to(DEVICE)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize(
     ("tokens", "heads", "kv_heads", "width", "width_v", "masked", "ends"),
     [
@@ -73,9 +76,7 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(dtype, tokens, heads, kv_h
     low = [*leaves[:3], leaves[3].detach().to(dtype).requires_grad_()]
     plain = outputs_and_gradients(performer_attention_reference, *low, **kwargs)
     actual = outputs_and_gradients(kernel, *leaves, **kwargs)
-    for name, a, b, c in zip(NAMES, actual, plain, expected, strict=True):
-        allowed = 2 * (b - c).abs().max() + 2 * torch.finfo(dtype).eps * c.abs().max() + 1e-6
-        assert (a - c).abs().max() <= allowed, name
+    assert_as_good_as_pytorch(actual, plain, expected, NAMES)
 
 
 @pytest.mark.parametrize("opposed", [False, True])
@@ -92,6 +93,7 @@ def test_large_inputs_stay_right(dtype, opposed):
         assert (a - b).norm() <= (2e-4 if dtype == torch.float32 else 1e-2) * b.norm(), name
 
 
+@launches.causal_forward
 def test_a_later_key_changes_no_earlier_output():
     """Not even in the same chunk, and so large that everything before it underflows beside it."""
     q, k, v = (x.detach() for x in inputs(40))
@@ -119,6 +121,7 @@ def test_queries_before_the_first_key_give_zero_and_padding_may_hold_anything():
     assert all((x[1] == 0).all() for x in gradients[:3])
 
 
+@launches.causal_forward
 def test_nan_stays_in_its_own_sample_and_after_its_own_token():
     q, k, v = (x.detach() for x in inputs(40, batch=2))
     omega = omega_for(trained=False)
@@ -155,6 +158,7 @@ def test_operators_pass_opcheck_on_strided_inputs():
     )
 
 
+@launches.none
 @pytest.mark.parametrize("kernel", ["causal_fwd", "causal_dq", "causal_dkv"])
 def test_one_long_sequence_fills_the_chip(kernel):
     from medformer_kernels.performer import causal_fused

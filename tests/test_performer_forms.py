@@ -8,8 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from medformer_kernels import orthogonal_features, performer_attention, performer_attention_reference
-from medformer_kernels.performer import approximation_error, chunked, ops
+from medformer_kernels import (
+    approximation_error,
+    orthogonal_features,
+    performer_attention,
+    performer_attention_reference,
+)
+from medformer_kernels.performer import chunked, ops
+from tests import launches
 
 NAMES = ("out", "dq", "dk", "dv", "domega")
 both_directions = pytest.mark.parametrize("causal", [False, True])
@@ -56,6 +62,7 @@ def test_shared_key_heads_equal_repeated_ones(causal, kv_heads, per_head):
     torch.testing.assert_close(out, performer_attention(q, *repeated, wide, causal=causal, key_padding_mask=mask))
 
 
+@launches.performer
 def test_shared_key_heads_run_in_the_kernels_with_and_without_epsilon():
     q, k, v = inputs(kv_heads=2, width=16, width_v=16, dtype=torch.float32)
     omega = omega_for(16, 32, dtype=torch.float32).detach()
@@ -98,6 +105,7 @@ def test_documents_are_as_if_each_were_alone(causal, masked, feature):
     torch.testing.assert_close(out[:, :, second], alone)
 
 
+@launches.performer
 @pytest.mark.parametrize(
     "ends",
     [[0, 1, 2, 2, 9, 10, 10, 10, 17, 23, 24, 31], [0, 0, 40], [0, 530, 540, 540, 560]],
@@ -122,6 +130,7 @@ def test_documents_run_in_the_kernels_side_by_side(ends, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@launches.performer_forward
 def test_documents_with_epsilon_run_in_the_kernels():
     q, k, v = (x.detach() for x in inputs(width=16, width_v=16, dtype=torch.float32))
     omega, boundaries = omega_for(16, 32, dtype=torch.float32).detach(), torch.tensor([0, 15, 40])
@@ -154,6 +163,7 @@ def test_operators_with_a_trained_omega_pass_opcheck():
     torch.library.opcheck(ops.performer_read, (q, omega, values, lse, None, None, "torch"))
 
 
+@launches.performer_forward
 def test_operators_on_documents_pass_opcheck():
     q, k, v = inputs(9, batch=1, heads=1, kv_heads=1, width=16, width_v=16, dtype=torch.float32)
     omega, ends = omega_for(16, dtype=torch.float32), [0, 3, 3, 9]
@@ -165,6 +175,7 @@ def test_operators_on_documents_pass_opcheck():
     torch.library.opcheck(ops.performer_read, (q, omega, values, lse, None, None, "triton", ends), test_utils=utils)
 
 
+@launches.none
 def test_triton_names_what_it_has_no_kernel_for():
     q, k, v = inputs(dtype=torch.float32)
     with pytest.raises(ValueError, match="performer_attention: backend='triton' has no kernel for feature='relu'"):

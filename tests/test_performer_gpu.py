@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from medformer_kernels import orthogonal_features, performer_attention, performer_attention_reference
+from tests import launches
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, launches.performer_forward]
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.bfloat16, std: float = 1.0) -> torch.Tensor:
@@ -20,6 +21,7 @@ def results(function, q, k, v, omega, **kwargs) -> list[torch.Tensor]:
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout.to(out.dtype))]
 
 
+@launches.performer
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize(("width", "features"), [(16, 64), (64, 256), (72, 300), (128, 640), (160, 300), (256, 256)])
 @pytest.mark.parametrize(("masked", "eps"), [(False, 0.0), (True, 1e-3)])
@@ -37,6 +39,7 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(dtype, width, features, ma
         assert (a - c).abs().max() <= allowed, name
 
 
+@launches.performer
 @pytest.mark.parametrize("std", [1.0, 10.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_whole_volume_of_tokens_stays_finite_in_little_memory(dtype, std):
@@ -54,6 +57,7 @@ def test_whole_volume_of_tokens_stays_finite_in_little_memory(dtype, std):
         assert x.isfinite().all()
 
 
+@launches.performer
 def test_more_than_65535_heads_run():
     q, k, v = (draw(8193, 8, 33, 16) for _ in range(3))
     omega = orthogonal_features(32, 16, device="cuda")
@@ -74,6 +78,7 @@ def test_offsets_beyond_two_billion_elements_are_right():
     torch.testing.assert_close(out[:, -1:, -1024:], tail, rtol=2e-2, atol=2e-2)
 
 
+@launches.performer
 def test_equal_inputs_give_equal_bits():
     q, k, v = (draw(1, 4, 20_000, 64) for _ in range(3))
     omega = orthogonal_features(256, 64, device="cuda")
@@ -102,6 +107,7 @@ def test_runs_inside_a_cuda_graph():
     torch.testing.assert_close(out, expected, rtol=0, atol=0)
 
 
+@launches.performer
 def test_inductor_compiles_one_graph_for_all_lengths():
     omega = orthogonal_features(256, 64, device="cuda")
     compiled = torch.compile(performer_attention, fullgraph=True, dynamic=True)

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-import prepare as module
-from crops import Ahead, Crops, loader, sample_scan
-from prepare import DataConfig, Prepared, prepare
-from runs import UserError
+import roots
+from crops import Crops, loader, sample_scan
+from medformer.data.store import entries
+from medformer.data.store.ahead import Ahead
+from medformer.errors import UserError
+from roots import DataConfig, Prepared, prepare
 from views import ViewsConfig
 
 VIEWS = ViewsConfig(global_size=(8, 8, 8), local_size=(4, 4, 4), local_views=1)
@@ -61,7 +63,7 @@ def test_a_lone_scan_is_trained_on(tmp_path: Path) -> None:
 
 def test_stored_voxels_are_normalised_and_keep_spacing(folder: Path) -> None:
     scan = ready(folder).train[0]
-    voxels = np.asarray(module.load(scan.path))
+    voxels = np.asarray(entries.load(scan.path))
     assert voxels.dtype == np.float16
     assert voxels.shape == scan.shape == (12, 14, 16)
     assert scan.spacing_mm == pytest.approx((2.0, 2.0, 2.0))
@@ -73,8 +75,8 @@ def test_stored_voxels_are_normalised_and_keep_spacing(folder: Path) -> None:
 def test_a_second_run_reads_no_scan_again_unless_it_changed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ready(folder)
     read: list[str] = []
-    real = module.scaling_of
-    monkeypatch.setattr(module, "scaling_of", lambda volume: read.append(volume.source) or real(volume))
+    real = entries.scaling_of
+    monkeypatch.setattr(entries, "scaling_of", lambda volume: read.append(volume.source) or real(volume))
     ready(folder)
     assert read == []
     changed = write(folder / "deep/0/scan0.nii", seed=99)
@@ -145,7 +147,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 def test_crops_above_every_built_in_scan_are_refused_unless_asked_for(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "sample_scans", lambda _: module.find_scans(folder))
+    monkeypatch.setattr(roots, "sample_scans", lambda _: roots.find_scans(folder))
     views = ViewsConfig(global_size=(512, 512, 512), local_views=0)
     with pytest.raises(UserError, match=r"built-in scans: none of .* is below --views.global_size 512x512x512"):
         prepare(DataConfig(), views, tmp_path, 0)
@@ -236,3 +238,11 @@ def test_making_a_loader_leaves_torch_random_state_alone(folder: Path) -> None:
     before = torch.get_rng_state()
     batches(folder)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_which_scan_is_held_out_follows_the_seed(folder: Path) -> None:
+    def held_out(seed: int) -> str:
+        return prepare(DataConfig(root=str(folder)), VIEWS, folder.parent / "cache", seed).held_out[0].name
+
+    assert held_out(0) == held_out(0)
+    assert len({held_out(seed) for seed in range(6)}) > 1

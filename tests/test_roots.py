@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,13 @@ import online
 import settings
 import train
 from crops import sample_scan
-from images import prepare_images
+from medformer.data.datasets import adapter
+from medformer.data.store.build import build
+from medformer.data.store.entries import Stored, load
+from medformer.errors import UserError
+from medformer.evaluation.probes import load_model
 from online import OnlineConfig, features, linear_accuracy, measure, read_labelled
-from prepare import DataConfig, load
-from probes import load_model
-from roots import Order, gather, voxel_scale
-from runs import UserError
+from roots import DataConfig, Order, gather, prepare, prepare_images, voxel_scale
 from views import ViewsConfig
 
 FLAT = (
@@ -137,7 +140,9 @@ def test_all_methods_train_on_images(
     assert (run / "pictures" / "step-00000002.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(("scores", "step"), [((0.5, 0.25, 0.75, 0.5), 2), ((0.25, 0.5, 0.5, 0.75), None)])
+@pytest.mark.parametrize(
+    ("scores", "step"), [((0.5, 0.25, 0.75, 0.5), 2), ((0.25, 0.5, 0.5, 0.75), None), ((0.75, 0.5, 0.75, 0.25), 0)]
+)
 def test_the_weights_that_scored_best_are_kept_beside_the_last(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
     scores: tuple[float, ...], step: int | None,
@@ -147,11 +152,13 @@ def test_the_weights_that_scored_best_are_kept_beside_the_last(
     flags = [f"--data.root={npz}", f"--online.task={npz}", "--online.every=1", f"--out={run}", "--steps=3", "--keep=9"]
     assert train.main(["byol", *FLAT, "--save_every=1", *flags]) == 0
     said = capsys.readouterr().out
+    assert (run / "checkpoints" / "step-00000000.pt").exists()
     if step is None:  # the last is the best
         assert not (run / "best").exists()
         assert "best/" not in said
         return
-    assert f"best/                 the weights after step {step}, whose kNN accuracy was highest (0.750)" in said
+    when = f"after step {step}" if step else "before training, which no step has bettered"
+    assert f"best/                 the weights {when}: highest kNN accuracy (0.750)" in said
     saved = torch.load(run / "checkpoints" / f"step-0000000{step}.pt", weights_only=True)["method"]
     model, file, settings = load_model(run / "best")
     assert file == run / "best" / "backbone.safetensors"
@@ -160,6 +167,42 @@ def test_the_weights_that_scored_best_are_kept_beside_the_last(
         assert value.equal(saved[f"student.backbone.{name}"])
     last = medformer.load(run / "backbone.safetensors").state_dict()
     assert any(not value.equal(last[name]) for name, value in model.state_dict().items())
+
+
+def test_scans_that_are_too_thin_are_said_loudly(trainer: Any, tmp_path: Path) -> None:
+    (root := tmp_path / "scans").mkdir()
+    for name, slices in (("thin", 4), ("thick", 16)):
+        voxels = np.random.default_rng(slices).normal(0, 30, (20, 20, slices)).astype(np.float32)
+        nib.save(nib.Nifti1Image(voxels, np.eye(4)), root / f"{name}.nii")
+    views, found = ViewsConfig(global_size=(8, 8, 8), local_views=0), {}
+    for small in ("auto", "skip", "pad"):
+        config = DataConfig(root=str(root), small=small)
+        found[small] = gather(config, views, 3, tmp_path / "cache", 0)[0]
+    loud = [line for line in found["auto"].notices if line.startswith("WARNING: 1 of 2 scans (down to 4 slices)")]
+    assert len(loud) == 1
+    assert "--data.small pad" in loud[0]
+    assert not any("WARNING" in line for name in ("skip", "pad") for line in found[name].notices)
+    assert [len(found[name].skipped) for name in ("auto", "skip", "pad")] == [1, 1, 0]
+
+
+@pytest.mark.parametrize("names", ["files", "ids"])
+def test_what_was_skipped_is_kept_when_reading_is_stopped(
+    trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: str
+) -> None:
+    (root := tmp_path / "scans").mkdir()
+    (root / "a.nii").write_bytes(b"broken" * 100)
+    nib.save(nib.Nifti1Image(np.zeros((20, 20, 20), np.float32), np.eye(4)), root / "b.nii")
+
+    def stopped(scans: list[Any]) -> Any:
+        yield from scans
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.screen, "reading", stopped)
+    run = tmp_path / "run"
+    assert trainer(run, "--steps=1", f"--data.root={root}", f"--data.names={names}") == 130
+    text = (run / "skipped.txt").read_text()
+    assert len(text.splitlines()) == 2
+    assert ("a.nii: " in text) == (names == "files")
 
 
 def test_without_weights_an_epoch_is_a_permutation_of_all() -> None:
@@ -230,3 +273,115 @@ def test_measuring_leaves_the_encoder_as_it_was(folder: Path) -> None:
     assert all(torch.equal(before[n], p) for n, p in encoder.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(features(encoder, data.train), features(encoder, data.train))  # no dropout
+
+
+def test_one_decision_a_folder_is_what_is_stored(tmp_path: Path) -> None:
+    for i in range(6):
+        values = np.random.default_rng(i).normal(20, 60, (12, 20, 20))
+        values[:4] = -900 if i else 20
+        nib.save(nib.Nifti1Image(values.round().astype(np.int16).T, np.eye(4)), tmp_path / f"{i}.nii")
+    views = ViewsConfig(global_size=(8, 8, 8), local_views=0)
+    config = DataConfig(root=str(tmp_path), held_out=0)
+    found = prepare(config, views, tmp_path / "cache", 0)
+    assert {s.modality for s in found.train} == {"CT"}
+    assert len(found.notices) == 1
+    assert "5 of 6 scans" in found.notices[0]
+    again = prepare(config, views, tmp_path / "cache", 0)
+    assert again.fingerprint() == found.fingerprint()
+    said = prepare(replace(config, modality="MR"), views, tmp_path / "cache", 0)
+    assert {s.modality for s in said.train} == {"MR"}
+    assert said.notices == []
+
+
+def ct_cubes(folder: Path, numbers: Iterable[int], airless: int = 0) -> None:
+    """Soft tissue of HU; with air but where `airless`."""
+    folder.mkdir(exist_ok=True)
+    for i in numbers:
+        values = np.random.default_rng(i).normal(20, 60, (12, 20, 20))
+        values[:4] = 20 if i == airless else -900
+        nib.save(nib.Nifti1Image(values.round().astype(np.int16).T, np.eye(4)), folder / f"{i}.nii")
+
+
+def seen(stored: Iterable[Stored]) -> list[bytes]:
+    """What training sees of each, by content."""
+    return sorted(np.asarray(load(scan.path)[:]).tobytes() for scan in stored)
+
+
+def test_a_store_is_normalised_as_its_folder_is(tmp_path: Path) -> None:
+    folder, store, views = tmp_path / "scans", tmp_path / "store", ViewsConfig(global_size=(8, 8, 8), local_views=0)
+    said: list[str] = []
+
+    def made(modality: str | None = None) -> list[Stored]:
+        said.clear()
+        load.cache_clear()
+        build(adapter("folder").scan(folder), store, modality=modality, say=said.append)
+        return prepare(DataConfig(root=str(store), held_out=0), views, tmp_path / "cache", 0).train
+
+    def trained(modality: str | None = None) -> list[Stored]:
+        config = DataConfig(root=str(folder), held_out=0, modality=modality)
+        return prepare(config, views, tmp_path / "cache", 0).train
+
+    ct_cubes(folder, range(3))
+    assert sorted(s.modality for s in made()) == ["CT", "CT", "unknown"]  # too few for a vote
+    assert said == []
+    assert seen(made()) == seen(trained())
+    ct_cubes(folder, range(3, 6))  # the folder grows, and decides about what is stored already
+    assert {s.modality for s in made()} == {"CT"}
+    (line,) = said
+    assert "5 of 6 scans" in line
+    assert "folder/" in line  # the minority, by the names of the store
+    assert str(folder) not in line
+    assert seen(made()) == seen(trained())
+    for modality in ("MR", "CT"):
+        found = made(modality)
+        assert {s.modality for s in found} == {modality}
+        assert said == []
+        assert seen(found) == seen(trained(modality))
+    assert {s.modality for s in made()} == {"CT"}  # nothing of it is left
+    assert len(said) == 1
+
+
+def test_other_values_keep_their_scale_in_a_store_too(tmp_path: Path) -> None:
+    folder, store, views = tmp_path / "scans", tmp_path / "store", ViewsConfig(global_size=(8, 8, 8), local_views=0)
+    ct_cubes(folder, range(5), airless=9)
+    counts = np.random.default_rng(9).poisson(300, (20, 20, 12)).astype(np.int16)  # nothing below 0
+    nib.save(nib.Nifti1Image(counts, np.eye(4)), folder / "9.nii")
+    said: list[str] = []
+    build(adapter("folder").scan(folder), store, say=said.append)
+    assert "1 of them cannot be" in said[0]
+    ours, theirs = (
+        prepare(DataConfig(root=str(root), held_out=0), views, tmp_path / "cache", 0) for root in (store, folder)
+    )
+    assert seen(ours.train) == seen(theirs.train)
+    assert (
+        sorted(s.modality for s in ours.train) == sorted(s.modality for s in theirs.train) == ["CT"] * 5 + ["unknown"]
+    )
+
+
+def test_a_zip_file_one_file_and_a_colon_are_roots(tmp_path: Path) -> None:
+    folder = tmp_path / "odd:name"
+    folder.mkdir()
+    for i in range(2):
+        values = np.random.default_rng(i).normal(20, 60, (12, 20, 20)).astype(np.float32)
+        nib.save(nib.Nifti1Image(values.T, np.eye(4)), folder / f"{i}.nii")
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for path in folder.iterdir():
+            archive.write(path, path.name)
+    views, cache = ViewsConfig(global_size=(8, 8, 8), local_views=0), tmp_path / "cache"
+
+    def count(root: str) -> int:
+        return len(gather(DataConfig(root=root, held_out=0), views, 3, cache, 0)[0].train)
+
+    assert count(str(folder)) == 2
+    assert count(f"{folder}:{folder / '0.nii'}") == 3
+    assert count(str(folder / "0.nii")) == 1
+    zipped = DataConfig(root=str(tmp_path / "x.zip"), held_out=0)
+    first = prepare(zipped, views, cache, 0).fingerprint()
+    assert len(first) == 2
+    assert prepare(zipped, views, cache, 0).fingerprint() == first
+
+
+@pytest.mark.parametrize("word", ["ct", "", "C T"])
+def test_a_modality_is_a_word_of_capitals(word: str) -> None:
+    with pytest.raises(ValueError, match=r"--data\.modality"):
+        DataConfig(modality=word)

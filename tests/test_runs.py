@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import runs
-from runs import UserError, load_checkpoint, save_checkpoint
+from medformer.errors import UserError
+from runs import load_checkpoint, save_checkpoint
 
 
 def state(step: int) -> dict[str, Any]:

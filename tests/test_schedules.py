@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schedules import cosine, linear
+from medformer.schedules import cosine, linear
 
 
 def test_cosine_starts_warm_and_ends_at_its_end() -> None:

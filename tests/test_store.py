@@ -14,13 +14,16 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-import building
-from building import Row, build, main, rows
 from medformer.data import ScanError, Volume, normalise
 from medformer.data.datasets import adapter
 from medformer.data.intensity import scaling_of
 from medformer.data.store import Scaled, compresses, cut, open_array, random_crop, suffix, write_array
-from prepare import DataConfig, keep, load, prepare
+from medformer.data.store import build as building
+from medformer.data.store.build import build, main
+from medformer.data.store.entries import keep, load
+from medformer.data.store.index import Row, rows
+from medformer.errors import UserError
+from roots import DataConfig, prepare
 from views import ViewsConfig
 
 needs_blosc2 = pytest.mark.skipif(not compresses(), reason="needs blosc2")
@@ -220,6 +223,44 @@ class TestBuild:
         first = build(records, tmp_path / "store")
         (tmp_path / "store" / "index.sqlite").unlink()
         assert build(records, tmp_path / "store") == first
+
+    def test_machines_build_one_store_together(
+        self, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Every scan is read by one of them, and the last call reads none."""
+        asked: list[str] = []
+        real = building._one
+        monkeypatch.setattr(building, "_one", lambda key, *a: asked.append(key) or real(key, *a))
+        store = tmp_path / "store"
+        parts = [build(adapter("folder").scan(scans), store, shard=(i, 3)) for i in (1, 2, 3)]
+        assert sorted(asked) == sorted(row.key for part in parts for row in part)
+        assert len(set(asked)) == 7
+        with pytest.raises(UserError, match="3 parts of a store; run the same medformer prepare once without --shard"):
+            prepare(DataConfig(root=str(store)), VIEWS, tmp_path / "cache", 0)
+        monkeypatch.setattr(building.Record, "read", lambda self, **_: pytest.fail("read again"))
+        whole = build(adapter("folder").scan(scans), store)
+        assert whole == sorted((row for part in parts for row in part), key=lambda row: row.key)
+        monkeypatch.undo()
+        alone = build(adapter("folder").scan(scans), tmp_path / "alone")
+        assert [(row.key, row.state, row.shape) for row in whole] == [(r.key, r.state, r.shape) for r in alone]
+        for row in whole:
+            if row.state == "kept":
+                same = [(tmp_path / part / row.key).with_suffix(suffix()).read_bytes() for part in ("store", "alone")]
+                assert same[0] == same[1]
+
+    @pytest.mark.parametrize("text", ["0/3", "4/3", "3", "a/b", "1/0", "-1/2"])
+    def test_a_part_is_one_of_all(
+        self, scans: Path, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit):
+            main([str(scans), "--out", str(tmp_path / "store"), f"--shard={text}"])
+        assert "must be I/N with I from 1 to N, like 3/16" in capsys.readouterr().err
+
+    def test_the_command_names_what_comes_after_a_part(
+        self, scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        main([str(scans), "--out", str(tmp_path / "store"), "--split", "all", "--workers", "0", "--shard", "1/2"])
+        assert "part 1 of 2; when all are done: the same command once without --shard" in capsys.readouterr().out
 
     def test_the_trainer_takes_a_store_as_its_root(self, scans: Path, tmp_path: Path) -> None:
         build(adapter("folder").scan(scans), tmp_path / "store")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from compile_cases.tnt import costs
 from medformer_kernels._dispatch import Chip
-from medformer_kernels.tnt import fused
 from medformer_kernels.tnt.plans import KERNELS, OUTER_KERNELS, fits, launch_plan
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -74,8 +74,8 @@ def test_plans_cover_every_sequence_once(sequences: int, tokens: int, width: int
 def test_planned_bytes_are_near_the_least() -> None:
     """Counted from the launch plans at 32,768 x 64 x 48, bf16, on sm_90: x, the middle and out once in forward; three
     tensors for each dx; tokens once for each head, and for each 64 channels of the MLP, in the weights' gradients."""
-    costs = fused.costs(chip=H200, sequences=32_768, tokens=64, width=48, hidden=192, num_heads=4, itemsize=2)
+    by_kernel = costs(chip=H200, sequences=32_768, tokens=64, width=48, hidden=192, num_heads=4, itemsize=2)
     tensor = 32_768 * 64 * 48 * 2
-    assert {kernel: round(cost.bytes / tensor, 1) for kernel, cost in costs.items()} == {
+    assert {kernel: round(cost.bytes / tensor, 1) for kernel, cost in by_kernel.items()} == {
         "fwd": 3.0, "mlp_dx": 3.0, "mlp_dw": 6.1, "attn_dx": 3.0, "attn_dw": 8.0,
     }  # fmt: skip

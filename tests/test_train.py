@@ -24,8 +24,8 @@ import replay
 import runs
 import settings
 import train
-from runs import UserError
-from schedules import cosine
+from medformer.errors import UserError
+from medformer.schedules import cosine
 from settings import TrainConfig
 
 
@@ -67,7 +67,7 @@ def test_saved_config_is_a_config_file_for_the_same_run(trainer: Any, tmp_path: 
 
 def test_help_explains_every_flag_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        train.main(["--help"])
+        train.main(["--help-all"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     flat = settings.flat(settings.as_dict(TrainConfig()))
@@ -80,7 +80,7 @@ def test_help_explains_every_flag_with_its_default(capsys: pytest.CaptureFixture
 
 def test_help_of_a_method_leaves_out_the_others_and_follows_the_size(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        train.main(["byol", "--size=small", "--help"])
+        train.main(["byol", "--size=small", "--help-all"])
     text = capsys.readouterr().out
     assert "--byol.hidden" in text
     assert "default: 4096)" in text
@@ -153,6 +153,9 @@ def test_accumulated_micro_batches_train_like_one_batch(trainer: Any, tmp_path: 
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
+ALONE = ("--dino.norm=none", "--dino.koleo=0", "--byol.koleo=0")  # for one scan a step
+
+
 @pytest.mark.parametrize("method", ["dino", "byol", "igpt"])
 def test_a_dry_run_measures_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], method: str
@@ -160,7 +163,7 @@ def test_a_dry_run_measures_and_leaves_nothing(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(replay, "_LONG_S", 0.0 if method == "byol" else 60.0)
     crop = "--views.global_size=16x16x16" if method != "igpt" else "--views.global_size=12x12x12"
-    assert train.main([method, "--dry_run", "--gpus=4", "--batch_size=1", crop]) == 0
+    assert train.main([method, "--dry_run", "--gpus=4", "--batch_size=1", crop, *ALONE]) == 0
     said = capsys.readouterr().out
     assert ("s a step (the first, alone)," in said) is (method == "byol")
     (line,) = (line for line in said.splitlines() if line.startswith("memory: "))
@@ -316,6 +319,39 @@ def test_a_step_with_nan_touches_no_weight_and_is_counted(
     assert trainer.lines(tmp_path / "run")[-1]["skipped_steps"] == 2
     backbone = medformer.load(tmp_path / "run" / "backbone.safetensors")
     assert all(p.isfinite().all() for p in backbone.parameters())
+
+
+def test_a_replay_has_the_weights_that_the_step_met(
+    trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poisoned(monkeypatch, range(1, 2))
+    assert trainer(tmp_path / "run", "--steps=2") == 0
+    kept = tmp_path / "run" / "bad" / "step-00000001.pt"
+    state = torch.load(kept, weights_only=True)
+    state["method"]["student.head.prototypes"][0] = math.nan
+    torch.save(state, kept)
+    capsys.readouterr()
+    assert train.main([f"--replay={kept}"]) == 0
+    assert "weights that are not finite: student.head.prototypes\n" in capsys.readouterr().out
+
+
+def test_what_is_drawn_in_a_step_follows_the_seed_the_step_and_the_micro_batch(
+    trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drop path and masks: from torch's generator, which is seeded anew each time and in no checkpoint."""
+    real, seeds = dino.Dino.loss, {}
+
+    def loss(self: dino.Dino, student: torch.nn.Module, views: list, step: int) -> tuple:
+        seeds[name].append(torch.initial_seed())
+        return real(self, student, views, step)
+
+    monkeypatch.setattr(dino.Dino, "loss", loss)
+    for name, seed in (("first", 0), ("again", 0), ("other", 1)):
+        seeds[name] = []
+        assert trainer(tmp_path / name, "--steps=3", "--accumulate=2", f"--seed={seed}") == 0
+    assert len(set(seeds["first"])) == 6
+    assert seeds["first"] == seeds["again"]
+    assert not set(seeds["first"]) & set(seeds["other"])
 
 
 @pytest.mark.parametrize("place", ["loss", "gradient"])

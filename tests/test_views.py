@@ -78,9 +78,12 @@ def test_resizing_keeps_a_ramp_a_ramp_in_both_directions() -> None:
     for scale in (0.5, 2.0):
         size = int(16 / scale)
         config = ViewsConfig(
-            global_size=(size, size, size), local_views=0, **{**EVEN, "through_plane_scale": (scale, scale)},
-            **PLAIN, min_foreground=0.0,
-        )  # fmt: skip
+            global_size=(size, size, size),
+            local_views=0,
+            **{**EVEN, "through_plane_scale": (scale, scale)},
+            **PLAIN,
+            min_foreground=0.0,
+        )
         (views,) = render(default_collate([plan(ramp, config)]), config, CPU)
         profile = views[0, 0, :, 0, 0]
         inner = profile[1:-1].diff()
@@ -333,3 +336,22 @@ def test_views_of_an_image_stay_flat() -> None:
     assert near.shape == (4, 1, 1, 6, 6)
     assert far.isfinite().all()
     assert far.std() > 0.1
+
+
+def test_turns_are_about_z_then_y_then_x() -> None:
+    turns = [augment.rotation(degrees) for degrees in ((20.0, 0.0, 0.0), (0.0, 35.0, 0.0), (0.0, 0.0, 50.0))]
+    np.testing.assert_allclose(augment.rotation((20.0, 35.0, 50.0)), turns[2] @ turns[1] @ turns[0], atol=1e-12)
+
+
+def test_noise_is_a_share_of_the_view_whatever_its_contrast() -> None:
+    x = torch.randn(2, 6, 6, 6, generator=torch.Generator().manual_seed(0))
+    grain = torch.randn(2, 216, generator=torch.Generator().manual_seed(1))
+    for contrast in (0.7, 1.0, 1.3):
+        row = {"contrast": contrast, "gamma": 1.0, "coarse": 1.0}
+        quiet = torch.tensor([[row.get(name, 0.0) for name in augment.CHANGES]] * 2)
+        noisy = quiet.clone()
+        noisy[:, augment.CHANGES.index("noise")] = 0.2
+        knots = torch.zeros(2, augment.field_numbers())
+        added = augment.change(x, noisy, grain, None, knots) - augment.change(x, quiet, grain, None, knots)
+        expected = 0.2 * x.flatten(1).std(1, correction=0)[:, None] * grain
+        torch.testing.assert_close(added.flatten(1), expected, rtol=1e-4, atol=1e-5)

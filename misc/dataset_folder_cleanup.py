@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """Flatten the SIIM-FISABIO-RSNA COVID-19 folders: `train/<study>/<series>/<image>.dcm` to `train/<image>.dcm`.
 
-Optional: medformer.data reads both trees. Nothing happens without --apply; nothing is ever overwritten; every step is
-written to a journal before it is taken, so a run may be killed anywhere and started again, and `undo` takes it back.
+Optional: medformer.data reads both trees. The label tables (every .csv next to train/ and test/) go along, so what this
+makes is a whole data set; `index.csv` keeps study, series and first name of each image. Nothing happens without
+--apply; nothing is ever overwritten; every step is written to a journal before it is taken, so a run may be killed
+anywhere and started again, and `undo` takes it back.
 
     dataset_folder_cleanup.py [ROOT]                    what would be done
     dataset_folder_cleanup.py [ROOT] --apply            hard links in a new folder ROOT-flat; ROOT stays as it is
@@ -33,6 +35,7 @@ from typing import Any
 PARTS = ("train", "test")
 FOLDERS = ("siim_covid19", "siim-covid19-detection", "SIIM-FISABIO-RSNA-COVID-19")
 JOURNAL, INDEX = "cleanup-journal.jsonl", "index.csv"
+TABLES = ("train_image_level.csv", "train_study_level.csv")
 RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(1, 10))}
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS}
 
@@ -47,7 +50,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Step:
-    """One image to place."""
+    """One image to place, or a label table (`part`, `study` and `series` empty)."""
 
     src: Path
     dst: Path
@@ -107,6 +110,18 @@ def survey(root: Path, out: Path) -> tuple[list[Step], list[str], int]:
             f"{root}: no <study>/<series>/<image>.dcm below train/ or test/; this is not the SIIM data set", 2
         )
     return steps, alone, flat
+
+
+def survey_tables(root: Path, out: Path) -> tuple[list[Step], list[str]]:
+    """The label tables next to the images, and those of the data set that are not there. In place nothing is to do."""
+    found = sorted(
+        path
+        for path in root.iterdir()
+        if path.suffix.lower() == ".csv" and path.name != INDEX and path.is_file() and not path.is_symlink()
+    )
+    lost = [name for name in TABLES if name not in {path.name for path in found}]
+    steps = [Step(path, out / path.name, "", "", "", path.stat().st_size) for path in found]
+    return ([] if out == root else steps), lost
 
 
 def settle(steps: list[Step], policy: str) -> list[Step]:
@@ -224,7 +239,7 @@ def apply(root: Path, out: Path, steps: list[Step], mode: str) -> str:
     if blocked:
         first = blocked[0]
         raise Refused(
-            f"{len(blocked)} targets exist already, the first {first.part}/{first.dst.name}; nothing was done: move "
+            f"{len(blocked)} targets exist already, the first {first.dst.relative_to(out)}; nothing was done: move "
             "them away, or choose another --out"
         )
     if head is None and (todo or steps):
@@ -249,7 +264,12 @@ def apply(root: Path, out: Path, steps: list[Step], mode: str) -> str:
         if mode == "move":
             _prune(step.src.parent, root, journal)
     _write_index(journal, out, steps)
-    return f"{count} images placed, {len(steps) - count} were there" if steps else "nothing to do"
+    if not steps:
+        return "nothing to do"
+    images = sum(bool(step.part) for step in steps)
+    placed = sum(bool(step.part) for step, _ in todo)
+    tables = f", {count - placed} label tables" if count > placed else ""
+    return f"{placed} images placed{tables}, {images - placed} were there"
 
 
 def _same(step: Step, mode: str) -> bool:
@@ -341,6 +361,8 @@ def _write_index(journal: Journal, out: Path, steps: list[Step]) -> None:
     table = csv.writer(text)
     table.writerow(["part", "image", "study", "series", "original"])
     for dst, src in sorted(rows.items()):
+        if Path(dst).parent == out:
+            continue  # a label table
         part, study, series, name = Path(src).parts[-4:]
         table.writerow([part, Path(dst).name, study, series, name])
     data = text.getvalue().encode()
@@ -377,7 +399,7 @@ def undo(path: Path) -> str:
                 continue
         elif mode == "move" and not src.exists():
             src.parent.mkdir(parents=True, exist_ok=True)
-            _place(Step(dst, src, src.parts[-4], src.parts[-3], src.parts[-2], line["size"]), "move", line["sha256"],
+            _place(Step(dst, src, src.parent.name, "", "", line["size"]), "move", line["sha256"],
                    src.with_name(line["temporary"]))  # fmt: skip
         else:
             os.unlink(dst)
@@ -426,21 +448,23 @@ def main(arguments: list[str] | None = None) -> int:
         root = find_root(args.root)
         out = (args.out or (root if args.mode == "move" else root.with_name(f"{root.name}-flat"))).resolve()
         if args.mode != "move" and (out == root or root in out.parents):
-            raise Refused(f"--out {out} must not lie in the data it copies; choose a folder beside {root.name}", 2)
+            raise Refused(f"--out {out} must not lie in the data it copies; choose a folder next to {root.name}", 2)
         steps, alone, flat = survey(root, out)
         steps = settle(steps, args.policy)
+        tables, lost = survey_tables(root, out) if steps else ([], [])
         size = sum(s.size for s in steps)
         print(
             f"{root}: {len(steps)} images to place, {flat} already flat, {len(alone)} files left alone, {size:,} bytes"
         )
         for line in alone[:5]:
             print(f"  left alone: {line}")
+        print(f"{len(tables)} label tables go along" + (f"; {', '.join(lost)} not next to train/" if lost else ""))
         if not args.apply:
-            for step in steps[:5]:
+            for step in [*steps[:5], *tables[:5]]:
                 print(f"  {args.mode}: {step.src.relative_to(root)} -> {step.dst}")
             print("nothing was done; add --apply to do it")
             return 0
-        print(apply(root, out, steps, args.mode))
+        print(apply(root, out, [*steps, *tables], args.mode))
         return 0
     except Refused as error:
         print(error, file=sys.stderr)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import medformer
+from medformer.errors import UserError
 from medformer.evaluation import dense, fitting, probes, scores, tasks, tuning
 
 pytest.importorskip("sklearn", reason="scikit-learn is in the extras evaluate and test")
@@ -114,6 +115,27 @@ def test_batches_of_fine_tuning_follow_the_seed() -> None:
         seen.append(torch.stack(network.seen))
     assert torch.equal(seen[0], seen[1])
     assert not torch.equal(seen[0], seen[2])
+
+
+def test_steps_without_a_finite_gradient_are_counted_and_a_training_of_nothing_else_fails() -> None:
+    budget, seen = fitting.Budget(steps=4, batch=2), list[float]()
+    network = torch.nn.Linear(3, 1)
+
+    def train(bad: set[int]) -> None:
+        def batch_at(rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+            seen.append(float("nan") if len(seen) in bad else 1.0)
+            return torch.full((2, 3), seen[-1]), torch.zeros(2, 1)
+
+        seen.clear()
+        fitting.fit(network, budget, 1e-2, 0, batch_at, torch.nn.functional.mse_loss, torch.enable_grad, list)
+
+    with pytest.warns(RuntimeWarning, match=r"rate 0.01: 1 of 4 steps had a gradient that is not finite"):
+        train({2})
+    assert all(p.isfinite().all() for p in network.parameters())
+    before = network.weight.clone()
+    with pytest.raises(UserError, match=r"4 of 4 steps .* nothing was learned"):
+        train({0, 1, 2, 3})
+    assert torch.equal(network.weight, before)
 
 
 def test_vectors_do_not_decay_in_fine_tuning() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from medformer.errors import UserError
 from medformer.schedules import cosine
 
 __all__ = ["Budget", "fit", "fit_together", "optimiser_of"]
@@ -83,6 +85,8 @@ def fit_together(
 ) -> None:
     """`fit` of several networks on the same batches, each at its rate, as if each were trained alone.
 
+    A step whose gradient is not finite is skipped; RuntimeWarning says how many were, UserError that all were.
+
     shared: what their frozen part makes of a batch, computed once and given to each as its second argument.
     watch, state: as of `fit`; the loss is the mean over the networks.
     """
@@ -111,6 +115,7 @@ def fit_together(
             "torch": torch.get_rng_state(),
         }  # fmt: skip
 
+    skipped, taken = [0] * len(networks), 0
     for network in networks:
         network.train()
     for step in progress(range(first, budget.steps)):
@@ -120,7 +125,7 @@ def fit_together(
             with torch.no_grad(), run():
                 given = (x, shared(x))
         total = 0.0
-        for network, optimiser, lr in zip(networks, optimisers, lrs, strict=True):
+        for i, (network, optimiser, lr) in enumerate(zip(networks, optimisers, lrs, strict=True)):
             for group in optimiser.param_groups:
                 group["lr"] = cosine(step, budget.steps, lr, 0.0, warmup=round(budget.warmup * budget.steps))
             with run():
@@ -131,8 +136,11 @@ def fit_together(
             norm = nn.utils.clip_grad_norm_(network.parameters(), budget.clip)
             if math.isfinite(norm.item()):
                 optimiser.step()
+            else:
+                skipped[i] += 1
             if watch is not None:
                 total += float(loss.detach())
+        taken += 1
         if watch is not None:
             over = watch(step + 1, total / len(networks), partial(now, step + 1))
             for network in networks:
@@ -141,6 +149,19 @@ def fit_together(
                 break
     for network in networks:
         network.eval()
+    for lr, count in zip(lrs, skipped, strict=True):
+        _say_skipped(count, taken, lr)
+
+
+def _say_skipped(count: int, steps: int, lr: float) -> None:
+    """A network that could not learn must not be scored as one that did."""
+    said = f"rate {lr:g}: {count} of {steps} steps had a gradient that is not finite and were skipped"
+    if count == steps > 0:
+        raise UserError(
+            f"{said}: nothing was learned; look for infinite voxels or targets, or train with precision fp32"
+        )
+    if count:
+        warnings.warn(f"{said}; a lower rate or precision fp32 may not need that", RuntimeWarning, stacklevel=3)
 
 
 def _average(network: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -24,7 +25,11 @@ def complain(message: str) -> None:
 
 
 def exit_code(command: Callable[[], int], stopped: str = "") -> int:
-    """What `command` returns; after a UserError, which is printed, its code; after Ctrl-C 130, saying `stopped`."""
+    """What `command` returns; after a UserError, which is printed, its code; after Ctrl-C 130, saying `stopped`.
+
+    Warnings are one line too, without the place in the code they come from.
+    """
+    usual, warnings.formatwarning = warnings.formatwarning, lambda message, *_, **__: f"warning: {message}\n"
     try:
         return command()
     except UserError as error:
@@ -34,6 +39,8 @@ def exit_code(command: Callable[[], int], stopped: str = "") -> int:
         if stopped:
             complain(stopped)
         return 130
+    finally:
+        warnings.formatwarning = usual
 
 
 class Parser(argparse.ArgumentParser):

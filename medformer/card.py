@@ -6,6 +6,8 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medformer.channels import channel_names
+
 if TYPE_CHECKING:
     from medformer.models import Model
 
@@ -29,6 +31,11 @@ def card_of(model: Any, name: str) -> str:
         for field in fields(config)
         if field.default is MISSING or getattr(config, field.name) != field.default
     ]
+    if names := channel_names(model):
+        flags = (
+            f"; after them {len(names)} flags, 1 where a channel is missing" if config.in_channels > len(names) else ""
+        )
+        chosen.append(f"| channels, in this order | {', '.join(names)}{flags} |")
     rows = "\n".join(chosen) or "| (all) | defaults |"
     use = "features = model.forward_features(x)  # .cls, .patches, .grid"
     if hasattr(model, "codebook"):

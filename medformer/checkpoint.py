@@ -7,7 +7,7 @@ import importlib.util
 import json
 import os
 import warnings
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from medformer.card import write_card
-from medformer.models import CONFIGS, Model, ModelConfig, build
+from medformer.channels import channel_names, name_channels
+from medformer.models import CONFIGS, Model, ModelConfig, as_saved, build
 
 __all__ = ["load", "save"]
 
 CONFIG_KEY = "medformer_config"
 KIND_KEY = "medformer_model"
+CHANNELS_KEY = "medformer_channels"  # what several are called, in their order
 BEFORE_KEY = "medformer_image_gpt"  # where an Image-GPT's config was before one mechanism served all models
 FINETUNED = "Finetuned"  # a backbone with its head, by medformer finetune
 HUB = "hf:"
@@ -49,7 +51,9 @@ def save(model: Model, path: str | os.PathLike[str], *, card: bool = True) -> No
         raise TypeError(f"medformer.save: {type(model).__name__} is not a {' or '.join(CONFIGS)}; save its backbone")
     path = Path(path)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    metadata = {"format": "pt", KIND_KEY: type(model).__name__, CONFIG_KEY: json.dumps(asdict(model.config))}
+    metadata = {"format": "pt", KIND_KEY: type(model).__name__, CONFIG_KEY: json.dumps(as_saved(model.config))}
+    if names := channel_names(model):
+        metadata[CHANNELS_KEY] = json.dumps(names)
     content = safetensors.torch.save(tensors, metadata=metadata)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -137,6 +141,8 @@ def load(path: str | os.PathLike[str], *, strict: bool = True) -> Any:
         warnings.warn(f"{message}. These were left at their start values or ignored", stacklevel=2)
     # assign keeps the dtype of the file; strict is decided above, with shapes included.
     model.load_state_dict(tensors, strict=False, assign=True)
+    if CHANNELS_KEY in metadata:
+        name_channels(model, json.loads(metadata[CHANNELS_KEY]))
     return model
 
 

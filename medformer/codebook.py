@@ -1,7 +1,7 @@
 """Scans as sequences of whole numbers: patches of voxels, k-means, and the order in which they are read.
 
 With patches of one voxel the codebook holds grey values (Image-GPT's colours); larger ones allow high resolution.
-Shape legend: B batch, K entries, P voxels of a patch, N patches.
+Shape legend: B batch, Ch channels, K entries, P values of a patch (its voxels in every channel), N patches.
 """
 
 from __future__ import annotations
@@ -27,48 +27,52 @@ class Codebook(nn.Module):
         entries: K.
         patch: voxels of a patch along each axis (zyx or yx).
         scale: what the voxels are, for instance "HU / 500" or "z-score": part of what has to fit.
+        channels: Ch; a patch holds the voxels of all of them, channel by channel.
     """
 
     centres: Tensor
 
-    def __init__(self, entries: int, patch: tuple[int, ...], *, scale: str = "") -> None:
+    def __init__(self, entries: int, patch: tuple[int, ...], *, scale: str = "", channels: int = 1) -> None:
         super().__init__()
         if entries < 2 or min(patch) < 1 or len(patch) not in (2, 3):
             raise ValueError(f"Codebook: entries={entries} and patch={patch} must be at least 2 and 1, on 2 or 3 axes")
         self.patch = tuple(patch)
         self.scale = scale
-        self.register_buffer("centres", torch.zeros(entries, math.prod(patch)))
+        self.channels = channels
+        self.register_buffer("centres", torch.zeros(entries, channels * math.prod(patch)))
 
-    def patches(self, x: Float[Tensor, "B 1 *size"]) -> Float[Tensor, "B N P"]:
+    def patches(self, x: Float[Tensor, "B Ch *size"]) -> Float[Tensor, "B N P"]:
         """The patches of scans in raster order; ValueError where they do not tile the scan."""
         size = x.shape[2:]
         if (
             x.ndim != len(self.patch) + 2
-            or x.shape[1] != 1
+            or x.shape[1] != self.channels
             or any(n % p for n, p in zip(size, self.patch, strict=True))
         ):
             raise ValueError(
-                f"Codebook: input of shape {tuple(x.shape)} must be (batch, 1, size) with a size that patches of "
-                f"{'x'.join(map(str, self.patch))} tile; crop or pad it"
+                f"Codebook: input of shape {tuple(x.shape)} must be (batch, {self.channels}, size) with a size "
+                f"that patches of {'x'.join(map(str, self.patch))} tile; crop or pad it"
             )
         split = [part for n, p in zip(size, self.patch, strict=True) for part in (n // p, p)]
-        axes = range(1, 2 * len(self.patch), 2)
-        x = x.reshape(x.shape[0], *split).permute(0, *axes, *(a + 1 for a in axes))
+        axes = range(2, 2 * len(self.patch) + 1, 2)
+        x = x.reshape(*x.shape[:2], *split).permute(0, *axes, 1, *(a + 1 for a in axes))
         return x.flatten(len(self.patch) + 1).flatten(1, len(self.patch))
 
     @torch.no_grad()
-    def encode(self, x: Float[Tensor, "B 1 *size"]) -> Int[Tensor, "B N"]:
+    def encode(self, x: Float[Tensor, "B Ch *size"]) -> Int[Tensor, "B N"]:
         """Numbers of the patches, in raster order."""
         patches = self.patches(x)
         return _nearest(patches.flatten(0, 1).float(), self.centres).view(patches.shape[:2])
 
     @torch.no_grad()
-    def decode(self, tokens: Int[Tensor, "B N"], grid: tuple[int, ...]) -> Float[Tensor, "B 1 *size"]:
+    def decode(self, tokens: Int[Tensor, "B N"], grid: tuple[int, ...]) -> Float[Tensor, "B Ch *size"]:
         """The scans that `encode` would turn into these numbers, to the nearest entry."""
         dims = len(self.patch)
-        x = self.centres[tokens].unflatten(1, grid).unflatten(-1, self.patch)
-        order = [0, *(axis for a in range(dims) for axis in (1 + a, 1 + dims + a))]
-        return x.permute(order).reshape(tokens.shape[0], 1, *(g * p for g, p in zip(grid, self.patch, strict=True)))
+        x = self.centres[tokens].unflatten(1, grid).unflatten(-1, (self.channels, *self.patch))
+        order = [0, 1 + dims, *(axis for a in range(dims) for axis in (1 + a, 2 + dims + a))]
+        return x.permute(order).reshape(
+            tokens.shape[0], self.channels, *(g * p for g, p in zip(grid, self.patch, strict=True))
+        )
 
     def fit(self, patches: Float[Tensor, "n P"], *, seed: int = 0) -> float:
         """Set the entries by k-means; returns the mean squared error a voxel.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from medformer.channels import channel_names
 from medformer.expire_span import ExpireSpanAttention
 from medformer.hopfield import HopfieldAttention
 from medformer.image_gpt import ImageGPT
@@ -41,14 +42,20 @@ class Description:
     """Parameters and buffers."""
     saved_bytes: int
     """What a training step keeps for its backward pass, without checkpointing: activations, each once."""
+    channels: tuple[str, ...] = ()
+    """What the channels of the input are called, in their order; empty where nobody said."""
+    in_channels: int = 1
 
     def __str__(self) -> str:
         size, grid = ("x".join(map(str, axes)) for axes in (self.size, self.grid))
+        flags = f", and {len(self.channels)} flags of missing ones" if self.in_channels > len(self.channels) else ""
+        named = [f"channels     {', '.join(self.channels)}, in this order{flags}"] if self.channels else []
         return "\n".join(
             [
                 f"parameters   {self.parameters:,} ({self.trainable:,} train)",
                 f"weights      {_bytes(self.weight_bytes)}",
                 f"input        {self.batch} x {size} voxels, {grid} patches",
+                *named,
                 f"forward      {self.flops / 1e9:,.2f} GFLOP",
                 f"training     {_bytes(self.saved_bytes)} of activations kept for the backward pass",
             ]
@@ -102,6 +109,8 @@ def describe(model: Model, size: int | Sequence[int], *, batch: int = 1) -> Desc
         grid=tuple(grid),
         flops=counter.get_total_flops(),
         weight_bytes=sum(t.numel() * t.itemsize for t in tensors.values()),
+        channels=channel_names(model),
+        in_channels=config.in_channels,
         saved_bytes=sum(tensor.untyped_storage().nbytes() for tensor in kept.values()),
     )
 

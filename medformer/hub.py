@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +84,7 @@ def _mixin() -> Any:
 
         def _save_pretrained(self, save_directory: Path) -> None:
             save(self.model, save_directory / _FILE, card=False)
-            about = {"medformer_model": type(self.model).__name__, **asdict(self.model.config)}
+            about = {"medformer_model": type(self.model).__name__, **as_saved(self.model.config)}
             (save_directory / "config.json").write_text(json.dumps(about, indent=2))
 
         def generate_model_card(self, *args: Any, **options: Any) -> Any:

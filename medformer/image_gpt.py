@@ -66,6 +66,8 @@ class ImageGPTConfig:
     """What the voxels are, for instance "HU / 500" or "z-score"; kept with the codebook."""
     seed: int = 0
     """Of the random features."""
+    in_channels: int = 1
+    """Channels of the scans whose patches become tokens: a patch is of all of them."""
 
     def __post_init__(self) -> None:
         for name in ("grid", "patch"):
@@ -83,7 +85,7 @@ class ImageGPTConfig:
             f"grid={self.grid} and patch={self.patch} must have as many axes as each other",
         )
         check_whole(self, 2, "vocabulary")
-        check_whole(self, 1, "width", "depth", "heads")
+        check_whole(self, 1, "width", "depth", "heads", "in_channels")
         check_whole(self, 0, "seed")
         check(self, self.width % self.heads == 0, f"heads={self.heads} must divide width={self.width}")
         check_choice(self, "attention", ("performer", "softmax", "expire_span"))
@@ -105,11 +107,6 @@ class ImageGPTConfig:
     def dims(self) -> int:
         """Axes of the grid."""
         return len(self.grid)
-
-    @property
-    def in_channels(self) -> int:
-        """Of the scans that become tokens: one."""
-        return 1
 
     @property
     def tokens(self) -> int:
@@ -228,7 +225,7 @@ class ImageGPT(nn.Module):
         self.config = config
         self.checkpoint_activations = False
         width, causal = config.width, config.objective == "autoregressive"
-        self.codebook = Codebook(config.vocabulary, config.patch, scale=config.scale)
+        self.codebook = Codebook(config.vocabulary, config.patch, scale=config.scale, channels=config.in_channels)
         self.token_embed = nn.Parameter(torch.empty(config.vocabulary, width))
         self.position = nn.Parameter(torch.empty(config.tokens, width))
         self.start = nn.Parameter(torch.empty(width)) if causal else None
@@ -293,7 +290,7 @@ class ImageGPT(nn.Module):
             raise ValueError(f"ImageGPT: size={tuple(size)} must be {wanted}, the voxels of grid={self.config.grid}")
         return self.config.grid
 
-    def forward_features(self, x: Float[Tensor, "B 1 *size"]) -> Features:
+    def forward_features(self, x: Float[Tensor, "B channels *size"]) -> Features:
         """What a classifier reads that moves all weights: the last block's stream of scans, after the last norm.
 
         `cls` is the mean over the sequence, `patches` the tokens in raster order; with objective autoregressive each

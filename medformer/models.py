@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any, TypeAlias
 
 from medformer.backbone import Backbone, BackboneConfig
@@ -10,7 +11,7 @@ from medformer.resnet import ResNet, ResNetConfig
 from medformer.slices import SliceEncoder, SliceEncoderConfig
 from medformer.tnt import TNT, TNTConfig
 
-__all__ = ["CONFIGS", "Encoder", "Model", "ModelConfig", "build"]
+__all__ = ["CONFIGS", "Encoder", "Model", "ModelConfig", "as_saved", "build"]
 
 Encoder: TypeAlias = Backbone | ResNet | TNT | SliceEncoder
 """What turns scans into patch features."""
@@ -28,3 +29,10 @@ CONFIGS: dict[str, type] = {model.__name__: config for config, model in MODELS.i
 def build(config: ModelConfig) -> Any:
     """The model that `config` describes, with fresh weights from torch's generator."""
     return MODELS[type(config)](config)
+
+
+def as_saved(config: ModelConfig) -> dict[str, Any]:
+    """Its fields as files hold them. One that came later is left out at its default: what was written before it, and
+    what older versions read, stays as it is."""
+    later = {"in_channels": 1} if isinstance(config, ImageGPTConfig) else {}
+    return {name: value for name, value in asdict(config).items() if name not in later or value != later[name]}

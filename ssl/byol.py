@@ -121,7 +121,7 @@ class Online(nn.Module):
         self.projector = head(width, config)
         self.predictor = head(config.projection, config)
 
-    def forward(self, *views: Float[Tensor, "B 1 *size"], mask: Bool[Tensor, "N tokens"] | None = None) -> Seen:
+    def forward(self, *views: Float[Tensor, "B channels *size"], mask: Bool[Tensor, "N tokens"] | None = None) -> Seen:
         """`mask`: patches of the views, one view after the other, that the network does not see."""
         vectors, hidden, experts = [], [], 0.0
         for number, view in enumerate(views):
@@ -146,7 +146,7 @@ class Target(nn.Module):
         self.projector = head(width, config)
 
     def forward(
-        self, *views: Float[Tensor, "B 1 *size"], mask: Bool[Tensor, "N tokens"] | None = None
+        self, *views: Float[Tensor, "B channels *size"], mask: Bool[Tensor, "N tokens"] | None = None
     ) -> tuple[list[Float[Tensor, "B P"]], Float[Tensor, "M P"] | None]:
         """The vectors of whole views, and those of the patches in `mask`."""
         if mask is None:
@@ -232,7 +232,7 @@ class Byol(nn.Module):
         """BYOL starts as it is."""
 
     def loss(
-        self, student: nn.Module, views: list[Float[Tensor, "N 1 *size"]], step: int
+        self, student: nn.Module, views: list[Float[Tensor, "N channels *size"]], step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`views[0]`: the two views of each scan, [2 * B, ...], view by view."""
         near = views[0]

@@ -50,7 +50,7 @@ class Crops(Dataset[Plan]):
         scan = self.scans[number]
         voxels, points = open_scan(scan)
         seed = (self.seed, 3, sample)
-        return draw(voxels, scan.spacing_mm, points, scan.threshold, self.views, seed, number, scan.modality)
+        return draw(voxels, scan.spacing_mm, points, scan.threshold, self.views, seed, number, scan.modalities)
 
 
 class Batches:
@@ -85,7 +85,8 @@ def loader(
     A batch that workers do not deliver within `timeout` seconds (0: no limit) is a RuntimeError.
     """
     batches = Batches(steps, origin, accumulate, batch, rank, ranks)
-    held = min(_AHEAD[0], _AHEAD[1] // (2 * math.prod(region_size(crops.views))))
+    channels = max((len(scan.there) for scan in crops.scans), default=1)
+    held = min(_AHEAD[0], _AHEAD[1] // (2 * channels * math.prod(region_size(crops.views))))
     far = any(scan.far for scan in crops.scans)
     return DataLoader(
         ReadAhead(crops.__getitem__, batches.starts, batch, held=max(held, 2 * batch)) if far else crops,

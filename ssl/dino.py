@@ -152,7 +152,7 @@ class Student(nn.Module):
         self.backbone = backbone
         self.head = head
 
-    def forward(self, *views: Float[Tensor, "N 1 *size"], mask: Bool[Tensor, "N tokens"] | None = None) -> Seen:
+    def forward(self, *views: Float[Tensor, "N channels *size"], mask: Bool[Tensor, "N tokens"] | None = None) -> Seen:
         """`mask`: patches of the first views that the student does not see."""
         cls, experts, patches = [], 0.0, None
         for number, view in enumerate(views):
@@ -227,7 +227,7 @@ class Dino(nn.Module):
         return {"momentum": self.momentum(step), "teacher_temp": self.teacher_temp(step)}
 
     @torch.no_grad()
-    def look(self, views: list[Float[Tensor, "N 1 *size"]]) -> None:
+    def look(self, views: list[Float[Tensor, "N channels *size"]]) -> None:
         """Show the teacher a micro-batch of the first optimiser step, before that step; then call `start`."""
         self._teach(views[0], masked=None)
 
@@ -257,7 +257,7 @@ class Dino(nn.Module):
             return F.linear(cls, directions), None if patches is None else F.linear(patches, directions)
 
     def loss(
-        self, student: nn.Module, views: list[Float[Tensor, "N 1 *size"]], step: int
+        self, student: nn.Module, views: list[Float[Tensor, "N channels *size"]], step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`views[0]`: the two global views of each scan, [2 * B, ...], view by view; `views[1:]`: local ones alike.
 

@@ -102,6 +102,7 @@ def model_config(model: Any, config: IgptConfig, size: tuple[int, int, int], sca
         objective=config.objective,
         scale=scale,
         seed=model.seed,
+        in_channels=model.in_channels,
     )
 
 
@@ -141,7 +142,7 @@ class IgptEncoder(nn.Module):
         self.model = model
         self.layer = layer
 
-    def forward(self, x: Float[Tensor, "B 1 *size"]) -> Float[Tensor, "B C"]:
+    def forward(self, x: Float[Tensor, "B channels *size"]) -> Float[Tensor, "B C"]:
         return self.model.features(self.model.codebook.encode(x), self.layer)
 
 
@@ -173,6 +174,7 @@ class Igpt(nn.Module):
         for what, a, b in (
             ("entries", len(book.centres), len(here.centres)),
             ("voxels a patch", book.patch, here.patch),
+            ("channels", book.channels, here.channels),
             ("scale of voxels", book.scale, here.scale),
         ):
             if a != b:
@@ -198,7 +200,7 @@ class Igpt(nn.Module):
         return {}
 
     @torch.no_grad()
-    def look(self, views: list[Float[Tensor, "B 1 *size"]]) -> None:
+    def look(self, views: list[Float[Tensor, "B channels *size"]]) -> None:
         """Remember patches of a micro-batch for the codebook; then call `start`."""
         patches = self.student.codebook.patches(views[0]).flatten(0, 1).float().contiguous()
         if dist.is_initialized():  # the scans of all processes, in the order in which one alone would see them
@@ -226,7 +228,7 @@ class Igpt(nn.Module):
             raise UserError(f"--igpt.colours {self.config.colours}: {problem[0]}; or raise --igpt.fit_steps")
 
     def loss(
-        self, student: nn.Module, views: list[Float[Tensor, "B 1 *size"]], step: int
+        self, student: nn.Module, views: list[Float[Tensor, "B channels *size"]], step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`views[0]`: one view of each scan."""
         tokens = self.student.codebook.encode(views[0])

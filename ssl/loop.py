@@ -199,7 +199,7 @@ class Loop:
         config, first = self.config, self.progress.step
         if self.folder is not None:
             if config.online.task is not None:
-                self.labelled = online.read_labelled(config.online, config.views, config.model.dims)
+                self.labelled = online.read_labelled(config.online, config.views, config.model.dims, config.data)
             write_whole(self.folder / "config.yaml", lambda file: file.write(settings.to_yaml(config).encode()))
             self.metrics = runs.Metrics(self.folder, first)
             figure = self.method.headline.replace("_", " ")
@@ -422,8 +422,7 @@ class Loop:
         self.writer.start(partial(_write, self.metrics, self.folder, content, keep=self.config.keep, best=better))
 
     def _views(self, plans: Plan) -> list[Tensor]:
-        dims = self.config.model.dims
-        return [fitting(v, dims) for v in render(plans, self.config.views, self.place.device)]
+        return [fitting(v, self.config.model) for v in render(plans, self.config.views, self.place.device)]
 
     def _names(self, samples: range) -> str:
         """The scans of some samples."""

@@ -11,6 +11,8 @@ import medformer
 from byol import Byol
 from dino import Dino
 from igpt import Igpt, model_config
+from medformer.channels import name_channels
+from medformer.data.sequences import patterns_of
 from medformer.errors import UserError
 from settings import TrainConfig
 
@@ -88,9 +90,11 @@ def make(config: TrainConfig, scale: str) -> Method:
         shape = model_config(config.model, config.igpt, config.views.global_size, scale)
         method = Igpt(shape, config.igpt, config.seed)
         method.student.checkpoint_activations = config.checkpoint_activations
+        name_channels(method.student, tuple(patterns_of(config.data.channels)))
         return cast(Method, method)
     backbone = medformer.build(config.model)
     backbone.checkpoint_activations = config.checkpoint_activations
+    name_channels(backbone, tuple(patterns_of(config.data.channels)))
     cutmix, width = config.views.cutmix, config.model.width
     if config.method == "dino":
         return cast(Method, Dino(backbone, width, config.dino, config.steps, cutmix=cutmix))

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medformer.channels import flagged
 from medformer.errors import UserError
 from medformer.evaluation.probes import knn
 from medformer.evaluation.tasks import read_task
+from roots import DataConfig
 from views import ViewsConfig
 
 if TYPE_CHECKING:
@@ -43,32 +45,34 @@ class OnlineConfig:
 class Labelled(NamedTuple):
     """Whole scans at the size of a global view, with their classes."""
 
-    train: Float[Tensor, "n 1 *size"]
+    train: Float[Tensor, "n channels *size"]
     train_labels: Int[Tensor, " n"]
-    held: Float[Tensor, "m 1 *size"]
+    held: Float[Tensor, "m channels *size"]
     held_labels: Int[Tensor, " m"]
 
 
-def read_labelled(config: OnlineConfig, views: ViewsConfig, dims: int) -> Labelled:
-    """The task's training and validation cases; never the test split, which what is chosen here may be tested on.
+def read_labelled(config: OnlineConfig, views: ViewsConfig, dims: int, data: DataConfig | None = None) -> Labelled:
+    """The task's training and validation cases, of the channels in `data`; never the test split, which what is chosen
+    here may be tested on.
 
     Raises:
         UserError: the task cannot be read, or does not hold one class a case.
     """
-    size = views.global_size[3 - dims :]
-    task = read_task(Path(config.task or ""), dims, size, 0, iter)
+    size, data = views.global_size[3 - dims :], data or DataConfig()
+    task = read_task(Path(config.task or ""), dims, size, 0, iter, channels=data.channels, missing=data.missing)
     if task.kind != "classes":
         raise UserError(f"--online.task {config.task}: holds {task.kind}, one class a case is needed")
 
     def part(index: np.ndarray) -> tuple[Tensor, Tensor]:
         images = torch.stack([task.images[i].float() for i in index])
+        images = flagged(images) if task.missing else images
         return images, torch.stack([task.targets[i] for i in index])
 
     return Labelled(*part(task.where("train")), *part(task.where("val")))
 
 
 @torch.no_grad()
-def features(encoder: nn.Module, x: Float[Tensor, "n 1 *size"], batch: int = 64) -> Float[Tensor, "n C"]:
+def features(encoder: nn.Module, x: Float[Tensor, "n channels *size"], batch: int = 64) -> Float[Tensor, "n C"]:
     """One vector a scan, float32, on the CPU; the encoder is in evaluation mode meanwhile."""
     was = encoder.training
     encoder.eval()

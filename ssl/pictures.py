@@ -75,9 +75,11 @@ def _views(config: TrainConfig, prepared: Prepared, count: int, device: torch.de
     for i, scan in enumerate(scans):
         voxels, points = open_scan(scan)
         seed = (config.seed, 8, i)
-        plans.append(draw_views(voxels, scan.spacing_mm, points, scan.threshold, config.views, seed, i, scan.modality))
+        plans.append(
+            draw_views(voxels, scan.spacing_mm, points, scan.threshold, config.views, seed, i, scan.modalities)
+        )
     views = render(default_collate(plans), config.views, device)[0][: len(scans)]
-    return fitting(views, config.model.dims)
+    return fitting(views, config.model)
 
 
 def complete(model: ImageGPT, tokens: Tensor, known: int, seed: int) -> Tensor:
@@ -177,14 +179,16 @@ def attention_picture(
     from matplotlib.ticker import MaxNLocator
 
     whole, points = open_scan(scan)
-    middle = np.median(points, axis=0) if len(points) else np.array(whole.shape) / 2
-    size = np.minimum(whole.shape, limit)
-    start = np.clip(np.round(middle - size / 2), 0, np.array(whole.shape) - size).astype(int)
-    voxels = np.asarray(whole[tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))], dtype=np.float32)
+    middle = np.median(points, axis=0) if len(points) else np.array(scan.shape) / 2
+    size = np.minimum(scan.shape, limit)
+    start = np.clip(np.round(middle - size / 2), 0, np.array(scan.shape) - size).astype(int)
+    box = tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))
+    channels = np.asarray(whole[(slice(None),) * bool(scan.parts) + box], np.float32).reshape(-1, *size)
+    voxels = next(channel for channel in channels if not np.isnan(channel[0, 0, 0]))
     at = np.clip(np.round(middle - start), 0, size - 1).astype(int)
 
     device = next(backbone.parameters()).device
-    x = torch.from_numpy(voxels)[None, None].to(device)
+    x = fitting(torch.from_numpy(channels)[None], backbone.config).to(device)
     kernel = getattr(backbone.config, "kernel", x.shape[2:])  # a TNT takes what is larger than its views
     least = [max(n, k) for n, k in zip(x.shape[2:], kernel, strict=True)]
     if least != list(x.shape[2:]):
@@ -242,9 +246,12 @@ def attention_picture(
     bar.ax.tick_params(colors="white")
     bar.ax.yaxis.set_major_locator(MaxNLocator(4))
     bar.ax.yaxis.set_major_formatter("{x:.2f}")
-    shape, spacing = "x".join(map(str, whole.shape)), " x ".join(f"{mm:.3g}" for mm in scan.spacing_mm)
-    cropped = "" if voxels.shape == whole.shape else f", middle {'x'.join(map(str, voxels.shape))} shown"
+    shape, spacing = "x".join(map(str, scan.shape)), " x ".join(f"{mm:.3g}" for mm in scan.spacing_mm)
+    cropped = "" if voxels.shape == scan.shape else f", middle {'x'.join(map(str, voxels.shape))} shown"
     modality = "" if scan.modality == "unknown" else f"{scan.modality}, "
+    if len(scan.parts) > 1:
+        number = next(c for c, part in enumerate(scan.parts) if part is not None)
+        modality += f"channel {number + 1} of {len(scan.parts)}, "
     figure.text(0.5, 1 - 0.75 * gap / height, f"{caption}: {scan.name}", color="white", ha="center", fontsize=13)
     figure.text(
         0.5, 1 - 1.4 * gap / height, f"{modality}{shape} voxels of {spacing} mm (zyx){cropped}; below: attention of "

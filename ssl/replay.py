@@ -60,7 +60,7 @@ def run(path: Path, device: str) -> int:
     print(f"weights that are not finite: {', '.join(weights) or 'none'}")
     for number, parts in enumerate(state["plans"]):
         plans = Plan(*parts)
-        views = [fitting(v, config.model.dims) for v in render(plans, config.views, place)]
+        views = [fitting(v, config.model) for v in render(plans, config.views, place)]
         regions = [i for i, region in enumerate(plans.region) if not torch.as_tensor(region).isfinite().all()]
         print(f"micro-batch {number}: scans that are not finite: {regions or 'none'}")
         bad = [i for i, v in enumerate(views) if not v.isfinite().all()]
@@ -106,8 +106,9 @@ def dry_run(config: TrainConfig, device: torch.device) -> int:
     )
     cuts = config.views
     groups = [(cuts.global_views, cuts.global_size), (cuts.local_views, cuts.local_size)]
-    shapes = [(count * config.batch_size, 1, *size) for count, size in groups if count]
-    views = [fitting(torch.randn(shape, device=device), config.model.dims) for shape in shapes]
+    channels = config.model.in_channels
+    shapes = [(count * config.batch_size, channels, *size) for count, size in groups if count]
+    views = [fitting(torch.randn(shape, device=device), config.model) for shape in shapes]
     for _ in range(method.look_steps):
         with autocast:
             method.look([torch.randn_like(v) for v in views])

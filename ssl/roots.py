@@ -2,78 +2,28 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from crops import sample_scan
-from medformer.data import Scan, ScanError, find_scans, sample_scans
-from medformer.data.modality import decide
+from medformer.data import ScanError
 from medformer.data.names import Ids, known_modality, salt_of
 from medformer.data.store.catalogue import has_scans, scans_of
-from medformer.data.store.entries import Stored, store_scan
+from medformer.data.store.config import DataConfig
+from medformer.data.store.entries import Stored
 from medformer.data.store.images import store_images
 from medformer.data.store.limit import Use
+from medformer.data.store.reading import Taken, misfit, stored_cases, stored_scans
 from medformer.data.store.remote import is_url, split_roots
-from medformer.data.store.unpacked import unpacked
 from medformer.errors import UserError
-from medformer.files import byte_count
 from views import ViewsConfig
 
 __all__ = ["DataConfig", "Order", "Prepared", "gather", "prepare", "prepare_images", "voxel_scale"]
-
-_JUNK = "not a scan"  # what find_scans says of a file that is none
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Which scans to train on."""
-
-    root: str | None = None
-    """Folder of scans (NIfTI, DICOM and more), nested and mixed with anything, one file, a zip file, or a store that
-    medformer prepare made, here or on a server (http://HOST/STORE, s3://BUCKET/STORE); with --model.dims 2 of PNG,
-    JPEG, TIFF and BMP images, or an .npz file with train_images; several, parted by a colon (a colon in the name of a
-    folder that exists is part of it); default: the scans that come with the dependencies."""
-    modality: str | None = None
-    """What the scans are whose files do not say, CT or MR for instance; default: one decision a folder, by its
-    modality.txt, else by most of its scans' values."""
-    weights: tuple[float, ...] | None = None
-    """How often each of several roots is shown, relative to the others, for instance 1,2; default: by its scans."""
-    cache: str | None = None
-    """Folder for the stored copies (at most 2 bytes a voxel; half of it with blosc2), shared by all runs; default:
-    runs/cache."""
-    cache_limit: str | None = None
-    """Size of the cache, 200 GB for instance; what was used longest ago is removed, except what runs use now.
-    Default: none, but 100 GB (or 80% of what is free) of what is read from a server."""
-    small: Literal["auto", "skip", "pad"] = "auto"
-    """A scan below --views.global_size: skip it, or pad it by repeating its edge. auto: skip, but pad the built-in
-    scans, unless all of them are."""
-    labels: Literal["skip", "keep"] = "skip"
-    """What looks like a label map lying among the scans (few whole numbers in large areas): skip it, or train on it
-    too."""
-    names: Literal["files", "ids"] = "files"
-    """What scans are called on the screen, in skipped.txt, metrics, checkpoints and pictures: by file and folder, or by
-    short ids (hashes salted by the file `salt` in --data.cache, the same in every run that shares it)."""
-    held_out: int = 1
-    """Scans kept out of training for the pictures; 0 or more. One scan alone is never held out."""
-
-    def __post_init__(self) -> None:
-        if self.held_out < 0:
-            raise ValueError(f"--data.held_out {self.held_out} must be 0 or more")
-        if self.cache_limit is not None:
-            try:
-                byte_count(self.cache_limit)
-            except ValueError as error:
-                raise ValueError(f"--data.cache_limit {error}") from None
-        if self.modality is not None and not (self.modality.isalnum() and self.modality.isupper()):
-            raise ValueError(f"--data.modality {self.modality!r} must be a word of capitals as DICOM has it, like CT")
-        if self.weights is not None and not all(w > 0 for w in self.weights):
-            raise ValueError(f"--data.weights {self.weights} must all be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,12 +63,17 @@ def prepare(
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--data.cache {cache}: {error.strerror}; give a folder that can be written") from error
+    taken = Taken()
     try:
         if config.root is not None and has_scans(config.root):
             return _from_store(config.root, config, views, cache, seed, use)
-        index = (
-            sample_scans(cache / "samples") if config.root is None else find_scans(unpacked(config.root, cache, use))
-        )
+        if config.root is not None and config.channels:
+            stored_cases(config.root, config.channels, config.missing, cache, config.modality, taken, progress, use)
+        else:
+            stored_scans(config.root, cache, config.modality, taken, progress, use)
+    except KeyboardInterrupt as stop:  # what was skipped so far, for skipped.txt
+        stop.args = (_by_ids([], taken.skipped, taken.hidden(cache))[1] if config.names == "ids" else taken.skipped,)
+        raise
     except ScanError as error:
         raise UserError(str(error)) from error
     except OSError as error:  # the built-in scans write a few synthetic ones
@@ -126,33 +81,16 @@ def prepare(
             f"cannot write {error.filename or cache}: {error.strerror}; choose another --data.cache"
         ) from error
     where = "the built-in scans" if config.root is None else f"--data.root {config.root}"
-    skipped = [(s.path, s.reason) for s in index.skipped if s.reason != _JUNK]
-    ignored = len(index.skipped) - len(skipped)
     pad = config.small == "pad" or (config.small == "auto" and config.root is None)
     good: list[Stored] = []
-    read: dict[str, Stored] = {}
-    notices: list[str] = []
-    store = partial(_try, cache=cache, read=read, skipped=skipped, say=notices.append, use=use)
-    known = [s.path for s in index.skipped] + [f for scan in index.scans for f in (scan.name, *scan.files)]
-    known = [os.path.relpath(k, config.root or ".") for k in known]
-    try:
-        for scan in progress(index.scans):
-            store(scan, modality=config.modality if scan.modality == "unknown" else None)
-    except KeyboardInterrupt as stop:  # what was skipped so far, for skipped.txt
-        stop.args = (_by_ids([], skipped, cache, known)[1] if config.names == "ids" else skipped,)
-        raise
-    vote = decide({s.name: (s.modality, s.could_be_hu) for s in read.values() if s.guessed and not s.labels})
-    for scan in index.scans:
-        if scan.name in vote.modality:
-            store(scan, modality=vote.modality[scan.name])
-    notices += vote.lines
-    for stored in read.values():
+    skipped, notices = taken.skipped, taken.notices
+    for stored in taken.scans.values():
         reason = _unwanted(stored, config, views, pad)
         if reason:
             skipped.append((stored.name, reason))
         else:
             good.append(stored)
-    kept = [s for s in read.values() if _unwanted(s, config, views, True) is None]
+    kept = [s for s in taken.scans.values() if _unwanted(s, config, views, True) is None]
     if config.small == "auto" and good and (small := [s.shape for s in kept if s not in good]):
         notices.append(
             f"WARNING: {len(small)} of {len(kept)} scans (down to {min(map(min, small))} slices) are below --views."
@@ -162,8 +100,8 @@ def prepare(
         skipped += [(s.name, _too_small(s, views, False) or "") for s in good]
         good = []
     if config.names == "ids":
-        good, skipped = _by_ids(good, skipped, cache, known)
-        notices = [Ids(salt_of(cache), known).hide(line) for line in notices]
+        good, skipped = _by_ids(good, skipped, taken.hidden(cache))
+        notices = [taken.hidden(cache).hide(line) for line in notices]
     if not good:
         raise UserError(_nothing_left(where, skipped))
     held = _held_out(good, views, min(config.held_out, len(good) - 1), seed)
@@ -171,27 +109,13 @@ def prepare(
         train=[s for s in good if s not in held],
         held_out=held,
         skipped=skipped,
-        ignored=ignored,
+        ignored=taken.ignored,
         notices=notices,
     )
 
 
-def _try(
-    scan: Scan, *, cache: Path, modality: str | None, read: dict[str, Stored], skipped: list[tuple[str, str]],
-    say: Callable[[str], object], use: Use | None,
-) -> None:  # fmt: skip
-    try:
-        read[scan.name] = store_scan(scan, cache, modality, say, use)
-    except ScanError as error:
-        read.pop(scan.name, None)
-        skipped.append((scan.name, str(error)))
-
-
-def _by_ids(
-    good: list[Stored], skipped: list[tuple[str, str]], cache: Path, known: list[str]
-) -> tuple[list[Stored], list[tuple[str, str]]]:
-    """The same, called by ids. known: names that reasons may mention."""
-    ids = Ids(salt_of(cache), known)
+def _by_ids(good: list[Stored], skipped: list[tuple[str, str]], ids: Ids) -> tuple[list[Stored], list[tuple[str, str]]]:
+    """The same, called by ids."""
     renamed = [replace(scan, name=ids.of(scan.name), modality=known_modality(scan.modality)) for scan in good]
     return renamed, [(ids.of(name), ids.hide(reason, name)) for name, reason in skipped]
 
@@ -203,7 +127,10 @@ def _from_store(
     if config.modality is not None:
         raise UserError(f"--data.modality {config.modality}: the store {store} was prepared already; leave it out", 2)
     found, skipped, notices = scans_of(store, cache, use and use.limit)
-    reasons = [_unwanted(scan, config, views, config.small == "pad") for scan in found]
+    reasons = [
+        misfit(scan, config.channels, config.missing) or _unwanted(scan, config, views, config.small == "pad")
+        for scan in found
+    ]
     good = [scan for scan, reason in zip(found, reasons, strict=True) if reason is None]
     skipped += [(scan.name, reason) for scan, reason in zip(found, reasons, strict=True) if reason is not None]
     if not good:
@@ -222,7 +149,11 @@ def _nothing_left(where: str, skipped: list[tuple[str, str]]) -> str:
 
 def _unwanted(scan: Stored, config: DataConfig, views: ViewsConfig, pad: bool) -> str | None:
     if scan.labels and config.labels == "skip":
-        return f"looks like a label map ({scan.labels} labels), not a scan; --data.labels keep trains on it too"
+        lie = [n.partition("=")[0] for n, part in zip(config.channels, scan.parts, strict=True) if part and part.labels]
+        return (
+            f"{lie[0] + ' ' if lie else ''}looks like a label map ({scan.labels} labels), not a scan; --data.labels "
+            "keep trains on it too"
+        )
     return _too_small(scan, views, pad)
 
 
@@ -258,7 +189,7 @@ def prepare_images(
     notices: list[str] = []
     stored, skipped = store_images(root, cache, views.image_side, progress, notices.append, use)
     if config.names == "ids":
-        stored, skipped = _by_ids(stored, skipped, cache, [image.name for image in stored])
+        stored, skipped = _by_ids(stored, skipped, Ids(salt_of(cache), [image.name for image in stored]))
     images: list[Stored] = []
     for image in stored:
         if config.small != "pad" and any(n < w for n, w in zip(image.shape, views.global_size, strict=True)):
@@ -350,5 +281,5 @@ def gather(
 
 def voxel_scale(prepared: Prepared) -> str:
     """What the normalised voxels of the training scans are."""
-    ct = {scan.modality == "CT" for scan in prepared.train}
+    ct = {part.modality == "CT" for scan in prepared.train for part in scan.there}
     return "HU / 500" if ct == {True} else "z-score" if ct == {False} else "HU / 500 and z-score"

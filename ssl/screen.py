@@ -112,7 +112,8 @@ def describe(prepared: Prepared, builtin: bool, say: Callable[[str], None]) -> N
         size = "x".join(map(str, scan.shape))
         spacing = "x".join(f"{mm:.3g}" for mm in scan.spacing_mm)
         modality = "" if scan.modality == "unknown" else scan.modality
-        say(f"  {role:9}{scan.name:34} {modality:3} {size:>11} voxels of {spacing} mm (zyx)")
+        several = f", {len(scan.there)} of {len(scan.parts)} channels" if scan.parts else ""
+        say(f"  {role:9}{scan.name:34} {modality:3} {size:>11} voxels of {spacing} mm (zyx){several}")
     if len(prepared.train) > _LISTED:
         say(f"  and {len(prepared.train) - _LISTED} more to train on")
     for line in counted([s.notes for s in (*prepared.train, *prepared.held_out)], "scans"):
@@ -126,8 +127,9 @@ def describe(prepared: Prepared, builtin: bool, say: Callable[[str], None]) -> N
 def cache(use: Use, prepared: Prepared, say: Callable[[str], None]) -> None:
     """What the run's scans take on the disk; the whole cache, which takes long to count, only where it has a limit."""
     scans = [*prepared.train, *prepared.held_out]
-    here = [Path(scan.path).stat().st_size for scan in scans if scan.far is None]
-    line = f"stored: {shown(sum(here))} for these {len(here)} in {use.cache}"
+    near = [scan for scan in scans if scan.far is None]
+    here = [Path(part.path).stat().st_size for scan in near for part in scan.there]
+    line = f"stored: {shown(sum(here))} for these {len(near)} in {use.cache}"
     if use.limit is not None:
         size, entries = use.size()
         line += f", {shown(size)} of {shown(use.limit)} for all {entries} entries there"
@@ -147,9 +149,10 @@ def list_skipped(skipped: list[tuple[str, str]], run: Path, say: Callable[[str],
 
 
 def closing(
-    run: Path, steps: int, weights: str, picture: str | None, best: str | None, say: Callable[[str], None]
-) -> None:
-    """What the run left, and what to do with it."""
+    run: Path, steps: int, weights: str, picture: str | None, best: str | None, say: Callable[[str], None],
+    channels: str = "",
+) -> None:  # fmt: skip
+    """What the run left, and what to do with it. channels: flags that say what a case is."""
     backbone = weights == "backbone.safetensors"
     what = "weights of the backbone" if backbone else "weights and codebook"
     shows = "where the class token looks in a scan" if backbone else "scans, the half that was shown, completions"
@@ -163,9 +166,9 @@ def closing(
   checkpoints/          the newest, to go on from
 Next:
   on your own scans     medformer pretrain --data.root DIR
-  does it help          medformer evaluate {run} --task cases.csv
-  teach it answers      medformer finetune {run} --task cases.csv
-  what it sees          medformer report {run} SCAN
+  does it help          medformer evaluate {run} --task cases.csv{channels}
+  teach it answers      medformer finetune {run} --task cases.csv{channels}
+  what it sees          medformer report {run} {"CASE" if channels else "SCAN"}
   go on for longer      medformer pretrain --resume {run} --steps {2 * steps}
   in Python             import medformer
                         model = medformer.load("{run}/{weights}").eval()

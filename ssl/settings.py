@@ -20,6 +20,7 @@ from dino import DinoConfig
 from igpt import IgptConfig, model_config
 from medformer import BackboneConfig, ResNetConfig, TNTConfig
 from medformer.errors import UserError
+from medformer.evaluation.setup import as_list
 from medformer.short_help import ALL, short_help
 from online import OnlineConfig
 from optim import OptimConfig
@@ -123,9 +124,20 @@ class TrainConfig:
                 raise ValueError(f"--{name} {getattr(self, name)} must be 0 or more")
         if self.max_hours is not None and not self.max_hours > 0:
             raise ValueError(f"--max_hours {self.max_hours:g} must be above 0")
-        if self.model.in_channels != 1:
-            raise ValueError(f"--model.in_channels {self.model.in_channels}: this trainer takes one channel; use 1")
+        self._check_channels()
         self._check_views()
+
+    def _check_channels(self) -> None:
+        """The network's channels are those of --data.channels, and a flag for each where some may be missing."""
+        data, model = self.data, self.model
+        wanted = max(1, len(data.channels)) * (2 if data.missing else 1)
+        if model.in_channels not in (1, wanted):
+            raise ValueError(
+                f"--model.in_channels {model.in_channels}: --data.channels and --data.missing make it {wanted}; drop it"
+            )
+        if data.channels and model.dims == 2:
+            raise ValueError("--data.channels: with --model.dims 2 images are of one channel; use 3 for scans")
+        object.__setattr__(self, "model", dataclasses.replace(model, in_channels=wanted))
 
     def _check_views(self) -> None:
         views, method, dims = self.views, self.method, self.model.dims
@@ -317,7 +329,9 @@ def _readable(argv: list[str]) -> list[str]:
     result = []
     for i, word in enumerate(argv):
         name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        if re.fullmatch(r"\d+(x\d+)+|[\d.eE+-]+(,[\d.eE+-]+)+", value):
+        if "--data.channels" in (name, argv[i - 1] if i else ""):
+            word = f"{name}{equals}{as_list(value)}" if value != name else word
+        elif re.fullmatch(r"\d+(x\d+)+|[\d.eE+-]+(,[\d.eE+-]+)+", value):
             word = f"{name}{equals}[{value.replace('x', ',')}]"
         result.append(word)
         if word in switches and (i + 1 == len(argv) or argv[i + 1].startswith("--")):

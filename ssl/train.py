@@ -33,6 +33,8 @@ import screen
 import settings
 import sharding
 from loop import Loop, Place, Stop, silent
+from medformer.channels import flags_of
+from medformer.data.sequences import patterns_of
 from medformer.data.store.limit import Use
 from medformer.errors import UserError, complain
 from medformer.evaluation.setup import device_of
@@ -46,7 +48,7 @@ _PATIENCE = timedelta(days=2)
 # Settings that decide the shape of the weights, besides --model's.
 _SHAPE = (
     "method", "network", "size", "dino.prototypes", "dino.hidden", "dino.bottleneck", "byol.hidden", "byol.projection",
-    "byol.norm", "igpt.colours", "igpt.patch", "igpt.order", "igpt.objective", "igpt.expire_span",
+    "byol.norm", "igpt.colours", "igpt.patch", "igpt.order", "igpt.objective", "igpt.expire_span", "data.missing",
 )  # fmt: skip
 
 
@@ -129,9 +131,13 @@ def _run(argv: list[str], rank: int, ranks: int) -> int:
 def _merge(argv: list[str], state: dict[str, Any], say: Any) -> TrainConfig:
     """The checkpoint's settings with the given flags on top; UserError where that is another model."""
     # A run's folder is where it lies now.
-    config = settings.parse(argv, saved={**state["config"], "out": None, "resume": None})
+    model = {n: v for n, v in state["config"]["model"].items() if n != "in_channels"}  # which follows --data.channels
+    config = settings.parse(argv, saved={**state["config"], "model": model, "out": None, "resume": None})
     changed = settings.changes(state["config"], settings.as_dict(config))
     other = [f"{n} is {a} there, {b} here" for n, (a, b) in changed.items() if n.startswith("model.") or n in _SHAPE]
+    before, here = (list(patterns_of(c or ())) for c in changed.get("data.channels", ((), ())))
+    if before != here:
+        other.insert(0, f"data.channels are {','.join(before) or 'one'} there, {','.join(here) or 'one'} here")
     if config.method == "igpt" and "views.global_size" in changed:
         other.append("views.global_size is {} there, {} here".format(*changed["views.global_size"]))
     if changed.get("parallel", (None,))[0] is not None:
@@ -209,7 +215,8 @@ def _finish(loop: Loop, run: Path, whole: bool) -> None:
     if not math.isnan(loop.loss):
         print(f"loss {loop.loss:.3f} at the end; {method.summary}")
     best = _save_best(config, run, method)
-    screen.closing(run, config.steps, weights, picture.name if drawn else None, best, print)
+    channels = flags_of(config.data.channels, config.data.missing)
+    screen.closing(run, config.steps, weights, picture.name if drawn else None, best, print, channels)
 
 
 def _save_best(config: TrainConfig, run: Path, method: methods.Method) -> str | None:

@@ -14,13 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import augment
+from medformer.channels import flagged
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -122,7 +123,8 @@ class Plan(NamedTuple):
     """What was decided for one sample of V views (arrays; a batch of them has one more axis in front)."""
 
     region: np.ndarray
-    """Part of the scan that holds all the views, [Z, Y, X] float16, zero beyond `extent`."""
+    """Part of the scan that holds all the views, [Z, Y, X] float16, zero beyond `extent`; of a case of several channels
+    [C, Z, Y, X], NaN in one that is missing."""
     extent: np.ndarray
     """Voxels of the region that are real, [3]."""
     boxes: np.ndarray
@@ -130,7 +132,7 @@ class Plan(NamedTuple):
     flips: np.ndarray
     """1 where a view is flipped, [V, 3]."""
     intensity: np.ndarray
-    """`augment.CHANGES` of each view, [V, P]."""
+    """`augment.CHANGES` of each view, [V, P]; of a case of each view and channel, [V, C, P]."""
     warp: np.ndarray
     """Of each view: output voxel (zyx, from its middle) to input voxel, [V, 3, 3]."""
     seed: np.ndarray
@@ -167,27 +169,31 @@ def draw(
     config: ViewsConfig,
     seed: tuple[int, ...],
     scan: int = 0,
-    modality: str = "unknown",
+    modality: str | Sequence[str] = "unknown",
 ) -> Plan:
     """Decide the views of one sample.
 
-    `voxels` [Z, Y, X] may be a memory map: only one region of it is read. `points` [n, 3] are places in the tissue,
-    around one of which the region is put; above `threshold` is tissue. A scan below the size of a global view is
-    padded by repeating its edge.
+    `voxels` [Z, Y, X], or [C, Z, Y, X] of a case, may be a memory map: only one region of it is read. `points` [n, 3]
+    are places in the tissue, around one of which the region is put; above `threshold` is tissue, of a case in the first
+    channel it has. A scan below the size of a global view is padded by repeating its edge. Channels of a case share
+    place, zoom, flips and warps; grey values change in each for itself. `modality`: of a case each channel's.
     """
     rng = np.random.default_rng(seed)
-    shape, limit = np.array(voxels.shape), np.array(region_size(config))
+    shape, limit = np.array(voxels.shape[-3:]), np.array(region_size(config))
+    lead = voxels.shape[:-3]  # (C,) of a case
     anchor = points[rng.integers(len(points))] if len(points) else shape // 2
     start = np.clip(np.floor(anchor - limit * rng.uniform(0.25, 0.75, 3)), 0, np.maximum(shape - limit, 0)).astype(int)
     stop = np.minimum(start + limit, shape)
-    region = np.asarray(voxels[tuple(slice(a, b) for a, b in zip(start, stop, strict=True))])
-    short = np.maximum(np.array(config.global_size) - region.shape, 0)
+    box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
+    region = np.asarray(voxels[(slice(None),) * len(lead) + box])
+    short = np.maximum(np.array(config.global_size) - region.shape[-3:], 0)
     if short.any():
-        region = np.pad(region, [(n // 2, n - n // 2) for n in short], mode="edge")
-    extent = np.array(region.shape)
+        region = np.pad(region, [(0, 0)] * len(lead) + [(n // 2, n - n // 2) for n in short], mode="edge")
+    extent = np.array(region.shape[-3:])
 
     through = through_plane_axis(spacing_mm)
-    tissue = region[::2, ::2, ::2] > threshold
+    seen = region if not lead else next(each for each in region if not np.isnan(each[0, 0, 0]))
+    tissue = seen[::2, ::2, ::2] > threshold
     near = config.global_views
     boxes = np.empty((near + config.local_views, 6), np.float32)
     for i in range(len(boxes)):
@@ -197,7 +203,8 @@ def draw(
 
     # The order of these draws is part of a run's identity: changing it changes every view of every seed.
     flips = (rng.random((len(boxes), 3)) < config.flip).astype(np.float32)
-    u = rng.random((len(boxes), 6)).astype(np.float32)
+    rows = len(boxes) * math.prod(lead)  # a view's channels one after the other
+    u = rng.random((rows, 6)).astype(np.float32)
     changes = {
         "contrast": 1 + config.contrast * (2 * u[:, 0] - 1),
         "brightness": config.contrast * (2 * u[:, 1] - 1),
@@ -206,24 +213,27 @@ def draw(
         "blur": config.blur * u[:, 4] * (u[:, 5] < 0.5),
     }
     noise_seed = np.array(rng.integers(2**62), np.int64)
-    u = rng.random((len(boxes), 6)).astype(np.float32)
-    ct, width = modality == "CT", _CT_RANGE[1] - _CT_RANGE[0]
-    jitter = config.window * width if ct else 0.0
+    u = rng.random((rows, 6)).astype(np.float32)
+    said = np.tile([modality] if isinstance(modality, str) else list(modality), len(boxes))
+    said = np.resize(said, rows)  # one word for all channels
+    ct, width = said == "CT", _CT_RANGE[1] - _CT_RANGE[0]
+    jitter = np.where(ct, config.window * width, 0.0).astype(np.float32)
     changes |= {
-        "rician": np.full(len(boxes), float(config.rician and modality == "MR")),
-        "bias": config.bias * u[:, 0] * (not ct),
+        "rician": (config.rician & (said == "MR")).astype(float),
+        "bias": config.bias * u[:, 0] * ~ct,
         # 0, 0 leaves the window alone.
         "window_low": (_CT_RANGE[0] + jitter * u[:, 1]) * (jitter > 0),
         "window_high": (_CT_RANGE[1] - jitter * u[:, 2]) * (jitter > 0),
         "coarse": 1 + (config.coarse - 1) * u[:, 3] * (u[:, 4] < 0.25),
-        "elastic": config.elastic * u[:, 5],
+        "elastic": np.repeat((config.elastic * u[:, 5]).reshape(len(boxes), -1)[:, 0], math.prod(lead)),
     }
     intensity = np.stack([changes[name] for name in augment.CHANGES], axis=1).astype(np.float32)
+    intensity = intensity.reshape(len(boxes), *lead, -1)
     sizes = np.array([config.global_size if i < near else config.local_size for i in range(len(boxes))])
     mm = np.array(spacing_mm) * boxes[:, 3:] / sizes
     warps = np.stack([_warp(rng, config, view_mm) for view_mm in mm]).astype(np.float32)
-    filled = np.zeros(limit, np.float16)
-    filled[tuple(slice(0, n) for n in extent)] = region
+    filled = np.zeros((*lead, *limit), np.float16)
+    filled[(..., *(slice(0, n) for n in extent))] = region
     return Plan(filled, extent, boxes, flips, intensity, warps, noise_seed, np.array(scan, np.int64))
 
 
@@ -260,13 +270,16 @@ def _box(
     return best
 
 
-def fitting(view: Float[Tensor, "N 1 Z Y X"], dims: int) -> Float[Tensor, "N 1 *size"]:
-    """A rendered view as a model of `dims` axes takes it: an image is a scan of one slice."""
-    return view.squeeze(2) if dims == 2 else view
+def fitting(view: Float[Tensor, "N C Z Y X"], model: Any) -> Float[Tensor, "N channels *size"]:
+    """A rendered view as a network of this configuration takes it: an image is a scan of one slice; where it has more
+    channels than the view, they are flags of those that are missing (NaN)."""
+    view = view.squeeze(2) if model.dims == 2 else view
+    return flagged(view) if model.in_channels > view.shape[1] else view
 
 
-def render(plans: Plan, config: ViewsConfig, device: torch.device) -> list[Float[Tensor, "N 1 Z Y X"]]:
-    """Cut and change the views of a batch: [global views, local views], each view by view ([V * B, 1, Z, Y, X]).
+def render(plans: Plan, config: ViewsConfig, device: torch.device) -> list[Float[Tensor, "N C Z Y X"]]:
+    """Cut and change the views of a batch: [global views, local views], each view by view ([V * B, C, Z, Y, X]), NaN in
+    a channel that is missing.
 
     `plans` holds tensors with a batch axis in front, as the default collate makes them of `draw`'s.
     """
@@ -275,13 +288,20 @@ def render(plans: Plan, config: ViewsConfig, device: torch.device) -> list[Float
         torch.as_tensor(t).to(device) for t in (plans.extent, plans.boxes, plans.flips, plans.warp)
     )
     intensity = torch.as_tensor(plans.intensity)  # stays here: looking at it must not wait for a GPU
+    channels, missing = 1, None
+    if region.ndim == 5:  # each channel is a scan of its own, that is cut as the others are
+        channels, missing = region.shape[1], region[..., 0, 0, 0].isnan()  # [B, C]
+        region = region.nan_to_num(nan=0.0).flatten(0, 1)
+        intensity = intensity.transpose(1, 2).flatten(0, 1)
+        extent, boxes, flips, warps = (t.repeat_interleave(channels, 0) for t in (extent, boxes, flips, warps))
     groups = [(0, config.global_views, config.global_size)]
     if config.local_views:
         groups.append((config.global_views, config.global_views + config.local_views, config.local_size))
     grains = 2 if config.rician else 1
     fields = augment.field_numbers() if config.warps or config.bias else 0
     counts = [(last - first) * (grains * math.prod(size) + fields) for first, last, size in groups]
-    noise = _noise(torch.as_tensor(plans.seed), sum(counts), device).split(counts, dim=1)
+    noise = _noise(torch.as_tensor(plans.seed), channels * sum(counts), device)
+    noise = noise.view(len(region), -1).split(counts, dim=1)
     views = []
     for (first, last, size), numbers in zip(groups, noise, strict=True):
         count, voxels = last - first, math.prod(size)
@@ -295,9 +315,13 @@ def render(plans: Plan, config: ViewsConfig, device: torch.device) -> list[Float
         grain, *second = numbers[:, : count * voxels * grains].unflatten(1, (grains, count, voxels)).unbind(1)
         knots = numbers[:, count * voxels * grains :].unflatten(1, (count, fields)).flatten(0, 1)
         if config.warps:
-            x = augment.warp(x, warps[:, first:last].flatten(0, 1), rows[:, augment.CHANGES.index("elastic")], knots)
+            bends = knots.unflatten(0, (-1, channels, count))[:, :1].expand(-1, channels, -1, -1).flatten(0, 2)
+            x = augment.warp(x, warps[:, first:last].flatten(0, 1), rows[:, augment.CHANGES.index("elastic")], bends)
         x = augment.change(x, rows, grain, second[0] if second else None, knots, smoothed=smooth is not None)
-        views.append(x.unflatten(0, (-1, count)).transpose(0, 1).flatten(0, 1).unsqueeze(1))
+        x = x.unflatten(0, (-1, channels, count)).permute(2, 0, 1, 3, 4, 5)  # view, scan, channel
+        if missing is not None:
+            x = torch.where(missing[None, ..., None, None, None], torch.nan, x)
+        views.append(x.flatten(0, 1))
     return views
 
 

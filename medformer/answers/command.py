@@ -25,9 +25,10 @@ from medformer.answers.results import as_json, case_names, shown_scores, table_o
 from medformer.data import Scan, ScanError, Volume, find_scans
 from medformer.data.archives import sniff_zip
 from medformer.data.cases import Case, check_axes, first, read_case
-from medformer.data.labels import files_of_case, read_cases
+from medformer.data.labels import read_cases
 from medformer.data.modality import guessed
 from medformer.data.pictures import find_pictures, is_picture
+from medformer.data.sequences import cases_below, in_folders
 from medformer.data.store.entries import taken_as
 from medformer.errors import Parser, UserError, complain, exit_code
 from medformer.evaluation.setup import device_of
@@ -390,24 +391,15 @@ def _as_trained(volume: Volume, about: About) -> str | None:
 
 def _of_channels(path: Path, about: About, dims: int) -> Iterator[Item]:
     """The folder of a case, or of several; files by the channels' patterns, or by their names as part of a file's."""
-    patterns, missing = about.patterns, about.missing
-    by = {name: pattern or f"*{name}*" for name, pattern in patterns.items()}
     if not path.is_dir():
         yield Item(
             name=path.name, source=str(path),
-            reason=f"the model takes {', '.join(patterns)}; give the folder of a case, or a .csv with these columns",
+            reason=f"the model takes {', '.join(about.patterns)}; give the folder of a case, or a .csv with these "
+            "columns",
         )  # fmt: skip
         return
-    try:
-        files = files_of_case(path, by, missing)
-    except ScanError as error:
-        below = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-        if not below:
-            yield Item(name=path.name, source=str(path), reason=str(error))
-        for folder in below:
-            try:
-                yield _of_files(folder.name, files_of_case(folder, by, missing), dims, about)
-            except ScanError as inner:
-                yield Item(name=folder.name, source=str(folder), reason=str(inner))
-        return
-    yield _of_files(path.name, files, dims, about)
+    for name, files in cases_below(path, in_folders(about.channels), about.missing):
+        if isinstance(files, ScanError):
+            yield Item(name=name, source=str(path / name), reason=str(files))
+        else:
+            yield _of_files(name, files, dims, about)

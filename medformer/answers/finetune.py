@@ -49,7 +49,7 @@ from medformer.evaluation.setup import (
 from medformer.evaluation.trials import bar
 from medformer.files import write_whole
 from medformer.folders import tried
-from medformer.models import ImageGPT, Model
+from medformer.models import ImageGPT, Model, as_saved
 
 __all__ = ["finetune", "main"]
 
@@ -222,7 +222,7 @@ def _overlap(task: tasks.Task, config: FinetuneConfig, run: dict[str, Any]) -> t
     known = sources_of_pretraining(config.pretraining, run)
     for split, called in (("test", "held-out"), ("val", "validation")):
         index = task.where(split)
-        seen = sum(task.hashes[i] in known for i in index)
+        seen = sum(task.known_to(known, int(i)) for i in index)
         if seen:
             lines.append(f"{seen} of {len(index)} {called} cases were seen without labels in pretraining")
     return task, lines
@@ -245,9 +245,8 @@ def _named(task: tasks.Task, config: FinetuneConfig) -> tasks.Task:
 def _fits(model: Model, file: Path, task: tasks.Task) -> Model:
     """The model with as many channels as the cases have; UserError where it cannot take the task."""
     if isinstance(model, ImageGPT):
-        if task.kind == "segmentation" or task.channels > 1:
-            what = "features are of whole images" if task.kind == "segmentation" else "codebook is of one channel"
-            raise UserError(f"{file} is an Image-GPT, whose {what}; take another checkpoint", 2)
+        if task.kind == "segmentation":
+            raise UserError(f"{file} is an Image-GPT, whose features are of whole images; take another checkpoint", 2)
         return model
     if task.kind == "segmentation" and getattr(model.config, "patch_transposed", False):
         raise UserError(f"{file} has several tokens a voxel (patch_transposed); give a task of classes", 2)
@@ -283,7 +282,7 @@ def _claim(out: Path, config: FinetuneConfig, model: Model, file: Path | None, t
     else:
         weights = sha256_of(file)
     mine = {k: v for k, v in asdict(config).items() if k not in _FREE} | {
-        "architecture": asdict(model.config), "task_sha256": sha256_of(config.task),
+        "architecture": as_saved(model.config), "task_sha256": sha256_of(config.task),
         "weights_sha256": weights, "cases": "".join(h[:8] for h in task.hashes),
     }  # fmt: skip
     mine = json.loads(json.dumps(mine))  # as it is read again, tuples as lists

@@ -12,10 +12,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from medformer.channels import name_channels
 from medformer.data.labels import Kind
+from medformer.data.sequences import patterns_of
 from medformer.evaluation.tuning import Network
 from medformer.files import write_whole
-from medformer.models import CONFIGS, Model, ModelConfig, build
+from medformer.models import CONFIGS, Model, ModelConfig, as_saved, build
 from medformer.windows import OVERLAP
 
 __all__ = ["ABOUT_KEY", "About", "Finetuned", "from_tensors", "save_finetuned"]
@@ -75,7 +77,7 @@ class About:
     @property
     def patterns(self) -> dict[str, str]:
         """Of each channel its pattern; empty text where it has none."""
-        return {name: pattern for name, _, pattern in (text.partition("=") for text in self.channels)}
+        return patterns_of(self.channels)
 
 
 class Finetuned(nn.Module):
@@ -85,6 +87,7 @@ class Finetuned(nn.Module):
     def __init__(self, network: Network, about: About) -> None:
         super().__init__()
         self.network, self.about = network, about
+        name_channels(network.backbone, tuple(about.patterns))
 
     @property
     def backbone(self) -> Model:
@@ -111,7 +114,7 @@ def save_finetuned(model: Finetuned, path: Path) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.network.state_dict().items()}
     metadata = {
         "format": "pt", "medformer_model": KIND, BACKBONE_KEY: type(model.backbone).__name__,
-        "medformer_config": json.dumps(asdict(model.config)),
+        "medformer_config": json.dumps(as_saved(model.config)),
         ABOUT_KEY: json.dumps({"format": FORMAT, **asdict(model.about)}),
     }  # fmt: skip
     data = safetensors.torch.save(tensors, metadata=metadata)

@@ -5,22 +5,57 @@ A sequence that is missing is NaN in all its voxels: nothing else is, so the net
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from medformer.data.geometry import ScanError
-from medformer.data.intensity import normalise
+from medformer.data.intensity import count_labels, normalise
+from medformer.data.labels import read_cases
+from medformer.data.modality import could_be_hu, decide, guessed
 from medformer.data.pictures import is_picture, read_picture
 from medformer.data.resample import onto
-from medformer.data.scans import read_volume
+from medformer.data.scans import find_scans, read_volume
+from medformer.data.sequences import CaseFiles, cases_below, in_folders
 from medformer.data.store.entries import taken_as
 from medformer.data.volumes import Volume
+from medformer.data.walking import Said
 
-__all__ = ["Case", "WrongAxes", "check_axes", "first", "network_input", "read_case", "read_one"]
+__all__ = [
+    "Case", "Looks", "Vote", "WrongAxes", "cases_of", "check_axes", "first", "network_input", "read_case", "read_one",
+    "sources_of",
+]  # fmt: skip
 
 Case = tuple[Volume | None, ...]
+
+
+def cases_of(root: Path, channels: Sequence[str], missing: bool) -> list[tuple[str, CaseFiles | ScanError]]:
+    """Every case of a folder, or of a table (.csv, .tsv) whose columns hold the files: its name, and its files or what
+    is wrong with it. Raises ScanError where there is none at all."""
+    if not root.exists():
+        raise ScanError(f"{root}: no such folder or table")
+    if root.is_file() and root.suffix.lower() not in (".csv", ".tsv"):
+        raise ScanError(f"{root}: with --channels it must be a folder of cases, or a .csv with the columns of files")
+    if root.is_file():
+        return read_cases(root, channels, missing)
+    found = cases_below(root, in_folders(channels), missing)
+    files = found[0][1]
+    if missing and len(found) == 1 and not isinstance(files, ScanError):
+        tops = {path.relative_to(root).parts[0] for path in files if path is not None and path.parent != root}
+        if len(tops) > 1:  # several patients who lack some, or one with a folder for each sequence
+            raise ScanError(
+                f"{root}: the files lie in {', '.join(sorted(tops)[:3])}: parts of one case, or cases that lack "
+                "sequences? put each case into a folder of its own, or list them in a .csv"
+            )
+    return found
+
+
+def sources_of(file: Path) -> list[str]:
+    """The files that are read of a scan: of a folder its slices alone. Raises ScanError."""
+    return list(find_scans(file, workers=0).scans[0].files) if file.is_dir() else [str(file)]
 
 
 class WrongAxes(ScanError):
@@ -78,3 +113,56 @@ def network_input(case: Sequence[Volume | None], dims: int) -> np.ndarray:
     grid = first(case)
     planes = [np.full(grid.shape, np.nan, np.float32) if volume is None else normalise(volume) for volume in case]
     return np.stack([plane[0] if dims == 2 else plane for plane in planes])
+
+
+class Looks(NamedTuple):
+    """What a scan is whose files do not say it, by its values alone."""
+
+    modality: str
+    could_be_hu: bool
+    labels: int
+
+    @classmethod
+    def of(cls, volume: Volume | None) -> Looks | None:
+        """None where its file says what it is, and where there is no scan."""
+        if volume is None or not guessed(volume) or is_picture(Path(volume.source)):
+            return None
+        return cls(volume.modality, could_be_hu(volume.voxels), count_labels(volume.voxels))
+
+
+class Vote:
+    """What scans are that do not say it: as a modality.txt says, else as most of their folder look; each channel for
+    itself."""
+
+    def __init__(self, root: Path, channels: int) -> None:
+        self.root, self.said, self.lines = root, Said(str(root)), ()
+        self.voters: list[dict[str, tuple[str, bool]]] = [{} for _ in range(channels)]
+        self.cases: list[dict[str, int]] = [{} for _ in range(channels)]
+        self.words: dict[int, list[str | None]] = {}
+        """Of each case what its channels are read as; None: as they say themselves."""
+
+    def hear(self, i: int, files: CaseFiles, looks: Sequence[Looks | None]) -> list[str | None] | None:
+        """What a modality.txt says of the case's files; None where there is none for them."""
+        words: list[str | None] = [None] * len(files)
+        for c, (file, seen) in enumerate(zip(files, looks, strict=True)):
+            if file is None or seen is None:
+                continue
+            if (word := self.said.of(str(file.parent))) is not None:
+                words[c] = word
+            elif not seen.labels:
+                place = os.path.relpath(file, self.root)
+                self.cases[c][place] = i
+                self.voters[c][place] = (seen.modality, seen.could_be_hu)
+        self.words[i] = words
+        return words if any(words) else None
+
+    def count(self, flag: str = "") -> list[int]:
+        """Cases that the votes change. flag: what else says it on the command line."""
+        changed = []
+        for voters, cases, c in zip(self.voters, self.cases, range(len(self.cases)), strict=True):
+            vote = decide(voters, flag=flag)
+            self.lines += tuple(vote.lines)
+            for place, modality in vote.modality.items():
+                self.words[cases[place]][c] = modality
+                changed.append(cases[place])
+        return sorted({*changed})

@@ -16,17 +16,17 @@ import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from medformer.data.geometry import ScanError
+from medformer.data.sequences import CaseFiles, files_of_case, patterns_of
 from medformer.data.tables import ZIP_ERRORS, header_of, numbered_rows, same_name, sniff_table, whole
 from medformer.data.volumes import MAX_VOLUME_BYTES
 
-__all__ = ["Kind", "LabelTable", "check_arrays", "files_of_case", "read_arrays", "read_cases", "read_label_table"]
+__all__ = ["Kind", "LabelTable", "check_arrays", "read_arrays", "read_cases", "read_label_table"]
 
 _MAX_CLASSES = 1000
 _MAX_ROWS = 1_000_000
@@ -53,7 +53,7 @@ class LabelTable:
     """Of each row, for messages."""
     paths: tuple[str, ...]
     """As written."""
-    files: tuple[tuple[Path | None, ...], ...]
+    files: tuple[CaseFiles, ...]
     """One for each channel, None for a sequence that is missing."""
     masks: tuple[Path, ...]
     """Of a segmentation, else empty."""
@@ -83,7 +83,7 @@ def read_label_table(
     rows = list(numbered_rows(path, form, optional=_CODE, limit=_MAX_ROWS))
     header = list(rows[0][1]) if rows else header_of(path)
     wanted = "path, and label, mask, value or one column a label"
-    patterns = {name: pattern for name, _, pattern in (text.partition("=") for text in channels)}
+    patterns = patterns_of(channels)
     places = _places(header, patterns)
     if not rows or not set(places) <= {*header}:
         lacking = next((name for name in places if name not in header), "path")
@@ -120,20 +120,18 @@ def read_label_table(
     )  # fmt: skip
 
 
-def read_cases(
-    path: Path, channels: Sequence[str], missing: bool
-) -> list[tuple[str, tuple[Path | None, ...] | ScanError]]:
+def read_cases(path: Path, channels: Sequence[str], missing: bool) -> list[tuple[str, CaseFiles | ScanError]]:
     """Of a table without labels each row's case, and its files or what is wrong with the row; absolute paths may lead
     anywhere. Raises ScanError for a table without the columns."""
     rows = list(numbered_rows(path, sniff_table(path, _CODE), optional=_CODE, limit=_MAX_ROWS))
-    patterns = {name: pattern for name, _, pattern in (text.partition("=") for text in channels)}
+    patterns = patterns_of(channels)
     header = list(rows[0][1]) if rows else header_of(path)
     places = _places(header, patterns)
     if not rows or not set(places) <= {*header}:
         raise ScanError(
             f"{path.name}: needs the columns {', '.join(places)} and at least one row; has {_shown(header)}"
         )
-    found: list[tuple[str, tuple[Path | None, ...] | ScanError]] = []
+    found: list[tuple[str, CaseFiles | ScanError]] = []
     for line, row in rows:
         name = next((row[place] for place in places if row[place]), f"row {line}")
         try:
@@ -147,8 +145,6 @@ def _places(header: Sequence[str], patterns: Mapping[str, str]) -> tuple[str, ..
     """The columns that hold files: path, or a column for each channel. Raises ScanError."""
     if not patterns or all(patterns.values()):
         return ("path",)
-    if any(patterns.values()):
-        raise ScanError(f"--channels {','.join(patterns)}: name columns, or give every channel as NAME=PATTERN")
     known = {same_name(name): name for name in header}
     if lost := [name for name in patterns if same_name(name) not in known]:
         raise ScanError(f"--channels {lost[0]}: no such column among {_shown(header)}")
@@ -158,7 +154,7 @@ def _places(header: Sequence[str], patterns: Mapping[str, str]) -> tuple[str, ..
 def _files(
     table: Path, row: Mapping[str, str], line: int, places: Sequence[str], patterns: Mapping[str, str], outside: bool,
     missing: bool,
-) -> tuple[Path | None, ...]:  # fmt: skip
+) -> CaseFiles:  # fmt: skip
     """A case's file of each channel; None where it lacks one and may."""
     if any(patterns.values()):
         folder = _inside(table, row["path"], line, "path", outside)
@@ -172,30 +168,6 @@ def _files(
         None if missing and not row[name] and len(places) > 1 else _inside(table, row[name], line, name, outside)
         for name in places
     )
-
-
-def files_of_case(folder: Path, patterns: Mapping[str, str], missing: bool) -> tuple[Path | None, ...]:
-    """The one file in a case's folder (or below) that each channel's pattern fits, without regard to capitals.
-
-    Raises ScanError where none fits (unless `missing` and another channel has one) or several do.
-    """
-    if not folder.is_dir():
-        raise ScanError(f"{folder.name}: no such folder; channels by pattern are files in the folder of a case")
-    inside = sorted(p for p in folder.rglob("*") if not p.name.startswith("."))
-    found: list[Path | None] = []
-    for name, pattern in patterns.items():
-        fits = [p for p in inside if fnmatch(p.relative_to(folder).as_posix().casefold(), pattern.casefold())]
-        if len(fits) > 1:
-            raise ScanError(
-                f"{folder.name}: {len(fits)} files fit {name}={pattern} ({fits[0].name}, {fits[1].name}); give a "
-                "narrower pattern"
-            )
-        if not fits and not missing:
-            raise ScanError(f"{folder.name}: no file fits {name}={pattern}; --missing true takes cases without it")
-        found.append(fits[0] if fits else None)
-    if not any(found):
-        raise ScanError(f"{folder.name}: no file fits any of {', '.join(f'{n}={p}' for n, p in patterns.items())}")
-    return tuple(found)
 
 
 def _kind(

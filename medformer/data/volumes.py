@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import uuid
 import zlib
 from collections import Counter
@@ -19,7 +20,7 @@ from nibabel.nifti1 import Nifti1Extension
 
 from medformer.data.geometry import ScanError, axis_codes, check_affine, closest_ras, spacing_of
 
-__all__ = ["EXTENSION_MARK", "MAX_VOLUME_BYTES", "Volume", "as_float32", "counted", "odd_values", "rescale"]
+__all__ = ["EXTENSION_MARK", "MAX_VOLUME_BYTES", "Volume", "as_float32", "counted", "nameless", "odd_values", "rescale"]
 
 # A header may declare any size; more than this is refused before a byte is allocated.
 MAX_VOLUME_BYTES = 8 * 2**30
@@ -211,6 +212,12 @@ def rescale(
     with np.errstate(over="ignore", invalid="ignore"):
         out = stored.astype(np.float64) * slope + intercept
     return as_float32(out, name)
+
+
+def nameless(notes: Iterable[str]) -> list[str]:
+    """Notes without the names of files that are in some."""
+    kept = (note for note in notes if not note.startswith("left out: "))
+    return [re.sub(r"^(resampled onto the grid of ).*( by linear)", r"\1the first channel\2", note) for note in kept]
 
 
 def counted(notes: Iterable[Sequence[str]], what: str, most: int = 8) -> list[str]:

@@ -14,7 +14,7 @@ import json
 import re
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import jsonargparse
 import numpy as np
 import torch
 
-from medformer.channels import with_channels
+from medformer.channels import flags_of, with_channels
 from medformer.errors import UserError, exit_code
 from medformer.evaluation import findings, probes, scores, tasks
 from medformer.evaluation.config import DownstreamConfig
@@ -38,7 +38,7 @@ from medformer.evaluation.trials import CLASSIFY, PROBES, REGRESS, SEGMENT, Benc
 from medformer.evaluation.tuning import PEERS
 from medformer.files import write_whole
 from medformer.folders import tried
-from medformer.models import ImageGPT, Model
+from medformer.models import ImageGPT, Model, as_saved
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -116,8 +116,6 @@ def evaluate(checkpoint: Path, config: DownstreamConfig) -> dict[str, Any]:
         choices = tuple(m for m in choices if m not in (*PROBES, "untrained", *PEERS))
     if not isinstance(model, ImageGPT):
         model = with_channels(model, task.channels, task.flags)
-    elif task.channels > 1:
-        raise UserError(f"{file} is an Image-GPT, whose codebook is of one channel; give a task of one", 2)
     if isinstance(model, ImageGPT) and task.kind == "segmentation":
         raise UserError(f"{file} is an Image-GPT, whose features are of whole images; give a task of classes", 2)
     if task.kind == "segmentation" and getattr(model.config, "patch_transposed", False):
@@ -166,7 +164,7 @@ def evaluate(checkpoint: Path, config: DownstreamConfig) -> dict[str, Any]:
     }  # fmt: skip
     findings.write(results, out)
     print(f"\n{findings.table(results)}\n{out}/  results.json  table.md  plot.png")
-    print(f"next: medformer finetune {checkpoint} --task {config.task}")
+    print(f"next: medformer finetune {checkpoint} --task {config.task}{flags_of(config.channels, config.missing)}")
     return results
 
 
@@ -193,7 +191,7 @@ def _claim(out: Path, config: DownstreamConfig, file: Path, model: Model, task: 
     mine = {k: v for k, v in _plain(config).items() if k not in free and not (k in _SINCE and not v)}
     held_out = "".join(task.hashes[i] for i in task.where("test")).encode()
     mine |= {
-        "architecture": json.loads(json.dumps(asdict(model.config))),  # as it is read again, tuples as lists
+        "architecture": json.loads(json.dumps(as_saved(model.config))),  # as it is read again, tuples as lists
         "checkpoint_sha256": sha256_of(file), "task_sha256": sha256_of(config.task),
         "held_out_sha256": hashlib.sha256(held_out).hexdigest(),
     }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 import jsonargparse
 import torch
 
+from medformer.channels import check_channels
 from medformer.data.names import ids_of_run
 from medformer.data.store.index import is_store
 from medformer.errors import UserError
@@ -23,7 +25,8 @@ from medformer.models import ImageGPT, Model
 from medformer.short_help import ALL, short_help
 
 __all__ = [
-    "CaseSettings", "device_of", "difference", "labelled_cases", "parse_command", "sha256_of", "sources_of_pretraining",
+    "CaseSettings", "as_list", "device_of", "difference", "labelled_cases", "parse_command", "sha256_of",
+    "sources_of_pretraining",
 ]  # fmt: skip
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -74,9 +77,9 @@ def parse_command(
     for word in ("--help" if word == ALL else word for word in argv):
         name, equals, value = word.partition("=")
         if after in flags:
-            words.append(_list(word))
+            words.append(as_list(word))
         else:
-            words.append(f"{name}={_list(value)}" if name in flags and equals else word)
+            words.append(f"{name}={as_list(value)}" if name in flags and equals else word)
         after = word
     try:
         values = parser.parse_args(words).as_dict()
@@ -87,9 +90,13 @@ def parse_command(
         raise UserError(f"{message}; {parser.prog} {ALL} lists all flags", 2) from error
 
 
-def _list(word: str) -> str:
-    """24x32x32 and 24,32,32 to [24,32,32]; names keep their x."""
-    return f"[{re.sub(r'(?<=[0-9])x(?=[0-9])', ',', word.strip('[]'))}]"
+def as_list(word: str) -> str:
+    """24x32x32 and 24,32,32 to [24,32,32]; names keep their x, and patterns their brackets."""
+    inner = word[1:-1] if word.startswith("[") and word.endswith("]") else word
+    if re.fullmatch(r"\d+(x\d+)+", inner):
+        return f"[{inner.replace('x', ',')}]"
+    parts = (part.strip() for part in inner.split(","))
+    return f"[{', '.join(json.dumps(part) if set(part) & {*'*?[]{}'} else part for part in parts)}]"
 
 
 def device_of(name: str) -> torch.device:
@@ -107,6 +114,7 @@ def labelled_cases(
     config: CaseSettings, model: Model, file: Path, run: Mapping[str, Any]
 ) -> tuple[tasks.Task, tuple[int, ...]]:
     """The task, and the size of its images or of a crop of its scans. `run`: the settings of the checkpoint's run."""
+    check_channels(model, file, config.channels, config.missing)
     if isinstance(model, ImageGPT):
         grid, patch = model.config.grid, model.config.patch
         dims, trained = len(grid), tuple(n * p for n, p in zip(grid, patch, strict=True))
@@ -136,6 +144,7 @@ def sources_of_pretraining(where: str | None, run: Mapping[str, Any]) -> set[str
     """Source hashes of what the checkpoint was trained on (`where`, else as its run says); says so where they cannot
     be had."""
     folders = where or (run.get("data") or {}).get("root")
+    channels = tuple((run.get("data") or {}).get("channels") or ())
     roots = [Path(part) for part in (folders or "").split(os.pathsep) if part]  # a run may have several
     found: set[str] = set()
     for root in roots:
@@ -144,7 +153,7 @@ def sources_of_pretraining(where: str | None, run: Mapping[str, Any]) -> set[str
         elif where is None and not root.exists():
             print(f"note: the checkpoint was trained on {root}, which is not here; --pretraining DIR checks for leaks")
         else:
-            found |= tasks.hashes_of(root, partial(bar, what="leak check"))
+            found |= tasks.hashes_of(root, partial(bar, what="leak check"), channels)
     if not roots:
         print("note: what the checkpoint was trained on is not known here; --pretraining DIR checks for leaks")
     return found

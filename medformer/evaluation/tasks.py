@@ -11,9 +11,9 @@ channel: columns of files or patterns in a folder; `medformer/data/labels.py` ha
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,11 @@ import torch
 from torch import Tensor
 
 from medformer.data import ScanError, Volume, find_scans, read_volume
-from medformer.data.cases import Case, WrongAxes, first, network_input, read_case
-from medformer.data.intensity import count_labels
+from medformer.data.cases import Looks, Vote, WrongAxes, cases_of, first, network_input, read_case, sources_of
 from medformer.data.labels import Kind, check_arrays, read_arrays, read_label_table
-from medformer.data.modality import could_be_hu, decide, guessed
 from medformer.data.pictures import find_pictures, grey_array, is_picture, read_mask, split_page
 from medformer.data.resample import on_grid, resize
-from medformer.data.volumes import counted
-from medformer.data.walking import Said
+from medformer.data.volumes import counted, nameless
 from medformer.errors import UserError
 
 __all__ = ["Task", "drop_leaks", "few_shots", "fraction", "hashes_of", "read_task", "source_hash"]
@@ -74,6 +71,8 @@ class Task:
     """Where each case came from, to name it by."""
     hashes: tuple[str, ...]
     """Source hash of each case."""
+    parts: tuple[tuple[str, ...], ...] = ()
+    """And of each of its sequences, where it has several."""
     notes: tuple[str, ...] = ()
     files: tuple[tuple[Path | None, ...], ...] = ()
     """Of each case one for each channel; empty for an archive of arrays."""
@@ -100,6 +99,10 @@ class Task:
         """Mean and standard deviation of the training cases' numbers."""
         values = self.labels(self.where("train")).astype(np.float64)
         return float(values.mean()), float(values.std())
+
+    def known_to(self, hashes: Collection[str], i: int) -> bool:
+        """Whether a case, or any of its sequences, is among these."""
+        return self.hashes[i] in hashes or (bool(self.parts) and any(part in hashes for part in self.parts[i]))
 
     def where(self, split: str) -> np.ndarray:
         """Indices of a split's cases."""
@@ -247,12 +250,12 @@ def _read_csv(
         table = read_label_table(path, labels, outside=outside, value=value, channels=channels, missing=missing)
     except ScanError as error:
         raise UserError(f"--task {path}: {str(error).removeprefix(f'{path.name}: ')}") from error
-    images, targets, hashes, seen, remarks, highest = [], [], [], [], [], 0
-    vote = _Vote(path.parent, len(table.files[0]))
+    images, targets, hashes, parts, seen, remarks, highest = [], [], [], [], [], [], 0
+    vote = Vote(path.parent, len(table.files[0]))
     for i, files in enumerate(progress(table.files)):
         try:
             case = read_case(files, dims)
-            if (words := vote.hear(i, files, case)) is not None:
+            if (words := vote.hear(i, files, [Looks.of(volume) for volume in case])) is not None:
                 case = read_case(files, dims, modalities=words)
             image = torch.from_numpy(network_input(case, dims)).half()
             if table.kind == "segmentation":
@@ -260,18 +263,15 @@ def _read_csv(
                 highest = max(highest, int(target.max()))
             else:
                 target = torch.tensor(table.targets[i])
-            # Of a folder only the slices, as `hashes_of` takes them; reading it said that it holds one scan.
-            sources: list[str | Path] = []
-            for file in files:
-                if file is not None:
-                    sources += find_scans(file).scans[0].files if file.is_dir() else [file]
-            hashes.append(source_hash(sources))
+            each = [sources_of(file) for file in files if file is not None]  # as `hashes_of` takes them
+            hashes.append(source_hash(itertools.chain(*each)))
+            parts.append(tuple(map(source_hash, each)) if len(each) > 1 else ())
         except WrongAxes as error:
             raise UserError(f"--task {path}: row {table.lines[i]}: {error}", 2) from error
         except (ScanError, OSError) as error:
             raise UserError(f"--task {path}: row {table.lines[i]}: {error}") from error
         changes = dict.fromkeys(note for volume in case if volume is not None for note in volume.notes)
-        remarks.append([note for note in changes if not note.startswith("left out: ")])  # which names files
+        remarks.append(nameless(changes))
         images.append(image)
         targets.append(target)
         seen.append(_seen(first(case)))
@@ -283,51 +283,14 @@ def _read_csv(
         name=path.stem, kind=table.kind, dims=dims, names=classes, images=images, targets=targets,
         split=np.array(table.splits, _SPLIT), patients=table.patients, sources=table.paths, hashes=tuple(hashes),
         notes=(*table.notes, *counted(remarks, "images"), *vote.lines), files=table.files, masks=table.masks,
-        missing=missing, seen=tuple(seen), modalities=tuple(tuple(vote.words[i]) for i in range(len(images))),
+        missing=missing, seen=tuple(seen), parts=tuple(parts),
+        modalities=tuple(tuple(vote.words[i]) for i in range(len(images))),
     )  # fmt: skip
 
 
 def _seen(grid: Volume) -> Seen:
     place = None if grid.geometry == "none" else grid.spacing_mm
     return Seen(spacing_mm=place, modality=grid.modality, units=grid.units, shape=grid.shape)
-
-
-class _Vote:
-    """What scans are that do not say it: as a modality.txt says, else as most of their folder look; each channel for
-    itself."""
-
-    def __init__(self, root: Path, channels: int) -> None:
-        self.root, self.said, self.lines = root, Said(str(root)), ()
-        self.voters: list[dict[str, tuple[str, bool]]] = [{} for _ in range(channels)]
-        self.cases: list[dict[str, int]] = [{} for _ in range(channels)]
-        self.words: dict[int, list[str | None]] = {}
-        """Of each case what its channels are read as; None: as they say themselves."""
-
-    def hear(self, i: int, files: Sequence[Path | None], case: Case) -> list[str | None] | None:
-        """What a modality.txt says of the case's files; None where there is none for them."""
-        words: list[str | None] = [None] * len(files)
-        for c, (file, volume) in enumerate(zip(files, case, strict=True)):
-            if file is None or volume is None or is_picture(file) or not guessed(volume):
-                continue
-            if (word := self.said.of(str(file.parent))) is not None:
-                words[c] = word
-            elif not count_labels(volume.voxels):
-                place = os.path.relpath(file, self.root)
-                self.cases[c][place] = i
-                self.voters[c][place] = (volume.modality, could_be_hu(volume.voxels))
-        self.words[i] = words
-        return words if any(words) else None
-
-    def count(self) -> list[int]:
-        """Cases that the votes change."""
-        changed = []
-        for voters, cases, c in zip(self.voters, self.cases, range(len(self.cases)), strict=True):
-            vote = decide(voters, flag="")
-            self.lines += tuple(vote.lines)
-            for place, modality in vote.modality.items():
-                self.words[cases[place]][c] = modality
-                changed.append(cases[place])
-        return sorted({*changed})
 
 
 def _read_mask(path: Path, scan: Volume, dims: int) -> Tensor:
@@ -494,8 +457,9 @@ def few_shots(task: Task, shots: int, seed: int) -> np.ndarray:
     return np.sort(np.concatenate(chosen))
 
 
-def hashes_of(path: Path, progress: Callable[[Any], Any]) -> set[str]:
-    """Source hashes of pretraining data: the images of an .npz, or every scan and picture below a folder.
+def hashes_of(path: Path, progress: Callable[[Any], Any], channels: Sequence[str] = ()) -> set[str]:
+    """Source hashes of pretraining data: the images of an .npz, every scan and picture below a folder, or the files of
+    a table with the columns `channels`.
 
     Raises:
         UserError: there is nothing to hash.
@@ -504,8 +468,15 @@ def hashes_of(path: Path, progress: Callable[[Any], Any]) -> set[str]:
         arrays = _open_npz(path)
         stacks = [v for n, v in arrays.items() if n == "images" or n == "train_images"]
         return {_array_hash(image) for stack in stacks for image in progress(stack)}
+    if path.suffix.lower() in (".csv", ".tsv") and path.is_file():
+        try:
+            cases = [files for _, files in cases_of(path, channels, True) if not isinstance(files, ScanError)]
+            files = [file for case in cases for file in case if file is not None and file.exists()]
+            return {source_hash(sources_of(file)) for file in progress(files)}
+        except ScanError as error:
+            raise UserError(f"--pretraining {path}: {error}") from error
     if not path.is_dir():
-        raise UserError(f"--pretraining {path}: no such folder or .npz", 2)
+        raise UserError(f"--pretraining {path}: no such folder, table or .npz", 2)
     found: list[Sequence[str | Path]] = [[p] for p in find_pictures(path)]
     try:
         found += [scan.files for scan in find_scans(path).scans]
@@ -525,9 +496,10 @@ def drop_leaks(
     A task's own validation and training cases are expected in the pretraining index (without labels) and stay.
     """
     lines, out = [], task.split.copy()
-    train = {task.hashes[i] for i in task.where("train")} | {task.hashes[i] for i in task.where("val")}
+    learned = [*task.where("train"), *task.where("val")]
+    train = {task.hashes[i] for i in learned} | {part for i in learned if task.parts for part in task.parts[i]}
     for what, known in (("the task's training cases", train), ("the pretraining index", pretraining)):
-        hits = [int(i) for i in task.where("test") if task.hashes[i] in known]
+        hits = [int(i) for i in task.where("test") if task.known_to(known, int(i))]
         if hits:
             named = ", ".join(task.sources[i] for i in hits[:_NAMED]) + (", ..." if len(hits) > _NAMED else "")
             way = f" ({flag} only reports them)" if flag else ""

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medformer import freeze_for_transfer
+from medformer.channels import flagged
 from medformer.evaluation.dense import DenseHead, LinearHead, UNet
 from medformer.evaluation.fitting import Budget, fit
 from medformer.evaluation.probes import AttentiveHead, balance_of, loss_of, probabilities
@@ -95,8 +96,7 @@ class Network(nn.Module):
         if drop:
             dropped = missing | (torch.rand(missing.shape, device=x.device) < _DROPPED)
             missing = torch.where(dropped.all(1, keepdim=True), missing, dropped)
-        flag = missing.view(*missing.shape, *[1] * (x.ndim - 2)).expand_as(x)
-        return torch.cat([torch.where(flag, torch.zeros_like(x), x), flag.to(x.dtype)], 1)
+        return flagged(x, missing)
 
     def _answer(self, x: Tensor, layers: list[Features] | None) -> Tensor:
         if self.dense:

@@ -26,7 +26,7 @@ ABOUT = About(
     source="your own files",
     layout="scans and images of any known format, and labels.csv with a column `name`",
 )
-_SPLITS: dict[str, Split] = {"train": "train", "valid": "valid", "val": "valid", "test": "test"}
+SPLITS: dict[str, Split] = {"train": "train", "valid": "valid", "val": "valid", "test": "test"}
 
 
 def recognise(folder: Path) -> bool:
@@ -63,12 +63,12 @@ def _record(found: Scan, rows: dict[str, dict[str, str]], used: set[str], root: 
         who = identity_of(found.files[0])
         patient, study = patient or who.patient, who.study
     reported = row.get("split", "") or (parts[0] if len(parts) > 1 else "")
-    if row.get("split") and row["split"] not in _SPLITS:
-        raise ScanError(f"labels.csv: split {row['split'][:20]!r} must be one of {', '.join(_SPLITS)}")
-    inside = parts[1:] if parts[0] in _SPLITS else parts
+    if row.get("split") and row["split"] not in SPLITS:
+        raise ScanError(f"labels.csv: split {row['split'][:20]!r} must be one of {', '.join(SPLITS)}")
+    inside = parts[1:] if parts[0] in SPLITS else parts
     return Record(
         dataset="folder", patient=patient or (inside[0] if len(inside) > 1 else found.name), study=study or found.name,
-        paths=found.files, modality=found.modality, split=_SPLITS.get(reported), scan=found,
+        paths=found.files, modality=found.modality, split=SPLITS.get(reported), scan=found,
         labels={k: v or UNKNOWN for k, v in row.items() if k not in {"name", "patient", "split"}},
         info={"shape": found.shape, "root": root},
     )  # fmt: skip

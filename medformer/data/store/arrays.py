@@ -22,6 +22,7 @@ from medformer.files import write_whole
 
 __all__ = [
     "MAX_OPEN",
+    "Channels",
     "Scaled",
     "compresses",
     "cut",
@@ -146,6 +147,27 @@ class Scaled:
         if self.table is not None:
             return self.table.take(stored.view(f"u{stored.dtype.itemsize}"))
         return self.scaling.apply(stored).astype(np.float16)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self[...], dtype=dtype)
+
+
+class Channels:
+    """Arrays [Z, Y, X] of one grid seen as one, [C, Z, Y, X], read by the slice; NaN where one is missing (None)."""
+
+    def __init__(self, arrays: Sequence[Scaled | None]) -> None:
+        """At least one is there."""
+        self.arrays = list(arrays)
+        first = next(array for array in self.arrays if array is not None)
+        self.shape: tuple[int, ...] = (len(self.arrays), *first.shape)
+        self.dtype = np.dtype(np.float16)
+
+    def __getitem__(self, box: Any) -> np.ndarray:
+        """`box`: all channels and three slices, or an ellipsis."""
+        inside = box if box is Ellipsis else box[1:]
+        found = [None if array is None else array[inside] for array in self.arrays]
+        size = next(part.shape for part in found if part is not None)
+        return np.stack([np.full(size, np.nan, np.float16) if part is None else part for part in found])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[...], dtype=dtype)

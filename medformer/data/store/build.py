@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import multiprocessing
 import os
 import sqlite3
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -32,6 +33,14 @@ from medformer.data.datasets.joins import DataSetWarning
 from medformer.data.modality import by_values, decide
 from medformer.data.names import hide, salt_of
 from medformer.data.records import Record, hash_patient, patient_split
+from medformer.data.sequences import patterns_of
+from medformer.data.store.case_records import (
+    case_records,
+    cases_decided,
+    given_words,
+    is_case,
+    kept_case,
+)
 from medformer.data.store.catalogue import publish
 from medformer.data.store.entries import Stored, keep, key_of, look_up, mended, serve, served, taken_as
 from medformer.data.store.index import INDEX, SHARDS, Row, rows
@@ -91,12 +100,12 @@ def build(
         for key, (record, name) in tasks.items():
             if mended(store / key, name, lambda line: print(line, file=sys.stderr)) is None:
                 if done.get(key) != "quarantined" or retry:
-                    todo.append((key, record, name, modality if _silent(record) else None))
+                    todo.append((key, record, name, _given(record, modality)))
             elif done.get(key) != "kept" or not served(store / key):  # killed before its row; of before 2026-12-02
                 todo.append((key, record, name, None))
         _work(todo, store, salt, workers, index, "scans", progress)
         if shard is None:
-            decided = _decided(tasks, store, modality, say)
+            decided = _decided(tasks, store, modality, say) + cases_decided(tasks, store, modality, say)
             _work(decided, store, salt, workers, index, "scans of another mind", progress)
     if shard is None:
         publish(store)
@@ -123,6 +132,13 @@ def _write(index: sqlite3.Connection, some: list[Row]) -> None:
         marks = ", ".join("?" * len(values))
         index.execute(f"insert or replace into scans ({', '.join(values)}) values ({marks})", tuple(values.values()))
     index.commit()
+
+
+def _given(record: Record, modality: str | None) -> str | None:
+    """What the caller says of files that do not."""
+    if is_case(record):
+        return given_words(record, modality)
+    return modality if _silent(record) else None
 
 
 def _silent(record: Record) -> bool:
@@ -183,7 +199,9 @@ def _one(key: str, record: Record, name: str, taken: str | None, store: Path, sa
     shape, size, state, reason = "", 0, "kept", ""
     try:
         stored = look_up(store / key, name)
-        if taken is not None and (stored is None or stored.modality != taken):
+        if is_case(record):
+            stored = kept_case(record, store / key, name, stored, taken)
+        elif taken is not None and (stored is None or stored.modality != taken):
             volume = taken_as(record.read(modality=taken), taken)
             own = by_values(volume.voxels) if stored is None else stored.by_values
             stored = keep(volume, store / key, name, record.paths, own, served=True)
@@ -191,7 +209,7 @@ def _one(key: str, record: Record, name: str, taken: str | None, store: Path, sa
             stored = keep(record.read(), store / key, name, record.paths, served=True)
         elif not served(store / key):
             serve(store / key)
-        shape, size = "x".join(map(str, stored.shape)), 2 * stored.shape[0] * stored.shape[1] * stored.shape[2]
+        shape, size = "x".join(map(str, stored.shape)), 2 * math.prod(stored.shape) * len(stored.there)
     except (ScanError, MemoryError) as error:
         state, reason = "quarantined", _unnamed(str(error) or "more memory than there is", record)
     return Row(
@@ -206,7 +224,7 @@ def _unnamed(reason: str, record: Record) -> str:
 
 
 def _named(record: Record, salt: bytes) -> tuple[str, str]:
-    key = key_of(record.paths)
+    key = record.info["key"] if is_case(record) else key_of(record.paths)
     if "index" in record.info or (record.scan is not None and record.scan.repeat):
         part = str(record.info.get("index", "")) + str(record.info.get("array", ""))
         part += record.scan.repeat if record.scan is not None else ""
@@ -214,9 +232,15 @@ def _named(record: Record, salt: bytes) -> tuple[str, str]:
     return key, f"{record.dataset}/{hash_patient(record.patient, salt)}/{key[:8]}"
 
 
-def _records(sources: list[str], split: str) -> list[Record]:
+def _records(sources: list[str], split: str, channels: Sequence[str] = (), missing: bool = False) -> list[Record]:
     out: list[Record] = []
     for source in sources:
+        if channels:
+            found, notes = case_records(source, channels, missing)
+            for note in notes:
+                print(f"left out: {note}", file=sys.stderr)
+            out += found
+            continue
         name, equals, root = source.partition("=")
         name, root = (name, root) if equals else ("folder", source)
         if name not in DATASETS:
@@ -257,9 +281,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--shard", type=_shard, metavar="I/N", help="read the I-th of N parts, one on each machine; then once without"
     )
+    parser.add_argument(
+        "--channels", metavar="NAME=PATTERN,...", help="each folder is a case of several files, or each row of a .csv "
+        "of NAME,...: t1=*T1*.nii.gz,flair=*FLAIR*.nii.gz",
+    )  # fmt: skip
+    parser.add_argument("--missing", action="store_true", help="take cases that lack some of the channels")
     args = parser.parse_args(arguments)
     try:
-        records = _records(args.sources, args.split)
+        channels = list(filter(None, (args.channels or "").split(",")))
+        records = _records(args.sources, args.split, channels, args.missing)
         found = build(
             records, Path(args.out), workers=args.workers, retry=args.retry, progress=True, modality=args.modality,
             shard=args.shard,
@@ -274,8 +304,8 @@ def main(arguments: list[str] | None = None) -> int:
     for row in bad:
         print(f"quarantined  {row.name}: {row.reason}")
     kept = [row for row in found if row.state == "kept"]
-    size = sum((Path(args.out) / row.key).with_suffix(s).stat().st_size for row in kept for s in (".b2nd", ".npy")
-               if (Path(args.out) / row.key).with_suffix(s).exists())  # fmt: skip
+    arrays = (path for row in kept for end in ("b2nd", "npy") for path in Path(args.out).glob(f"{row.key}*.{end}"))
+    size = sum(path.stat().st_size for path in arrays if not path.name.endswith((".points.npy", ".chunks.npy")))
     raw = sum(row.bytes for row in kept)
     print(
         f"{len(kept)} scans in {args.out} ({size / 2**20:.1f} MiB, {raw / 2**20:.1f} as int16), {len(bad)} quarantined"
@@ -283,5 +313,6 @@ def main(arguments: list[str] | None = None) -> int:
     if args.shard:
         print(f"part {args.shard[0]} of {args.shard[1]}; when all are done: the same command once without --shard")
     else:
-        print(f"next: medformer pretrain --data.root {args.out}")
+        taken = f" --data.channels {','.join(patterns_of(channels))}" if channels else ""
+        print(f"next: medformer pretrain --data.root {args.out}{taken}{' --data.missing true' * args.missing}")
     return 1 if bad or not kept else 0

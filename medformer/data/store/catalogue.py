@@ -11,6 +11,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ _SAID = (
     "scaling",
     "files",
     "chunks",
+    "channels",
 )  # fmt: skip - of a sidecar
 _RATIO = 100  # of a catalogue's text to its packed bytes, at most
 _SPLITS = {"train", ""}
@@ -105,7 +107,7 @@ def publish(store: Path) -> None:
             except (Damaged, FileNotFoundError) as error:
                 line["reason"] = f"{error}; prepare the store again"
             else:
-                line["entry"] = {name: values[name] for name in _SAID if name in values}
+                line["entry"] = _said(values)
         lines.append(line)
     text = "".join(json.dumps(line) + "\n" for line in lines).encode()
     text += json.dumps({"scans": len(lines) - 1, "seal": digest(text)}).encode() + b"\n"
@@ -113,6 +115,14 @@ def publish(store: Path) -> None:
     path = store / CATALOGUE
     if not path.exists() or path.read_bytes() != packed:
         write_whole(path, lambda file: file.write(packed))
+
+
+def _said(values: dict[str, Any]) -> dict[str, Any]:
+    """What the catalogue holds of a sidecar, of a case with each channel's."""
+    said = {name: values[name] for name in _SAID if name in values}
+    if "parts" in values:
+        said["parts"] = [None if part is None else _said(part) for part in values["parts"]]
+    return said
 
 
 def _read(place: Place) -> Iterator[dict[str, Any]]:
@@ -146,18 +156,30 @@ def _unpacked(data: bytes) -> list[dict[str, Any]] | None:
 
 
 def _stored(place: Place, line: dict[str, Any], same: dict[Any, Any]) -> Stored:
-    entry, files = line["entry"], line["entry"]["files"]
+    entry, key = line["entry"], line["key"]
+    if not re.fullmatch("[0-9a-f]{16,64}", key) or not line["name"].isprintable():
+        raise ValueError(f"{key} must be a hash")  # they are names of files here
+    found = described(entry, line["name"], f"{place.url}/{key}{entry['suffix']}")
+    if not found.parts:
+        return replace(found, far=_far(place, key, entry, same))
+    parts = tuple(
+        None if part is None else replace(part, far=_far(place, f"{key}.{c}", values, same))
+        for c, (part, values) in enumerate(zip(found.parts, entry["parts"], strict=True))
+    )
+    return replace(found, parts=parts, far=next(part.far for part in parts if part is not None))
+
+
+def _far(place: Place, key: str, entry: dict[str, Any], same: dict[Any, Any]) -> Far:
     if "chunks" not in entry:
         raise ScanError("stored without blosc2; a server's scans must be compressed: prepare them again with blosc2")
-    points, table = ((files[end]["bytes"], files[end]["hash"]) for end in (".points.npy", ".chunks.npy"))
-    names = (line["key"], points[1], table[1])
-    if not all(re.fullmatch("[0-9a-f]{16,64}", name) for name in names) or not line["name"].isprintable():
-        raise ValueError(f"{names} must be hashes")  # they are names of files here
+    points, table = ((entry["files"][end]["bytes"], entry["files"][end]["hash"])
+                     for end in (".points.npy", ".chunks.npy"))  # fmt: skip
+    if not all(re.fullmatch("[0-9a-f]{16,64}", name) for name in (points[1], table[1])):
+        raise ValueError(f"{points[1]} and {table[1]} must be hashes")  # they are names of files here
     said = entry["chunks"]
     grid = Grid(dtype=said["dtype"], **{name: tuple(said[name]) for name in ("shape", "chunks", "blocks")})
     grid, scaling = (same.setdefault(each, each) for each in (grid, Scaling(**entry["scaling"])))
-    far = Far(place=place, key=line["key"], scaling=scaling, grid=grid, points=points, table=table)
-    return described(entry, line["name"], f"{place.url}/{line['key']}{entry['suffix']}", far)
+    return Far(place=place, key=key, scaling=scaling, grid=grid, points=points, table=table)
 
 
 def _kept(place: Place) -> str:

@@ -17,10 +17,11 @@ import numpy as np
 from medformer.data import Scan, ScanError, Volume
 from medformer.data.intensity import Scaling, count_labels, scaling_of
 from medformer.data.modality import could_be_hu, guessed
-from medformer.data.store.arrays import MAX_OPEN, Scaled, compresses, open_array, suffix, write_array
+from medformer.data.store.arrays import MAX_OPEN, Channels, Scaled, compresses, open_array, suffix, write_array
 from medformer.data.store.chunks import table_of
 from medformer.data.store.limit import Use
 from medformer.data.store.remote import Far, open_far
+from medformer.data.volumes import nameless
 from medformer.files import naming, write_whole
 from medformer.locks import held
 
@@ -30,6 +31,7 @@ __all__ = [
     "check",
     "described",
     "keep",
+    "keep_case",
     "key_of",
     "load",
     "look_up",
@@ -40,6 +42,7 @@ __all__ = [
     "served",
     "sidecar",
     "store_scan",
+    "stored_once",
     "taken_as",
     "unsealed",
 ]
@@ -75,10 +78,25 @@ class Stored:
     """A hash of what its files hold, whatever they are called; "" where the entry does not say."""
     far: Far | None = None
     """Set where it lies on a server."""
+    parts: tuple[Stored | None, ...] = ()
+    """Of a case of several channels each of them, None for one that it lacks; all on the grid of the first there is.
+    Its own path names no file, but `load` of it gives [C, Z, Y, X]."""
+    channels: tuple[str, ...] = ()
+    """What they are called, where a store says it."""
 
     @property
     def points_path(self) -> str:
         return str(Path(self.path).with_suffix("")) + ".points.npy"
+
+    @property
+    def there(self) -> tuple[Stored, ...]:
+        """What has voxels of its own: the channels that a case has, or the scan itself."""
+        return tuple(part for part in self.parts if part is not None) or (self,)
+
+    @property
+    def modalities(self) -> str | tuple[str, ...]:
+        """What the scan is, or each channel of a case; "unknown" for one that is missing."""
+        return tuple("unknown" if part is None else part.modality for part in self.parts) or self.modality
 
 
 class Damaged(ScanError):
@@ -104,19 +122,30 @@ def store_scan(
     # Several stacks of one file, and one file taken as this and as that, are different entries.
     taken = modality or scan.said or ""
     base = cache / key_of(scan.files, *(part for part in (scan.repeat, taken) if part))
+
+    def make() -> Stored:
+        return keep(taken_as(scan.read(modality=modality), modality), base, scan.name, scan.files)
+
+    return stored_once(base, scan.name, make, say, use)
+
+
+def stored_once(
+    base: Path, name: str, make: Callable[[], Stored], say: Callable[[str], object], use: Use | None
+) -> Stored:
+    """The entry under `base` of a cache, made where it is not there; of two runs one makes it."""
     if use is not None:
         use.note(base.name)
     try:
-        known = look_up(base, scan.name)
+        known = look_up(base, name)
     except Damaged:
         known = None
     if known is not None:
         return known
-    with held(cache / ".locks" / base.name[:2]):  # 256 of them, for any number of scans
-        known = mended(base, scan.name, say)  # another run may have made it since
+    with held(base.parent / ".locks" / base.name[:2]):  # 256 of them, for any number of scans
+        known = mended(base, name, say)  # another run may have made it since
         if known is not None:
             return known
-        stored = keep(taken_as(scan.read(modality=modality), modality), base, scan.name, scan.files)
+        stored = make()
     if use is not None:
         use.added(base.name)
     return stored
@@ -163,8 +192,14 @@ def look_up(base: Path, name: str) -> Stored | None:
 
 def described(values: dict[str, Any], name: str, path: str, far: Far | None = None) -> Stored:
     """The entry whose sidecar says `values`."""
+    stem = path.removesuffix(values["suffix"])
+    parts = tuple(
+        None if part is None else described(part, name, f"{stem}.{c}{part['suffix']}")
+        for c, part in enumerate(values.get("parts", ()))
+    )
     return Stored(
-        name=name, path=path, far=far, shape=tuple(values["shape"]), spacing_mm=tuple(values["spacing_mm"]),
+        name=name, path=path, far=far, parts=parts, channels=tuple(values.get("channels", ())),
+        shape=tuple(values["shape"]), spacing_mm=tuple(values["spacing_mm"]),
         modality=values["modality"], threshold=values["threshold"], notes=tuple(values["notes"]),
         labels=values.get("labels", 0),  # stores made before 2026-11-28 do not say
         guessed=values.get("guessed", False), could_be_hu=values.get("could_be_hu", False),
@@ -180,6 +215,55 @@ def keep(
     by_values: what its own values say, where it is taken as something else. served: with what a reader of ranges on
     another machine needs.
     """
+    return _complete(base, name, _arrays(volume, base, files, by_values, served))
+
+
+def keep_case(
+    case: Sequence[Volume | None], base: Path, name: str, files: Sequence[Sequence[str]],
+    by_values: Sequence[str] = (), *, served: bool = False, channels: Sequence[str] = (),
+) -> Stored:  # fmt: skip
+    """As `keep`, of the channels of a case, which are on one grid: files `base`.0, `base`.1, ... and one sidecar.
+
+    Each channel has its own scaling. files, by_values: of each channel; "" where there is nothing to say. channels:
+    what they are called, for who reads the store.
+    """
+    parts = [
+        None if volume is None else _arrays(volume, Path(f"{base}.{c}"), each, said, served)
+        for c, (volume, each, said) in enumerate(
+            zip(case, files, by_values or [""] * len(case), strict=True)
+        )
+    ]  # fmt: skip
+    there = [part for part in parts if part is not None]
+    first = there[0]
+    content = hashlib.blake2b(
+        ",".join("" if part is None else part["source_hash"] for part in parts).encode(), digest_size=16
+    )
+    entry = {
+        **{key: first[key] for key in ("schema", "suffix")},
+        "files": {f".{c}{end}": seal for c, part in enumerate(parts) if part for end, seal in part["files"].items()},
+        **{key: first[key] for key in ("shape", "spacing_mm", "affine", "geometry")},
+        "modality": "+".join(dict.fromkeys(part["modality"] for part in there)),
+        **{key: first[key] for key in ("scaling", "threshold", "foreground_zyx")},
+        "labels": max(part["labels"] for part in there),
+        "notes": list(dict.fromkeys(note for part in there for note in part["notes"])),
+        "source_hash": content.hexdigest(),
+        "bytes": sum(part["bytes"] for part in there),
+        **({"channels": list(channels)} if channels else {}),
+        "parts": parts,
+    }
+    return _complete(base, name, entry)
+
+
+def _complete(base: Path, name: str, entry: dict[str, Any]) -> Stored:
+    """Write the sidecar, which comes last: with it the entry is complete."""
+    write_whole(base.with_name(f"{base.name}.json"), lambda file: file.write(sealed(entry)))
+    found = look_up(base, name)
+    assert found is not None
+    return found
+
+
+def _arrays(volume: Volume, base: Path, files: Sequence[str], by_values: str, served: bool) -> dict[str, Any]:
+    """Write the arrays of one volume; what its sidecar says."""
     scaling = scaling_of(volume)
     voxels, scaled = _narrow(volume, scaling)
     stored = Scaled(voxels, scaled)
@@ -207,18 +291,12 @@ def keep(
         "guessed": bool(by_values) or guessed(volume),
         "by_values": by_values or volume.modality,
         "could_be_hu": could_be_hu(volume.voxels),
-        "notes": [n for n in volume.notes if not n.startswith("left out: ")],  # which names files
+        "notes": nameless(volume.notes),
         "tags": dict(volume.provenance.get("tags", {})),
         "source_hash": _content(files),
         "bytes": voxels.nbytes,
     }
-    if served:
-        entry |= _chunks(base, entry)
-    # The sidecar comes last: with it the entry is complete.
-    write_whole(base.with_suffix(".json"), lambda file: file.write(sealed(entry)))
-    found = look_up(base, name)
-    assert found is not None
-    return found
+    return entry | _chunks(base, entry) if served else entry
 
 
 def sidecar(base: Path) -> dict[str, Any]:
@@ -229,7 +307,8 @@ def sidecar(base: Path) -> dict[str, Any]:
 def served(base: Path) -> bool:
     """Whether an entry has what a reader of ranges needs, as far as it can."""
     values = sidecar(base)
-    return "chunks" in values or values["suffix"] != ".b2nd"
+    parts = [part for part in values.get("parts", [values]) if part is not None]
+    return all("chunks" in part or part["suffix"] != ".b2nd" for part in parts)
 
 
 def serve(base: Path) -> None:
@@ -244,7 +323,7 @@ def _chunks(base: Path, entry: dict[str, Any]) -> dict[str, Any]:
     """Write the table of an entry's chunks; what its sidecar says of it, with the other files."""
     if entry["suffix"] != ".b2nd":
         return {}
-    grid, table = table_of(base.with_suffix(".b2nd"))
+    grid, table = table_of(Path(f"{base}.b2nd"))
     path = Path(f"{base}.chunks.npy")
     write_array(path, table)
     return {"chunks": asdict(grid), "files": entry["files"] | {".chunks.npy": _seal(path)}}
@@ -360,16 +439,28 @@ def _points(tissue: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=2 * MAX_OPEN)
 def load(path: str) -> Any:
-    """A stored array, read by the slice: scaled where a about says how, else as it is. 64 scans stay open."""
+    """A stored array, read by the slice: scaled where a sidecar says how, else as it is; [C, Z, Y, X] of a case. 64
+    scans stay open."""
     about = Path(path).with_suffix(".json")
-    array = open_array(path)
     if path.endswith(".points.npy") or not about.exists():
-        return array
-    return Scaled(array, Scaling(**json.loads(about.read_text())["scaling"]))
+        return open_array(path)
+    values = json.loads(about.read_text())
+    if "parts" in values:
+        stem = about.with_suffix("")
+        return Channels([
+            None if part is None else Scaled(open_array(f"{stem}.{c}{part['suffix']}"), Scaling(**part["scaling"]))
+            for c, part in enumerate(values["parts"])
+        ])  # fmt: skip
+    return Scaled(open_array(path), Scaling(**values["scaling"]))
 
 
 def open_scan(scan: Stored) -> tuple[Any, np.ndarray]:
-    """Its voxels as the network sees them, read by the slice, and the places in its tissue."""
-    if scan.far is not None:
+    """Its voxels as the network sees them, read by the slice, and the places in its tissue, of a case in that of the
+    first channel there is."""
+    if scan.far is None:
+        return load(scan.path), load(scan.there[0].points_path)
+    if not scan.parts:
         return open_far(scan.far, scan.name)
-    return load(scan.path), load(scan.points_path)
+    opened = [None if part is None or part.far is None else open_far(part.far, scan.name) for part in scan.parts]
+    points = next(each[1] for each in opened if each is not None)
+    return Channels([None if each is None else each[0] for each in opened]), points

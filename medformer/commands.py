@@ -99,7 +99,14 @@ def _inspect(argv: list[str]) -> int:
     parser.add_argument("--workers", type=int, default=None, help="processes that read headers; default: by file count")
     parser.add_argument("--modality", help="what the scans are whose format does not say, e.g. CT or MR")
     parser.add_argument("--least", metavar="ZxYxX", type=_size, help="crop size of the run: smaller scans are skipped")
+    parser.add_argument(
+        "--channels", metavar="NAME=PATTERN,...", help="each folder is a case of several files, or each row of a .csv "
+        "of NAME,...: t1=*T1*.nii.gz,flair=*FLAIR*.nii.gz",
+    )  # fmt: skip
+    parser.add_argument("--missing", action="store_true", help="with --channels: cases may lack some of them")
     given = parser.parse_args(argv)
+    if given.channels:
+        return _inspect_cases(given)
     try:
         found = inspect(
             given.folder, read=given.read, workers=given.workers, modality=given.modality, least=given.least
@@ -110,6 +117,23 @@ def _inspect(argv: list[str]) -> int:
     if not given.json and any(scan["use"] != "no" for scan in found["scans"]):
         print(f"next: medformer pretrain --data.root {shlex.quote(given.folder)}")
     return 0 if found["scans"] and not found["problems"] else 1
+
+
+def _inspect_cases(given: argparse.Namespace) -> int:
+    from medformer.data.geometry import ScanError
+    from medformer.data.inspect_cases import inspect_cases, report_cases
+    from medformer.data.inspect_folder import as_json
+
+    channels = given.channels.split(",")
+    try:
+        found = inspect_cases(given.folder, channels, missing=given.missing, read=given.read)
+    except ScanError as error:
+        raise UserError(str(error)) from error
+    print(as_json(found) if given.json else report_cases(found))
+    if not given.json and found["cases"]:
+        words = ["medformer", "pretrain", "--data.root", given.folder, "--data.channels", given.channels]
+        print(f"next: {shlex.join(words + ['--data.missing', 'true'] * bool(found['lacking']))}")
+    return 0 if found["cases"] and not found["problems"] else 1
 
 
 def _size(text: str) -> tuple[int, int, int]:

@@ -75,7 +75,7 @@ def prepare(
         stop.args = (_by_ids([], taken.skipped, taken.hidden(cache))[1] if config.names == "ids" else taken.skipped,)
         raise
     except ScanError as error:
-        raise UserError(str(error)) from error
+        raise UserError(str(error).replace("--channels", "--data.channels")) from error
     except OSError as error:  # the built-in scans write a few synthetic ones
         raise UserError(
             f"cannot write {error.filename or cache}: {error.strerror}; choose another --data.cache"

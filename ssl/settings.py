@@ -130,6 +130,10 @@ class TrainConfig:
     def _check_channels(self) -> None:
         """The network's channels are those of --data.channels, and a flag for each where some may be missing."""
         data, model = self.data, self.model
+        if self.resume is None and data.channels and data.root is None and not self.dry_run:
+            raise ValueError("--data.channels needs --data.root: a folder of cases, a .csv or a prepared store")
+        if self.resume is None and data.missing and len(data.channels) < 2:
+            raise ValueError("--data.missing true needs --data.channels of two or more")
         wanted = max(1, len(data.channels)) * (2 if data.missing else 1)
         if model.in_channels not in (1, wanted):
             raise ValueError(
@@ -329,8 +333,8 @@ def _readable(argv: list[str]) -> list[str]:
     result = []
     for i, word in enumerate(argv):
         name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        if "--data.channels" in (name, argv[i - 1] if i else ""):
-            word = f"{name}{equals}{as_list(value)}" if value != name else word
+        if value and "--data.channels" in (name, argv[i - 1] if i else ""):
+            word = f"{name}{equals}{as_list(value)}"
         elif re.fullmatch(r"\d+(x\d+)+|[\d.eE+-]+(,[\d.eE+-]+)+", value):
             word = f"{name}{equals}[{value.replace('x', ',')}]"
         result.append(word)

@@ -105,7 +105,7 @@ def onto(volume: Volume, grid: Volume) -> Volume:
         raise ScanError(
             f"{name}: {volume.shape} voxels, {other} has {grid.shape}, and no place in the patient to align"
         )
-    source = torch.from_numpy(np.ascontiguousarray(volume.voxels, np.float32))
+    source = torch.from_numpy(np.array(volume.voxels, np.float32))
     measured = torch.ones(volume.shape) if volume.valid is None else torch.from_numpy(volume.valid).float()
     stack = torch.stack([source, measured])[None]
     to_source = np.linalg.solve(volume.affine, grid.affine)  # voxels (x, y, z, 1) of the grid to those of the volume

@@ -95,8 +95,9 @@ def as_list(word: str) -> str:
     inner = word[1:-1] if word.startswith("[") and word.endswith("]") else word
     if re.fullmatch(r"\d+(x\d+)+", inner):
         return f"[{inner.replace('x', ',')}]"
-    parts = (part.strip() for part in inner.split(","))
-    return f"[{', '.join(json.dumps(part) if set(part) & {*'*?[]{}'} else part for part in parts)}]"
+    parts = [part.strip() for part in inner.split(",")]
+    quoted = [json.dumps(part) if {*part} & {*"*?[]{}"} and part[0] not in "\"'" else part for part in parts]
+    return f"[{', '.join(quoted)}]"
 
 
 def device_of(name: str) -> torch.device:

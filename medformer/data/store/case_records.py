@@ -43,7 +43,8 @@ def case_records(source: str, channels: Sequence[str], missing: bool) -> tuple[l
                 raise files
             heads = [([], False) if file is None else headers_of(file) for file in files]
         except (ScanError, OSError) as error:
-            wrong.append(f"{name}: {error}")
+            text = str(error).removeprefix(f"{name}: ").replace("--missing true", "--missing")
+            wrong.append(f"{name}: {text}")
             continue
         sources = [each for each, _ in heads]
         parts = Path(os.path.relpath(name, base) if os.path.isabs(name) else name).parts

@@ -57,10 +57,6 @@ class DataConfig:
             patterns_of(self.channels)
         except ScanError as error:
             raise ValueError(str(error).replace("--channels", "--data.channels", 1)) from None
-        if self.channels and self.root is None:
-            raise ValueError("--data.channels needs --data.root: a folder of cases, a .csv or a prepared store")
-        if self.missing and len(self.channels) < 2:
-            raise ValueError("--data.missing true needs --data.channels of two or more")
         if self.cache_limit is not None:
             try:
                 byte_count(self.cache_limit)

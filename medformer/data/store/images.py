@@ -139,12 +139,8 @@ def _write(root: Path, folder: Path, side: int, progress: Callable[[list[Any]], 
         np.save(path, pixels)
         np.save(folder / stored.points_path, points[np.sort(chosen)].astype(np.int32))
         sizes = [(folder / name).stat().st_size for name in (path.name, stored.points_path)]
-        good.append(
-            {
-                **{key: value for key, value in asdict(stored).items() if key not in ("parts", "channels")},
-                "bytes": sizes,
-            }
-        )
+        said = {key: value for key, value in asdict(stored).items() if key not in ("parts", "channels")}
+        good.append({**said, "bytes": sizes})
     # The index comes last: with it the folder is complete.
     write_whole(folder / "index.json", lambda file: file.write(sealed({"good": good, "bad": bad})))
 

@@ -89,8 +89,10 @@ def stored_cases(
     found = cases_of(place, channels, missing)
     names = _different([name for name, _ in found])
     cases = {name: files for name, (_, files) in zip(names, found, strict=True) if not isinstance(files, ScanError)}
-    taken.skipped += [(name, str(files)) for name, (_, files) in zip(names, found, strict=True)
-                      if isinstance(files, ScanError)]  # fmt: skip
+    taken.skipped += [
+        (name, str(files).replace("--missing true", "--data.missing true"))
+        for name, (_, files) in zip(names, found, strict=True) if isinstance(files, ScanError)
+    ]  # fmt: skip
     inside = [str(file) for files in cases.values() for file in files if file is not None]
     taken.known = [*names, *(os.path.relpath(file, root) for file in inside)]
     base = place if place.is_dir() else place.parent

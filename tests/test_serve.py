@@ -217,7 +217,7 @@ def test_several_scans_are_taken_at_a_time_and_no_more(viewer: page.Viewer, monk
         inside.pop()
         return make_phantom(0, shape=(8, 16, 16))
 
-    monkeypatch.setattr(serve, "load_scan", slow)
+    monkeypatch.setattr(serve, "load", slow)
     with running(viewer, uploads=2) as server:
         answers: list[tuple[int, str]] = []
         whole = upload(server, "Content-Length: 1", body=b"x")
@@ -265,7 +265,7 @@ def test_more_connections_than_there_is_room_for_are_closed(
 def test_a_fault_of_ours_is_answered_and_keeps_its_traceback(
     viewer: page.Viewer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(serve, "load_scan", lambda path, dims: 1 / 0)
+    monkeypatch.setattr(serve, "load", lambda viewer, path: 1 / 0)
     with running(viewer) as server:
         status, text = talk(server, upload(server, "Content-Length: 1", body=b"x"))
     assert status == 500

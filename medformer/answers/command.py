@@ -28,7 +28,7 @@ from medformer.data.cases import Case, check_axes, first, read_case
 from medformer.data.labels import read_cases
 from medformer.data.modality import guessed
 from medformer.data.pictures import find_pictures, is_picture
-from medformer.data.sequences import cases_below, in_folders
+from medformer.data.sequences import MISSING_WAY, cases_below, in_folders
 from medformer.data.store.entries import taken_as
 from medformer.errors import Parser, UserError, complain, exit_code
 from medformer.evaluation.setup import device_of
@@ -400,6 +400,8 @@ def _of_channels(path: Path, about: About, dims: int) -> Iterator[Item]:
         return
     for name, files in cases_below(path, in_folders(about.channels), about.missing):
         if isinstance(files, ScanError):
-            yield Item(name=name, source=str(path / name), reason=str(files))
+            place = path if name == path.resolve().name and not (path / name).exists() else path / name
+            reason = str(files).replace(MISSING_WAY, "; the model was not trained with missing ones")
+            yield Item(name=name, source=str(place), reason=reason)
         else:
             yield _of_files(name, files, dims, about)

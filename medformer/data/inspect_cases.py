@@ -11,7 +11,7 @@ from medformer.data.cases import cases_of, first, read_case
 from medformer.data.geometry import ScanError
 from medformer.data.intensity import count_labels, scaling_of
 from medformer.data.scans import find_scans
-from medformer.data.sequences import CaseFiles, patterns_of
+from medformer.data.sequences import MISSING_WAY, CaseFiles, patterns_of
 
 __all__ = ["inspect_cases", "report_cases"]
 
@@ -31,7 +31,7 @@ def inspect_cases(root: str, channels: Sequence[str], *, missing: bool = False, 
                 raise files
             cases.append({"name": name, "channels": _channels(names, files, read)})
         except (ScanError, OSError) as error:
-            text = str(error).removeprefix(f"{name}: ").replace("--missing true", "--missing")
+            text = str(error).removeprefix(f"{name}: ").replace(MISSING_WAY, MISSING_WAY.replace(" true", ""))
             problems.append(f"{name}: {text}")
     lacking = Counter(n for case in cases for n, scan in case["channels"].items() if scan is None)
     return {"order": names, "cases": cases, "problems": problems, "lacking": dict(lacking)}

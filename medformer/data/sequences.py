@@ -13,8 +13,9 @@ from pathlib import Path
 from medformer.data.geometry import ScanError
 from medformer.data.tables import same_name
 
-__all__ = ["CaseFiles", "Several", "cases_below", "files_of_case", "in_folders", "patterns_of"]
+__all__ = ["MISSING_WAY", "CaseFiles", "Several", "cases_below", "files_of_case", "in_folders", "patterns_of"]
 
+MISSING_WAY = "; --missing true takes cases without it"
 CaseFiles = tuple[Path | None, ...]
 """Of each channel its file, or the folder of a DICOM series; None where the case lacks it."""
 
@@ -63,7 +64,7 @@ def files_of_case(folder: Path, patterns: Mapping[str, str], missing: bool) -> C
                 "narrower pattern"
             )
         if not fits and not missing:
-            raise ScanError(f"{folder.name}: no file fits {name}={pattern}; --missing true takes cases without it")
+            raise ScanError(f"{folder.name}: no file fits {name}={pattern}{MISSING_WAY}")
         found.append(fits[0] if fits else None)
     if not any(found):
         raise ScanError(f"{folder.name}: no file fits any of {', '.join(f'{n}={p}' for n, p in patterns.items())}")

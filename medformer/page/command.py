@@ -14,9 +14,11 @@ from tqdm import tqdm
 
 import medformer
 from medformer.answers.model import Finetuned
+from medformer.channels import flags_of
 from medformer.data import ScanError
 from medformer.data.names import Ids, ids_of_run
 from medformer.data.pictures import split_page
+from medformer.data.sequences import in_folders
 from medformer.errors import Parser, UserError, exit_code
 from medformer.evaluation import probes
 from medformer.folders import tried
@@ -67,8 +69,6 @@ def _run(argv: list[str]) -> int:
         raise UserError(
             f"{file} is an {type(model).__name__}, whose features are of whole images; the page shows patches", 2
         )
-    if model.config.in_channels != 1:
-        raise UserError(f"{file} takes {model.config.in_channels} channels; the page shows models of one", 2)
     inside = (p.name for s in options.scans if s.is_dir() for p in s.rglob("*"))
     ids = ids_of_run(run, options.names, (*map(str, options.scans), *inside))
     try:
@@ -87,6 +87,14 @@ def _show(options: argparse.Namespace, model: Encoder, file: Path, run: dict[str
         curves=training_curves(file.parent, finetuned is not None),
     )  # fmt: skip
     viewer.ids, viewer.finetuned = ids, finetuned
+    if viewer.patterns:  # as they were called in training, where that is known
+        said = finetuned.about.channels if finetuned is not None else (run.get("data") or {}).get("channels") or ()
+        viewer.patterns = in_folders(said) if len(said) == len(viewer.patterns) else viewer.patterns
+        for flag, given in (("--probe", options.probe), ("--cases", options.cases)):
+            if given is not None:
+                raise UserError(f"{flag} {given}: {file} takes several channels, which it is not for; drop it", 2)
+        viewer.facts.append("no training cases compared: the model takes several channels")
+        options.cases_limit = 0
     listed = file.parent / "training.csv"
     root = options.cases or (listed if finetuned is not None and listed.is_file() else _trained_on(run))
     if options.cases is not None:
@@ -104,7 +112,9 @@ def _show(options: argparse.Namespace, model: Encoder, file: Path, run: dict[str
     size = write_page(viewer, options.scans, options.out, _bar("scans"))
     print(f"{options.out} ({size / 2**20:.1f} MB), open it in any browser")
     if finetuned is None:
+        data = run.get("data") or {}
         words = ["finetune", str(options.checkpoint), "--task", "cases.csv"]
+        words += shlex.split(flags_of(data.get("channels") or (), data.get("missing") or False))
     else:
         words = ["predict", str(file), str(options.scans[0]), "--out", "answers"]
     print(f"next: {shlex.join(['medformer', *words])}")

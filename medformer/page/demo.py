@@ -43,7 +43,10 @@ def write_demo(
     """
     about = model.about
     if about.count > 1 or model.config.in_channels != 1:
-        raise UserError(f"{file} takes {about.count} channels a case; the web page asks models of one", 2)
+        raise UserError(
+            f"{file} takes {about.count} channels a case; the web page asks models of one; medformer predict and "
+            "report --serve ask it here, export --format onnx writes the network alone", 2,
+        )  # fmt: skip
     tried(out)
     script, wasm = runtime_of(runtime)
     network = out / "model.onnx"

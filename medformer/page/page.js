@@ -29,6 +29,7 @@ async function open(number) {
   const next = { ...packed };
   next.voxels = await unpack(packed.voxels, Int16Array);
   if (packed.tokens) next.colours = await unpack(packed.colours, Uint8Array), next.tokens = await unpack(packed.tokens, Int8Array);
+  next.sequences = packed.sequences || [];
   next.mask = packed.mask ? await unpack(packed.mask, Uint8Array) : null;
   next.heads = await Promise.all(packed.heads.map(async (h) => ({ ...h, values: await unpack(h.values, Uint8Array) })));
   scan = next;
@@ -38,6 +39,7 @@ async function open(number) {
   const keep = overlays().some(([key]) => key === state.overlay && key !== "similarity");
   if (scan.mask) state.overlay = "mask";
   else if (!keep) state.overlay = scan.heads.length ? "head" + (scan.heads.length - 1) : scan.tokens ? "pca" : "none";
+  sequences();
   build();
   draw();
   tabulate();
@@ -82,6 +84,20 @@ function similarities(token) {
     out[i] = sum * scan.scale;
   }
   return out;
+}
+
+// Of a case of several channels another one is shown; all went into the network.
+async function sequence(name) {
+  const found = scan.sequences.find((s) => s.name === name);
+  Object.assign(scan, found, { name: scan.name, sequence: name, voxels: await unpack(found.voxels, Int16Array) });
+  [state.centre, state.width] = scan.window;
+  build();
+  draw();
+}
+
+function sequences() {
+  $("sequence").parentElement.hidden = scan.sequences.length < 2;
+  $("sequence").replaceChildren(...scan.sequences.map((s) => new Option(s.name, s.name)));
 }
 
 let cached = { key: "", paint: null };
@@ -361,6 +377,7 @@ document.addEventListener("keydown", (e) => {
 });
 
 $("overlay").onchange = (e) => select(e.target.value);
+$("sequence").onchange = (e) => sequence(e.target.value);
 $("opacity").oninput = (e) => { state.opacity = e.target.value / 100; draw(); };
 $("centre").onchange = (e) => { if (e.target.value !== "") state.centre = +e.target.value; draw(); };
 $("width").onchange = (e) => { if (+e.target.value > 0) state.width = +e.target.value; draw(); };

@@ -17,6 +17,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -32,9 +33,14 @@ import medformer
 from medformer.answers.model import About, Finetuned
 from medformer.answers.predict import predict
 from medformer.answers.results import shown_scores
+from medformer.channels import channel_names, flagged
 from medformer.data import ScanError, Volume, normalise, read_volume
+from medformer.data.archives import sniff_zip, unpacked
+from medformer.data.cases import Case as ScanCase
+from medformer.data.cases import first, read_case
 from medformer.data.names import Ids, known_modality
 from medformer.data.resample import resize
+from medformer.data.sequences import MISSING_WAY, files_of_case, in_folders
 from medformer.errors import UserError
 from medformer.evaluation import probes
 from medformer.files import write_whole
@@ -46,6 +52,7 @@ __all__ = [
     "Viewer",
     "assemble",
     "described",
+    "load",
     "load_scan",
     "read_probe",
     "render",
@@ -90,6 +97,15 @@ class Viewer:
         """What `cases` are called."""
         self.ids: Ids | None = None
         """Where set, names of files are replaced by ids."""
+        self.patterns = in_folders(channel_names(model)) if model.config.in_channels > 1 else {}
+        """Of a model of several channels: what the file of each is called in the folder of a case."""
+        self.missing = model.config.in_channels > max(1, len(self.patterns))
+        """Whether a case may lack some."""
+        if self.missing and model.config.in_channels != 2 * len(self.patterns):
+            raise UserError(
+                f"{file} takes {model.config.in_channels} channels and does not say which; the page shows models of "
+                "one, and those that medformer pretrain --data.channels or finetune --channels made", 2,
+            )  # fmt: skip
         if probe is not None and len(probe.size) != model.config.dims:
             raise UserError(f"--probe: of a {len(probe.size)}D model, {file} takes {model.config.dims} axes", 2)
 
@@ -102,11 +118,12 @@ class Viewer:
         return name if self.ids is None else self.ids.of(name)
 
     @torch.no_grad()
-    def scan(self, volume: Volume, name: str) -> dict[str, Any]:
-        """Everything the page needs of one scan, JSON-ready."""
+    def scan(self, given: Volume | Sequence[Volume | None], name: str) -> dict[str, Any]:
+        """Everything the page needs of one scan, or of a case of several channels on one grid, JSON-ready."""
+        case = (given,) if isinstance(given, Volume) else tuple(given)
+        volume = first(case)
         voxels, factors = reduce(volume.voxels.astype(np.float32), VOXELS)
-        normal, _ = reduce(normalise(volume), VOXELS)
-        x = self._input(normal)
+        x = self._input(case, VOXELS)
         features = self.model.forward_features(x)
         grid = features.grid if len(features.grid) == 3 else (1, *features.grid)
         patches = F.normalize(features.patches[0].double(), dim=1)
@@ -115,28 +132,34 @@ class Viewer:
         reach, stride, padding = seen.reach, seen.stride, seen.padding
         if flat:
             reach, stride, padding = (1, *reach), (1, *stride), (0, *padding)
-        stored, slope, middle = to_int16(voxels)
-        notes, modality = list(volume.notes), volume.modality
+        notes = list(dict.fromkeys(note for one in case if one is not None for note in one.notes))
+        modality = volume.modality
         if self.ids is not None:
             notes = [self.ids.hide(n, name) for n in notes if not n.startswith("left out: ")]  # which names files
             modality = known_modality(modality)
         return {
-            "name": self.called(name), "notes": notes, "modality": modality,
-            "units": "HU" if volume.units == "HU" else "", "flat": flat,
+            "name": self.called(name), "notes": notes, "modality": modality, "flat": flat, **shades(volume, voxels),
+            "sequences": [
+                {"name": called} | shades(one, reduce(one.voxels.astype(np.float32), VOXELS)[0])
+                for called, one in zip(self.patterns, case, strict=False) if one is not None
+            ],
             "shape": list(voxels.shape), "full": list(volume.voxels.shape),
             "spacing": [mm * f for mm, f in zip(volume.spacing_mm, factors, strict=True)],
             "measured": volume.geometry != "none",
-            "voxels": packed(stored), "slope": slope, "middle": middle, "window": window(volume, voxels),
             "grid": list(grid), "kernel": list(reach), "stride": list(stride), "padding": list(padding),
             "heads": self._attention(x), "colours": packed(colours(patches)),
             "tokens": packed(codes), "rank": codes.shape[1], "scale": scale, "error": error, "share": share,
-            "nearest": nearest(self.cases, self.embed(volume)) if self.cases else [], **self._answers(volume, factors),
+            "nearest": nearest(self.cases, self.embed(volume)) if self.cases else [], **self._answers(given, factors),
         }  # fmt: skip
 
-    def _input(self, normal: np.ndarray) -> Tensor:
-        """[1, 1, *size], padded at the far ends to one patch."""
+    def _input(self, case: ScanCase, limit: int) -> Tensor:
+        """[1, channels, *size] of at most `limit` voxels, padded at the far ends to one patch."""
         flat = self.model.config.dims == 2
-        x = torch.from_numpy(np.ascontiguousarray(normal[0] if flat else normal)).float()[None, None]
+        there = [None if one is None else reduce(normalise(one), limit)[0] for one in case]
+        size = next(part.shape for part in there if part is not None)
+        normal = np.stack([np.full(size, np.nan, np.float32) if part is None else part for part in there])
+        x = torch.from_numpy(normal[:, 0] if flat else normal).float()[None]
+        x = flagged(x) if self.missing else x
         if not isinstance(self.model, medformer.ResNet):  # which takes any size
             reach = medformer.footprint(self.model).reach
             short = [max(0, r - n) for r, n in zip(reach, x.shape[2:], strict=True)]
@@ -162,14 +185,13 @@ class Viewer:
     @torch.no_grad()
     def embed(self, volume: Volume) -> np.ndarray:
         """The summary of a scan at the size cases are compared at, unit length."""
-        normal, _ = reduce(normalise(volume), _CASE_VOXELS)
-        vector = self.model(self._input(normal))[0].double().cpu().numpy()
+        vector = self.model(self._input((volume,), _CASE_VOXELS))[0].double().cpu().numpy()
         return vector / max(float(np.linalg.norm(vector)), 1e-12)
 
-    def _answers(self, volume: Volume, factors: tuple[int, int, int]) -> dict[str, Any]:
+    def _answers(self, volume: Volume | Sequence[Volume | None], factors: tuple[int, int, int]) -> dict[str, Any]:
         """What the probe or the fine-tuned model says; of a segmentation a mask with its volumes."""
         if self.finetuned is None:
-            return {"answer": self._answer(volume)}
+            return {"answer": self._answer(volume) if isinstance(volume, Volume) else None}
         about, said = self.finetuned.about, predict(self.finetuned, volume)
         answer: dict[str, Any] = {
             "task": about.task, "kind": about.kind, "scores": shown_scores(about.scores.get("test", {})),
@@ -230,6 +252,13 @@ def to_int16(voxels: np.ndarray) -> tuple[np.ndarray, float, float]:
     if high - low <= 65_000 and np.array_equal(voxels, np.round(voxels)):
         slope, middle = 1.0, float(np.round(middle))
     return np.round((voxels - middle) / slope).astype("<i2"), slope, middle
+
+
+def shades(volume: Volume, voxels: np.ndarray) -> dict[str, Any]:
+    """Grey values as the page shows them: packed, how they are unpacked, in what units, and the first window."""
+    stored, slope, middle = to_int16(voxels)
+    return {"voxels": packed(stored), "slope": slope, "middle": middle, "window": window(volume, voxels),
+            "units": "HU" if volume.units == "HU" else ""}  # fmt: skip
 
 
 def window(volume: Volume, voxels: np.ndarray) -> list[float]:
@@ -375,10 +404,34 @@ def described(model: Encoder) -> str:
 
 def write_page(viewer: Viewer, sources: Sequence[Path], out: Path, progress: Callable[[Any], Any] = iter) -> int:
     """Read scans and write the page; returns its bytes."""
-    scans = [viewer.scan(load_scan(source, viewer.model.config.dims), source.name) for source in progress(sources)]
+    scans = [viewer.scan(load(viewer, source), source.name) for source in progress(sources)]
     page = render(viewer, scans).encode()
     write_whole(out, lambda file: file.write(page))
     return len(page)
+
+
+def load(viewer: Viewer, source: Path) -> Volume | ScanCase:
+    """A scan; for a model of several channels the case in a folder, or in a zip file of one. UserError says why not."""
+    if not viewer.patterns:
+        return load_scan(source, viewer.dims)
+    names = ", ".join(viewer.patterns)
+    zipped = False
+    if source.is_file():
+        with open(source, "rb") as opened:
+            zipped = sniff_zip(opened.read(4))
+    if not (source.is_dir() or zipped):
+        raise UserError(
+            f"{source.name}: the model takes {names}; give the folder of a case with a file of each "
+            f"({', '.join(viewer.patterns.values())}), or a .zip of it", 2,
+        )  # fmt: skip
+    try:
+        with unpacked(source) if zipped else nullcontext(source) as folder:
+            return read_case(files_of_case(Path(folder), viewer.patterns, viewer.missing), viewer.dims)
+    except ScanError as error:
+        told = (
+            str(error).removeprefix(f"{source.name}: ").replace(MISSING_WAY, "; the model was not trained with missing")
+        )
+        raise UserError(f"{source.name}: {told}") from error
 
 
 def load_scan(source: Path, dims: int) -> Volume:

@@ -25,7 +25,7 @@ from urllib.parse import parse_qs, unquote
 
 from medformer.data.pictures import SUFFIXES
 from medformer.errors import UserError
-from medformer.page.page import Viewer, load_scan, render
+from medformer.page.page import Viewer, load, render
 
 __all__ = ["PageServer", "make_server", "serve"]
 
@@ -41,7 +41,7 @@ _CHUNK = 1 << 20
 
 def serve(viewer: Viewer, sources: Sequence[Path], port: int) -> int:
     """Serve until Ctrl-C or SIGTERM; 0 is the exit code."""
-    scans = [viewer.scan(load_scan(source, viewer.model.config.dims), source.name) for source in sources]
+    scans = [viewer.scan(load(viewer, source), source.name) for source in sources]
     try:
         server = make_server(viewer, scans, port)
     except (OSError, OverflowError) as error:
@@ -177,7 +177,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _scan(self, path: Path, name: str) -> dict[str, Any]:
         viewer = self.server.viewer
         try:
-            return viewer.scan(load_scan(path, viewer.model.config.dims), name)
+            return viewer.scan(load(viewer, path), name)
         except (UserError, ValueError) as error:
             raise _Refused(422, str(error).replace(path.name, name)) from error
         except Exception as error:

@@ -12,7 +12,7 @@ from medformer.data.geometry import ScanError
 from medformer.data.modality import by_values
 from medformer.data.names import hide
 from medformer.data.records import Record
-from medformer.data.sequences import patterns_of
+from medformer.data.sequences import MISSING_WAY, patterns_of
 from medformer.data.store.entries import Stored, keep_case, look_up
 from medformer.data.store.reading import case_key, headers_of
 from medformer.data.walking import Said
@@ -43,7 +43,7 @@ def case_records(source: str, channels: Sequence[str], missing: bool) -> tuple[l
                 raise files
             heads = [([], False) if file is None else headers_of(file) for file in files]
         except (ScanError, OSError) as error:
-            text = str(error).removeprefix(f"{name}: ").replace("--missing true", "--missing")
+            text = str(error).removeprefix(f"{name}: ").replace(MISSING_WAY, MISSING_WAY.replace(" true", ""))
             wrong.append(f"{name}: {text}")
             continue
         sources = [each for each, _ in heads]

@@ -17,7 +17,7 @@ from medformer.data.modality import decide
 from medformer.data.names import Ids, salt_of
 from medformer.data.samples import sample_scans
 from medformer.data.scans import Scan, find_scans
-from medformer.data.sequences import CaseFiles, patterns_of
+from medformer.data.sequences import MISSING_WAY, CaseFiles, patterns_of
 from medformer.data.store.entries import Stored, keep_case, key_of, store_scan, stored_once
 from medformer.data.store.limit import Use
 from medformer.data.store.unpacked import unpacked
@@ -90,7 +90,7 @@ def stored_cases(
     names = _different([name for name, _ in found])
     cases = {name: files for name, (_, files) in zip(names, found, strict=True) if not isinstance(files, ScanError)}
     taken.skipped += [
-        (name, str(files).replace("--missing true", "--data.missing true"))
+        (name, str(files).replace(MISSING_WAY, MISSING_WAY.replace("--", "--data.")))
         for name, (_, files) in zip(names, found, strict=True) if isinstance(files, ScanError)
     ]  # fmt: skip
     inside = [str(file) for files in cases.values() for file in files if file is not None]

@@ -59,6 +59,10 @@ def prepare(
         raise UserError(
             f"--data.root {config.root}: no such folder or file; where scans were moved, give their new folder"
         )
+    if config.root is not None and config.root.lower().endswith((".csv", ".tsv")) and not config.channels:
+        raise UserError(
+            f"--data.root {config.root}: a table of cases needs --data.channels, the columns of their files", 2
+        )
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,9 @@ from medformer.data.store.entries import Stored, load, open_scan
 from medformer.data.writing import write_dicom_series
 from medformer.errors import UserError
 from medformer.evaluation import tasks
+from medformer.page import page
 from roots import DataConfig, Prepared, gather, prepare
+from tests.pages import launched, unpacked
 from views import Plan, ViewsConfig, draw, fitting, render
 
 BY = "t1=*_T1.nii.gz,flair=*_FLAIR.nii.gz"
@@ -174,6 +178,35 @@ def test_order_and_content_are_part_of_what_a_run_compares(root: Path, tmp_path:
     one, other = (prepare(config, VIEWS, tmp_path, 0).fingerprint() for config in (of(root, small="pad"), turned))
     assert len(one) == len(other) == 4
     assert not {*one} & {*other}
+
+
+def test_each_channel_has_its_own_vote_for_what_scans_are(tmp_path: Path, capsys: Any) -> None:
+    """Of six unnamed CTs one has no air; the PETs beside them are no CT."""
+    rng, affine = np.random.default_rng(0), np.diag([1.0, 1, 1.5, 1])
+    for i in range(6):
+        ct = rng.normal(0, 60, (20, 20, 12))
+        ct[: 0 if i == 5 else 8] = rng.normal(-1000, 20, (0 if i == 5 else 8, 20, 12))
+        pet = rng.gamma(2.0, 1000.0, (20, 20, 12))
+        (tmp_path / "cases" / f"person{i}").mkdir(parents=True)
+        for name, voxels in (("ct", ct), ("pet", pet)):
+            image = nib.Nifti1Image(np.clip(voxels, -1024, 30000).astype(np.int16), affine)
+            nib.save(image, tmp_path / "cases" / f"person{i}" / f"{name}.nii")
+    config = DataConfig(root=str(tmp_path / "cases"), channels=("ct", "pet"), held_out=0)
+    found = prepare(config, VIEWS, tmp_path / "cache", 0)
+    assert [scan.modalities for scan in found.train] == [("CT", "unknown")] * 6
+    assert any("5 of 6 scans without a modality look like CT" in line for line in found.notices)
+    assert prepare(config, VIEWS, tmp_path / "cache", 0).fingerprint() == found.fingerprint()
+    words = ["--out", str(tmp_path / "store"), "--split", "all", "--workers", "0", "--channels", "ct,pet"]
+    assert building.main([*words, str(tmp_path / "cases")]) == 0
+    assert "vote: " in capsys.readouterr().out
+    stored = prepare(replace(config, root=str(tmp_path / "store")), VIEWS, tmp_path / "cache", 0).train
+    assert [scan.modalities for scan in stored] == [("CT", "unknown")] * 6
+    (tmp_path / "cases" / "modality.txt").write_text("MR")
+    said = prepare(config, VIEWS, tmp_path / "cache", 0).train
+    assert [scan.modalities for scan in said] == [("MR", "MR")] * 6
+    assert building.main([*words, str(tmp_path / "cases")]) == 0
+    stored = prepare(replace(config, root=str(tmp_path / "store")), VIEWS, tmp_path / "cache", 0).train
+    assert [scan.modalities for scan in stored] == [("MR", "MR")] * 6
 
 
 def test_damage_and_a_limit_mind_every_channel(root: Path, tmp_path: Path, capsys: Any) -> None:
@@ -558,6 +591,47 @@ def test_a_case_leaks_where_any_of_its_sequences_was_seen(root: Path, tmp_path: 
 def _listed(root: Path, folder: Path) -> Path:
     (folder / "seen.csv").write_text(f"flair\n{root}/person4/sub_FLAIR.nii.gz\n")
     return folder / "seen.csv"
+
+
+def test_the_page_shows_a_case_and_every_channel_of_it(run: Path, root: Path, tmp_path: Path, capsys: Any) -> None:
+    viewer = page.Viewer(medformer.load(run / "backbone.safetensors"), run / "backbone.safetensors")
+    viewer.patterns = {name: pattern for name, _, pattern in (text.partition("=") for text in BY.split(","))}
+    whole, lacking = (viewer.scan(page.load(viewer, root / name), name) for name in ("person0", "person3"))
+    assert [each["name"] for each in whole["sequences"]] == ["t1", "flair"]
+    assert [each["name"] for each in lacking["sequences"]] == ["t1"]
+    shown = unpacked(whole["sequences"][0]["voxels"], "<i2")
+    np.testing.assert_array_equal(unpacked(whole["voxels"], "<i2"), shown)
+    assert len(unpacked(whole["sequences"][1]["voxels"], "<i2")) == len(shown) == np.prod(whole["shape"])
+    assert commands.main(["report", str(run), str(root / "person3"), f"--out={tmp_path / 'page.html'}"]) == 0
+    said = capsys.readouterr().out
+    assert f"next: medformer finetune {run} --task cases.csv --channels '{BY}' --missing true" in said
+    zipped = shutil.make_archive(str(tmp_path / "case"), "zip", root / "person1")
+    assert len(viewer.scan(page.load(viewer, Path(zipped)), "case")["sequences"]) == 2
+    with pytest.raises(UserError, match=r"the model takes t1, flair; give the folder of a case with a file of each"):
+        page.load(viewer, root / "person0" / "sub_T1.nii.gz")
+    assert commands.main(["report", str(run), str(root), "--cases", str(root), f"--out={tmp_path / 'p.html'}"]) == 2
+    assert "takes several channels, which it is not for; drop it" in capsys.readouterr().err
+    viewer.missing = False
+    with pytest.raises(UserError, match=r"no file fits flair=.*; the model was not trained with missing ones"):
+        page.load(viewer, root / "person3")
+    with pytest.raises(UserError, match="takes 3 channels and does not say which"):
+        page.Viewer(medformer.tiny_3d(width=24, depth=1, heads=2, in_channels=3), Path("m.safetensors"))
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    yield from launched()
+
+
+def test_a_channel_is_chosen_in_the_page(browser: Any, run: Path, root: Path, tmp_path: Path) -> None:
+    assert commands.main(["report", str(run), str(root / "person0"), f"--out={tmp_path / 'page.html'}"]) == 0
+    opened = browser.new_page()
+    opened.goto(f"file://{tmp_path / 'page.html'}")
+    opened.locator("#sequence").wait_for()
+    before = opened.text_content("#place")
+    opened.select_option("#sequence", "flair")
+    opened.wait_for_function(f"document.getElementById('place').textContent !== {json.dumps(before)}")
+    opened.close()
 
 
 @pytest.mark.parametrize("read", [(), ("--read",)])

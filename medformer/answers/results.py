@@ -335,7 +335,8 @@ def closing(model: Finetuned, task: tasks.Task, out: Path, config: FinetuneConfi
         place = next((p for p in task.files[task.where("test")[0]] if p is not None), None)
         scan = str(place.parent if about.count > 1 and place is not None and any(about.patterns.values()) else place)
         scan = config.task if about.count > 1 and not any(about.patterns.values()) else scan
-    steps = [("predict", "answers")] + [("report", "page.html")] * (about.count == 1)
+    shown = about.count == 1 or any(about.patterns.values())  # a scan, or the folder of a case
+    steps = [("predict", "answers")] + [("report", "page.html")] * shown
     for number, (word, result) in enumerate(steps):
         words = ["medformer", word, f"{out}/model.safetensors", scan, "--out", f"{out}/{result}"]
         print(f"{' ' * 6 if number else 'next: '}{shlex.join(words)}")

@@ -428,9 +428,8 @@ def load(viewer: Viewer, source: Path) -> Volume | ScanCase:
         with unpacked(source) if zipped else nullcontext(source) as folder:
             return read_case(files_of_case(Path(folder), viewer.patterns, viewer.missing), viewer.dims)
     except ScanError as error:
-        told = (
-            str(error).removeprefix(f"{source.name}: ").replace(MISSING_WAY, "; the model was not trained with missing")
-        )
+        told = str(error).replace(MISSING_WAY, "; the model was not trained with missing ones")
+        told = told.removeprefix(f"{source.name}: ")
         raise UserError(f"{source.name}: {told}") from error
 
 

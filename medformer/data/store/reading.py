@@ -168,6 +168,8 @@ def misfit(scan: Stored, channels: Sequence[str], missing: bool) -> str | None:
 
 def headers_of(file: Path) -> tuple[list[str], bool]:
     """The files that are read of a scan, and whether they do not say what it is. Raises ScanError."""
+    if not file.exists():
+        raise ScanError(f"{file.name}: no such file or folder")
     if file.is_file():
         with open(file, "rb") as opened:
             if sniff_zip(opened.read(4)):

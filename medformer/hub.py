@@ -14,7 +14,7 @@ from typing import Any
 
 from medformer.card import card_of
 from medformer.checkpoint import load, save
-from medformer.models import Model
+from medformer.models import Model, as_saved
 
 __all__ = ["from_pretrained", "push_to_hub", "save_pretrained"]
 

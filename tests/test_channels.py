@@ -29,6 +29,7 @@ from medformer.data import ScanError, make_phantom
 from medformer.data.cases import cases_of, network_input, read_case
 from medformer.data.sequences import patterns_of
 from medformer.data.store import build as building
+from medformer.data.store.case_records import case_records
 from medformer.data.store.catalogue import scans_of
 from medformer.data.store.entries import Stored, load, open_scan
 from medformer.data.writing import write_dicom_series
@@ -260,6 +261,20 @@ def test_a_prepared_store_holds_cases_here_and_on_a_server(root: Path, tmp_path:
         except UserError as error:
             reasons = [("", str(error))]
         assert any(reason in why for _, why in reasons)
+
+
+def test_a_table_says_patients_and_splits_of_a_store(root: Path, tmp_path: Path) -> None:
+    table = tmp_path / "all.csv"
+    rows = [f"{root}/person{i}/sub_T1.nii.gz,{root}/person{i}/sub_FLAIR.nii.gz" for i in (0, 1, 2, 4)]
+    said = ("p0,train", "p0,train", "p1,test", "p1,test")
+    table.write_text("t1,flair,patient,split\n" + "".join(f"{a},{b}\n" for a, b in zip(rows, said, strict=True)))
+    records, wrong = case_records(str(table), ["t1", "flair"], False)
+    assert [(record.patient, record.split) for record in records] == [("p0", "train")] * 2 + [("p1", "test")] * 2
+    assert not wrong
+    table.write_text(f"t1,flair\n{rows[0]}\n{rows[1]}\n{root}/none.nii,{root}/none.nii\n")
+    records, wrong = case_records(str(table), ["t1", "flair"], False)
+    assert len({record.patient for record in records}) == 2
+    assert wrong == [f"{root}/none.nii: none.nii: no such file or folder"]
 
 
 # ---- views ------------------------------------------------------------

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-import roots
 from crops import Crops, loader, sample_scan
-from medformer.data.store import entries
+from medformer.data import find_scans
+from medformer.data.store import entries, reading
 from medformer.data.store.ahead import Ahead
 from medformer.errors import UserError
 from roots import DataConfig, Prepared, prepare
@@ -147,7 +147,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 def test_crops_above_every_built_in_scan_are_refused_unless_asked_for(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(roots, "sample_scans", lambda _: roots.find_scans(folder))
+    monkeypatch.setattr(reading, "sample_scans", lambda _: find_scans(folder))
     views = ViewsConfig(global_size=(512, 512, 512), local_views=0)
     with pytest.raises(UserError, match=r"built-in scans: none of .* is below --views.global_size 512x512x512"):
         prepare(DataConfig(), views, tmp_path, 0)

@@ -425,7 +425,7 @@ def load(viewer: Viewer, source: Path) -> Volume | ScanCase:
             f"({', '.join(viewer.patterns.values())}), or a .zip of it", 2,
         )  # fmt: skip
     try:
-        with unpacked(source) if zipped else nullcontext(source) as folder:
+        with unpacked(str(source)) if zipped else nullcontext(source) as folder:
             return read_case(files_of_case(Path(folder), viewer.patterns, viewer.missing), viewer.dims)
     except ScanError as error:
         told = str(error).replace(MISSING_WAY, "; the model was not trained with missing ones")

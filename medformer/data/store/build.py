@@ -237,8 +237,10 @@ def _records(sources: list[str], split: str, channels: Sequence[str] = (), missi
     for source in sources:
         if channels:
             found, notes = case_records(source, channels, missing)
+            if notes:
+                print(f"left out: {len(notes)} of {len(notes) + len(found)} cases", file=sys.stderr)
             for note in notes:
-                print(f"left out: {note}", file=sys.stderr)
+                print(f"  {note}", file=sys.stderr)
             out += found
             continue
         name, equals, root = source.partition("=")

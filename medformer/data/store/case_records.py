@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from medformer.data.records import Record
 from medformer.data.sequences import MISSING_WAY, patterns_of
 from medformer.data.store.entries import Stored, keep_case, look_up
 from medformer.data.store.reading import case_key, headers_of
+from medformer.data.tables import read_table
 from medformer.data.walking import Said
 
 __all__ = ["case_records", "cases_decided", "given_words", "is_case", "kept_case"]
@@ -29,15 +29,17 @@ def is_case(record: Record) -> bool:
 def case_records(source: str, channels: Sequence[str], missing: bool) -> tuple[list[Record], list[str]]:
     """A record for each case of a folder or table, as `cases_of` finds them, and what is wrong with the others.
 
-    The first folder of a case's name is its patient; below train, valid and test it is the second. Raises ScanError
-    where there is no case.
+    Below a folder the first folder of a case's name is its patient, or the second one below train, valid and test. In a
+    table the columns patient and split are; without them each row is a patient. Raises ScanError where there is none.
     """
     place = Path(source.removeprefix("folder="))
     base = place if place.is_dir() else place.parent
     said, names = Said(str(base)), tuple(patterns_of(channels))
     records: list[Record] = []
     wrong: list[str] = []
-    for name, files in cases_of(place, channels, missing):
+    cases = cases_of(place, channels, missing)
+    rows = list(read_table(place, optional=["patient", "split"])) if place.is_file() else [{}] * len(cases)
+    for (name, files), row in zip(cases, rows, strict=True):
         try:
             if isinstance(files, ScanError):
                 raise files
@@ -47,8 +49,13 @@ def case_records(source: str, channels: Sequence[str], missing: bool) -> tuple[l
             wrong.append(f"{name}: {text}")
             continue
         sources = [each for each, _ in heads]
-        parts = Path(os.path.relpath(name, base) if os.path.isabs(name) else name).parts
-        inside = parts[1:] if parts[0] in SPLITS and len(parts) > 1 else parts
+        first, *more = Path(name).parts
+        patient, split = (more[0], first) if more and first in SPLITS else (first, "")
+        if place.is_file():
+            patient, split = row.get("patient") or name, row.get("split", "").casefold()
+        if split not in ("", *SPLITS):
+            wrong.append(f"{name}: split {split[:20]!r} must be one of {', '.join(SPLITS)}")
+            continue
         info = {
             "root": str(place), "files": files, "sources": sources, "key": case_key(sources, names),
             "silent": [mute for _, mute in heads], "channels": names,
@@ -56,8 +63,8 @@ def case_records(source: str, channels: Sequence[str], missing: bool) -> tuple[l
         }  # fmt: skip
         records.append(
             Record(
-                dataset="folder", patient=inside[0], study=name, paths=tuple(f for each in sources for f in each),
-                modality="unknown", split=SPLITS.get(parts[0]) if len(parts) > 1 else None, info=info,
+                dataset="folder", patient=patient, study=name, paths=tuple(f for each in sources for f in each),
+                modality="unknown", split=SPLITS.get(split), info=info,
             )
         )  # fmt: skip
     if not records:

@@ -217,7 +217,9 @@ _TOPICS = {
         "method": "dino|byol|igpt", "size": "mini|tiny|small|base", "network": "transformer|resnet|tnt",
         "model.dims": "2|3",
     },
-    "On what": {"data.root": "DIR[:DIR]", "data.cache": "DIR", "views.global_size": "ZxYxX"},
+    "On what": {
+        "data.root": "DIR[:DIR]", "data.channels": "NAME=PATTERN,..", "data.cache": "DIR", "views.global_size": "ZxYxX",
+    },
     "How long, and where": {
         "steps": "N", "batch_size": "N", "optim.lr": "RATE", "precision": "fp32|bf16|fp16", "device": "auto|cpu|cuda:N",
         "seed": "N",

@@ -40,6 +40,7 @@ from roots import DataConfig, Prepared, gather, prepare
 from tests.pages import launched, unpacked
 from views import Plan, ViewsConfig, draw, fitting, render
 
+SHARED = Path(__file__).parents[2] / "shared" / "data"
 BY = "t1=*_T1.nii.gz,flair=*_FLAIR.nii.gz"
 LITTLE = (
     "--model.width=24", "--model.depth=1", "--model.heads=2", "--model.patch_size=8", "--model.patch_stride=8",
@@ -540,6 +541,41 @@ def test_another_order_or_number_is_one_line(
     err = capfd.readouterr().err
     assert err.count("\n") == 1
     assert re.search(message, err)
+
+
+@pytest.mark.skipif(not (SHARED / "mr" / "ms_patient07_T1.nii.gz").is_file(), reason="no shared data here")
+def test_four_real_sequences_are_pretrained_on_finetuned_and_predicted(tmp_path: Path) -> None:
+    """Slabs of a patient with multiple sclerosis, and of another of whom there is a FLAIR alone."""
+    pytest.importorskip("sklearn")
+    names: tuple[str, ...] = ("T1", "T1POST", "T2", "FLAIR")
+    found: dict[str, dict[str, Path]] = {"07-110": {}, "07-120": {}, "19-100": {}}
+    for source in (SHARED / "mr").glob("ms_patient*.nii.gz"):
+        patient, name = source.name.removesuffix(".nii.gz").removeprefix("ms_patient").split("_", 1)
+        whole: Any = nib.load(source)
+        held: Any = nib.Nifti1Image(np.asanyarray(whole.dataobj), whole.affine)
+        for slab in (slab for slab in found if slab.startswith(patient)):
+            found[slab][name] = tmp_path / f"slab{slab}_{name}.nii.gz"
+            nib.save(held.slicer[80:112, 80:112, int(slab[3:]) : int(slab[3:]) + 10], found[slab][name])
+    rows: list[list[Any]] = [
+        [*(row.get(name, "") for name in names), row["GOLD_STANDARD"], split]
+        for row, split in zip(found.values(), ("train", "val", "test"), strict=True)
+    ]
+    with open(tmp_path / "cases.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["t1", "t1post", "t2", "flair", "mask", "split"], *rows])
+    channels, run, out = "t1,t1post,t2,flair", tmp_path / "run", tmp_path / "out"
+    words = [f"--data.root={tmp_path / 'cases.csv'}", f"--data.channels={channels}", "--data.missing=true"]
+    assert train.main(["dino", *LITTLE, *words, "--steps=4", f"--out={run}"]) == 0
+    assert medformer.load(run / "backbone.safetensors").config.in_channels == 8
+    words = ["finetune", str(run), "--task", str(tmp_path / "cases.csv"), "--channels", channels, "--missing=true"]
+    words += ["--size=8x16x16", "--steps=2", "--batch_size=2", "--lrs=1e-3", "--checks=1", "--resamples=20"]
+    assert commands.main([*words, "--maps=false", "--device=cpu", f"--out={out}"]) == 0
+    assert command.main([str(out), str(tmp_path / "cases.csv"), "--out", str(tmp_path / "said"), "--device=cpu"]) == 0
+    for row in rows:
+        place = next(path for path in row if path)
+        scan: Any = nib.load(place)
+        made: Any = nib.load(tmp_path / "said" / place.name)
+        assert made.shape == scan.shape
+        np.testing.assert_array_equal(made.affine, scan.affine)
 
 
 def test_kernels_are_kept_flags_come_and_go_and_one_channel_starts_several() -> None:

@@ -19,8 +19,9 @@ class DataConfig:
     root: str | None = None
     """Folder of scans (NIfTI, DICOM and more), nested and mixed with anything, one file, a zip file, or a store that
     medformer prepare made, here or on a server (http://HOST/STORE, s3://BUCKET/STORE); with --model.dims 2 of PNG,
-    JPEG, TIFF and BMP images, or an .npz file with train_images; several, parted by a colon (a colon in the name of a
-    folder that exists is part of it); default: the scans that come with the dependencies."""
+    JPEG, TIFF and BMP images, or an .npz file with train_images; with --data.channels a folder or .csv of cases;
+    several, parted by a colon (a colon in the name of a folder that exists is part of it); default: the scans that come
+    with the dependencies."""
     modality: str | None = None
     """What the scans are whose files do not say, CT or MR for instance; default: one decision a folder, by its
     modality.txt, else by most of its scans' values."""

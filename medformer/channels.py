@@ -10,13 +10,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from medformer.data.geometry import ScanError
-from medformer.data.sequences import patterns_of
-from medformer.data.tables import same_name
 from medformer.errors import UserError
 from medformer.models import Encoder, ImageGPT, build
 
-__all__ = ["channel_names", "check_channels", "flagged", "flags_of", "name_channels", "with_channels"]
+__all__ = ["channel_names", "flagged", "flags_of", "name_channels", "with_channels"]
 
 E = TypeVar("E", bound=Encoder)
 
@@ -45,39 +42,6 @@ def flagged(x: Tensor, missing: Tensor | None = None) -> Tensor:
         missing = x.flatten(2)[:, :, 0].isnan()
     flag = missing.view(*missing.shape, *[1] * (x.ndim - 2)).expand_as(x)
     return torch.cat([torch.where(flag, torch.zeros_like(x), x), flag.to(x.dtype)], 1)
-
-
-def check_channels(model: Any, file: Any, channels: Sequence[str], missing: bool) -> None:
-    """Raises UserError, in one line, where a model that knows its channels by name gets others, or another order.
-
-    A model of one channel may start any number.
-
-    Args:
-        file: where the model comes from.
-        channels: of the cases, as --channels; empty for one scan a case.
-        missing: whether cases may lack some.
-    """
-    known, config = channel_names(model), model.config
-    try:
-        given = tuple(patterns_of(channels))
-    except ScanError as error:
-        raise UserError(str(error), 2) from error
-    same = tuple(map(same_name, known)) == tuple(map(same_name, given))
-    if known and config.in_channels > 1 and not same:
-        said = f"--channels {','.join(given)}" if given else "no --channels"
-        raise UserError(
-            f"{said}: {file} was trained on {len(known)} channels, {','.join(known)} in this order; give the same "
-            "names in the same order (the columns of the table, or NAME=PATTERN), or take another checkpoint", 2,
-        )  # fmt: skip
-    if isinstance(model, ImageGPT):
-        wanted = max(1, len(given)) * (2 if missing else 1)
-        if wanted != config.in_channels:
-            flags = " with flags for missing ones" if missing else ""
-            raise UserError(
-                f"{file} is an Image-GPT whose codebook is of {config.in_channels} channel(s), the cases have {wanted}"
-                f"{flags}; its tokens mean nothing for others: pretrain it with the same --data.channels and "
-                "--data.missing, or take another checkpoint", 2,
-            )  # fmt: skip
 
 
 def with_channels(model: E, channels: int, silent: int = 0) -> E:

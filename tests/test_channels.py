@@ -23,7 +23,7 @@ import settings
 import train
 from medformer import commands
 from medformer.answers import command
-from medformer.channels import channel_names, check_channels, flagged, flags_of, name_channels, with_channels
+from medformer.channels import channel_names, flagged, flags_of, name_channels, with_channels
 from medformer.codebook import Codebook
 from medformer.data import ScanError, make_phantom
 from medformer.data.cases import cases_of, network_input, read_case
@@ -35,6 +35,7 @@ from medformer.data.store.entries import Stored, load, open_scan
 from medformer.data.writing import write_dicom_series
 from medformer.errors import UserError
 from medformer.evaluation import tasks
+from medformer.evaluation.setup import check_channels
 from medformer.page import page
 from roots import DataConfig, Prepared, gather, prepare
 from tests.pages import launched, unpacked

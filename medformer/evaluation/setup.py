@@ -15,9 +15,12 @@ from typing import Any, Protocol, TypeVar
 import jsonargparse
 import torch
 
-from medformer.channels import check_channels
+from medformer.channels import channel_names
+from medformer.data.geometry import ScanError
 from medformer.data.names import ids_of_run
+from medformer.data.sequences import patterns_of
 from medformer.data.store.index import is_store
+from medformer.data.tables import same_name
 from medformer.errors import UserError
 from medformer.evaluation import tasks
 from medformer.evaluation.trials import bar
@@ -25,8 +28,8 @@ from medformer.models import ImageGPT, Model
 from medformer.short_help import ALL, short_help
 
 __all__ = [
-    "CaseSettings", "as_list", "device_of", "difference", "labelled_cases", "parse_command", "sha256_of",
-    "sources_of_pretraining",
+    "CaseSettings", "as_list", "check_channels", "device_of", "difference", "labelled_cases", "parse_command",
+    "sha256_of", "sources_of_pretraining",
 ]  # fmt: skip
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -139,6 +142,39 @@ def labelled_cases(
     if (ids := ids_of_run(run, config.names)) is not None:
         task = replace(task, sources=tuple(map(ids.of, task.sources)))
     return task, size
+
+
+def check_channels(model: Any, file: Any, channels: Sequence[str], missing: bool) -> None:
+    """Raises UserError, in one line, where a model that knows its channels by name gets others, or another order.
+
+    A model of one channel may start any number.
+
+    Args:
+        file: where the model comes from.
+        channels: of the cases, as --channels; empty for one scan a case.
+        missing: whether cases may lack some.
+    """
+    known, config = channel_names(model), model.config
+    try:
+        given = tuple(patterns_of(channels))
+    except ScanError as error:
+        raise UserError(str(error), 2) from error
+    same = tuple(map(same_name, known)) == tuple(map(same_name, given))
+    if known and config.in_channels > 1 and not same:
+        said = f"--channels {','.join(given)}" if given else "no --channels"
+        raise UserError(
+            f"{said}: {file} was trained on {len(known)} channels, {','.join(known)} in this order; give the same "
+            "names in the same order (the columns of the table, or NAME=PATTERN), or take another checkpoint", 2,
+        )  # fmt: skip
+    if isinstance(model, ImageGPT):
+        wanted = max(1, len(given)) * (2 if missing else 1)
+        if wanted != config.in_channels:
+            flags = " with flags for missing ones" if missing else ""
+            raise UserError(
+                f"{file} is an Image-GPT whose codebook is of {config.in_channels} channel(s), the cases have {wanted}"
+                f"{flags}; its tokens mean nothing for others: pretrain it with the same --data.channels and "
+                "--data.missing, or take another checkpoint", 2,
+            )  # fmt: skip
 
 
 def sources_of_pretraining(where: str | None, run: Mapping[str, Any]) -> set[str]:

@@ -37,7 +37,6 @@ from medformer.folders import tried
 
 __all__ = ["Item", "inputs_of", "load_answers", "main"]
 
-_AHEAD = 2  # scans read before they are asked about
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +186,7 @@ class _Work:
         bar = tqdm(total=len(items), desc="scans", leave=False, disable=not sys.stderr.isatty(), file=sys.stderr)
         with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer, bar:
             readable = iter([item for item in items if item.read is not None])
-            ahead: list[tuple[Item, Future[Any]]] = []
+            ahead: list[tuple[Item, Future[Any]]] = []  # at most one, as behind: each holds its scan
             behind: list[tuple[Item, Future[dict[str, Any]]]] = []
             for item in items:
                 if item.read is None:
@@ -195,18 +194,21 @@ class _Work:
                     bar.update()
 
             def fill() -> None:
-                for item in itertools.islice(readable, _AHEAD - len(ahead)):
+                for item in itertools.islice(readable, 1):
                     assert item.read is not None
                     ahead.append((item, reader.submit(_timed, item.read)))
+
+            def settle() -> None:
+                while behind:
+                    self._settle(*behind.pop(0))
 
             try:
                 fill()
                 while ahead:
                     item, future = ahead.pop(0)
-                    while len(behind) >= _AHEAD:
-                        self._settle(*behind.pop(0))
                     try:
                         case, reading = future.result()
+                        del future  # which holds the scan too
                         fill()
                         began = time.perf_counter()
                         said = predict(
@@ -214,20 +216,20 @@ class _Work:
                             probabilities=self.options.probabilities, precision=self.precision,
                         )  # fmt: skip
                     except (ScanError, ValueError, OSError) as error:
-                        fill()
+                        if not ahead:
+                            fill()
                         self.rows[item.name] = _failed(item, str(error))
                         bar.update()
                         continue
                     seconds = {"seconds_reading": reading, "seconds": time.perf_counter() - began}
+                    settle()
                     behind.append((item, writer.submit(self._written, item, first(case), said, seconds)))
+                    del case, said
                     bar.update()
-                for each in behind:
-                    self._settle(*each)
-                behind.clear()
+                settle()
             except BaseException:
                 reader.shutdown(wait=False, cancel_futures=True)
-                for each in behind:
-                    self._settle(*each)
+                settle()
                 raise
 
     def _settle(self, item: Item, future: Future[dict[str, Any]]) -> None:

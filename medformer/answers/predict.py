@@ -92,7 +92,8 @@ def predict(
         if one is not None:
             check_axes(one, dims)
     whole = first(given)
-    case: Case = tuple(None if one is None else onto(one, whole).canonical() for one in given)
+    placed: Case = tuple(None if one is None else onto(one, whole) for one in given)
+    case: Case = tuple(None if one is None else one.canonical(copy=False) for one in placed)
     run = partial(torch.autocast, model.network.device.type, torch.bfloat16, enabled=precision == "bf16")
     warnings = far_from_training(about, first(case))  # on the axes of training
     model.eval()
@@ -104,16 +105,17 @@ def predict(
         if about.kind == "regression":
             return Prediction(kind=about.kind, names=about.names, value=float(found[0]), warnings=warnings)
         return Prediction(kind=about.kind, names=about.names, probabilities=found, warnings=warnings)
-    labels, each = _segment(model, case, dims, _bytes(max_memory), probabilities, run)
-    labels = whole.turned_back(labels)
-    count = np.bincount(labels.ravel(), minlength=len(about.names) + 1)[1:]
+    moved = sum(_held(one) for one, was in zip(placed, given, strict=True) if one is not was)
+    labels, each = _segment(model, case, whole, moved, _bytes(max_memory), probabilities, run)
+    # A plane at a time: counting makes each label a whole number of 8 bytes.
+    count = np.sum([np.bincount(plane.ravel(), minlength=len(about.names) + 1) for plane in labels], axis=0)[1:]
     voxels = dict(zip(about.names, count.tolist(), strict=True))
     ml = None
     if whole.geometry == "patient":
         ml = {name: n * abs(float(np.linalg.det(whole.affine[:3, :3]))) / 1000 for name, n in voxels.items()}
     return Prediction(
         kind=about.kind, names=about.names, labels=labels, volumes_ml=ml, voxels=voxels, warnings=warnings,
-        probabilities=None if each is None else whole.turned_back(each),
+        probabilities=each,
     )  # fmt: skip
 
 
@@ -157,11 +159,21 @@ def _mm(spacing: Sequence[float]) -> str:
     return "x".join(f"{mm:.3g}" for mm in spacing)
 
 
+def _held(volume: Volume | None) -> int:
+    """Bytes of its voxels and padding mask."""
+    if volume is None:
+        return 0
+    return volume.voxels.nbytes + (0 if volume.valid is None else volume.valid.nbytes)
+
+
 def _segment(
-    model: Finetuned, case: Case, dims: int, budget: int, keep: bool, run: Any
+    model: Finetuned, case: Case, whole: Volume, moved: int, budget: int, keep: bool, run: Any
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Label map (Z, Y, X) of a case on canonical axes, and where asked each voxel's probabilities."""
-    about, device = model.about, model.network.device
+    """Label map of a case on the axes of `whole`, and where asked each voxel's probabilities.
+
+    case: on canonical axes. moved: bytes of sequences that were brought onto the grid.
+    """
+    about, dims, device = model.about, model.config.dims, model.network.device
     grid = first(case)
     size, outputs = grid.shape[3 - dims :], 1 + len(about.names)
     scalings = [None if one is None else scaling_of(one) for one in case]
@@ -179,22 +191,23 @@ def _segment(
         return out
 
     unit = _unit(model, len(case), run)
-    fixed = 48 * _MIB + blended_bytes(size, about.size, outputs) + grid.voxels.size * (1 + 4 * outputs * keep)
+    fixed = 48 * _MIB + blended_bytes(size, about.size, outputs) + grid.voxels.size * (1 + 4 * outputs * keep) + moved
     if budget < fixed + unit:
         raise ValueError(
             f"predict: max_memory={-(-budget // _MIB)} MiB must be at least {-(-(fixed + unit) // _MIB)} MiB for a "
             f"scan of {'x'.join(map(str, size))} voxels and {outputs - 1} classes"
         )
     batch = int(min(_BATCH, (budget - fixed) // unit))
-    labels = np.empty(grid.shape, np.uint8)
-    each = np.empty((outputs, *grid.shape), np.float32) if keep else None
+    labels = np.empty(whole.shape, np.uint8)
+    each = np.empty((outputs, *whole.shape), np.float32) if keep else None
+    into, shares_into = whole.turned(labels), None if each is None else whole.turned(each)
     planes = blended(
         model, cut, size, about.size, batch=batch, overlap=about.overlap, device=device, run=run
     )  # fmt: skip
     for z, plane in enumerate(planes):
-        labels[z] = plane.argmax(0).byte().cpu().numpy()
-        if each is not None:
-            each[:, z] = plane.softmax(0).cpu().numpy()
+        into[z] = plane.argmax(0).byte().cpu().numpy()
+        if shares_into is not None:
+            shares_into[:, z] = plane.softmax(0).cpu().numpy()
     return labels, each
 
 

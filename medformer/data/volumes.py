@@ -81,8 +81,11 @@ class Volume:
         """Where x, y and z run: "RAS" means to the right, the front and the head."""
         return axis_codes(self.affine)
 
-    def canonical(self) -> Volume:
-        """The same voxels with axes flipped and swapped, never resampled, to run closest to R, A and S."""
+    def canonical(self, *, copy: bool = True) -> Volume:
+        """The same voxels with axes flipped and swapped, never resampled, to run closest to R, A and S.
+
+        copy: in the order of memory; False gives a view, which takes no memory of its own.
+        """
         order, flips = closest_ras(self.affine)
         if order == (0, 1, 2) and not any(flips):
             return self
@@ -98,21 +101,20 @@ class Volume:
         affine[:3, 3] = origin
 
         def turn(array: np.ndarray) -> np.ndarray:
-            xyz = array.transpose(2, 1, 0).transpose(order)
-            xyz = xyz[tuple(slice(None, None, -1 if flip else 1) for flip in flips)]
-            return np.ascontiguousarray(xyz.transpose(2, 1, 0))
+            turned = self.turned(array)
+            return np.ascontiguousarray(turned) if copy else turned
 
         valid = None if self.valid is None else turn(self.valid)
         return replace(self, voxels=turn(self.voxels), affine=affine, valid=valid)
 
-    def turned_back(self, array: np.ndarray) -> np.ndarray:
-        """An array [..., Z, Y, X] on the grid of `canonical()`, on this volume's own axes."""
+    def turned(self, array: np.ndarray) -> np.ndarray:
+        """A view, on the axes of `canonical()`, of an array [..., Z, Y, X] on this volume's own axes."""
         order, flips = closest_ras(self.affine)
         lead = array.ndim - 3
         xyz = np.moveaxis(array, (-1, -2, -3), (lead, lead + 1, lead + 2))
+        xyz = xyz.transpose(*range(lead), *(lead + axis for axis in order))
         xyz = xyz[(..., *(slice(None, None, -1 if flip else 1) for flip in flips))]
-        xyz = xyz.transpose(*range(lead), *(lead + int(i) for i in np.argsort(order)))
-        return np.ascontiguousarray(np.moveaxis(xyz, (lead, lead + 1, lead + 2), (-1, -2, -3)))
+        return np.moveaxis(xyz, (lead, lead + 1, lead + 2), (-1, -2, -3))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write .nii or .nii.gz, whole or not at all.

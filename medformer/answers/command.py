@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +23,26 @@ from medformer.answers.model import About, Finetuned
 from medformer.answers.predict import Prediction, predict
 from medformer.answers.results import as_json, case_names, shown_scores, table_of
 from medformer.data import Scan, ScanError, Volume, find_scans
-from medformer.data.archives import sniff_zip
+from medformer.data.archives import is_archive, sniff_zip
 from medformer.data.cases import Case, check_axes, first, read_case
 from medformer.data.labels import read_cases
-from medformer.data.modality import guessed
-from medformer.data.pictures import find_pictures, is_picture
+from medformer.data.modality import MODALITY_FILE, guessed
+from medformer.data.nifti import header_of
+from medformer.data.pictures import SUFFIXES, is_picture, pages_of, split_page
+from medformer.data.scans import EMPTY, JUNK, index_scans
 from medformer.data.sequences import MISSING_WAY, cases_below, in_folders
 from medformer.data.store.entries import taken_as
+from medformer.data.walking import NOWHERE, Skipped, walk
 from medformer.errors import Parser, UserError, complain, exit_code
 from medformer.evaluation.setup import device_of
 from medformer.files import byte_count, write_whole
 from medformer.folders import tried
 
-__all__ = ["Item", "inputs_of", "load_answers", "main"]
+__all__ = ["Inputs", "Item", "inputs_of", "load_answers", "main"]
 
+_PASSED = "skipped.txt"
+_SHOWN = 20  # lines of a kind, at most
+_NAMED = (".nii", ".nii.gz", ".dcm", ".nrrd", ".nhdr", ".mha", ".mhd", ".npy", *SUFFIXES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,14 +118,18 @@ def _run(argv: list[str]) -> int:
     device = device_of(options.device)
     model.to(device).eval()
     say = (lambda text: print(text, file=sys.stderr, flush=True)) if options.json else partial_print
-    items = inputs_of(options.inputs, model, options.modality)
+    inputs = inputs_of(options.inputs, model, options.modality)
+    items, passed = inputs.items, inputs.passed
     refused = [item for item in items if item.read is None]
     scores, held_out = shown_scores(model.about.scores.get("test", {})), model.about.cases["test"]
     say(f"{len(items)} scans; {model.about.task}: test {scores} ({held_out} cases)")
-    for item in refused[:10]:
-        say(f"  cannot be read: {item.source}: {item.reason}")
-    if len(refused) > 10:
-        say(f"  and {len(refused) - 10} more, in predictions.csv")
+    for line in _listed([f"{item.source}: {_said(item.source, item.reason)}" for item in refused]):
+        say(f"  cannot be read: {line}")
+    if passed:
+        named = ", ".join(Path(one.path).name for one in passed[:5]) + (", ..." if len(passed) > 5 else "")
+        say(f"  passed over, no scans: {named} ({len(passed)} in all, with reasons in {_PASSED})")
+    listed = "".join(f"{one.path}: {_said(one.path, one.reason)}\n" for one in passed)
+    write_whole(options.out / _PASSED, lambda opened: opened.write(listed.encode()))
     about = {**as_json(model.about), "model": str(file), "scores_are_of": "validation and test cases of fine-tuning"}
     text = json.dumps(about, indent=1)
     write_whole(options.out / "model.json", lambda opened: opened.write(text.encode()))
@@ -131,12 +141,24 @@ def _run(argv: list[str]) -> int:
         write_whole(options.out / "predictions.csv", lambda opened: opened.write(table_of(rows)))
     failed = [row for row in rows if row["status"] != "ok"]
     if options.json:
-        print(json.dumps({"model": about, "rows": rows}, indent=1))
+        over = [{"source": one.path, "reason": one.reason} for one in passed]
+        print(json.dumps({"model": about, "rows": rows, "passed_over": over}, indent=1))
     else:
         _show(model, rows, options.out)
-    for row in failed:
-        complain(f"{row['source']}: {row['reason']}")
+    for line in _listed([f"{row['source']}: {_said(row['source'], row['reason'])}" for row in failed]):
+        complain(line)
     return 1 if failed else 0
+
+
+def _listed(lines: Sequence[str]) -> list[str]:
+    """The first of them, and how many there are more."""
+    more = [f"and {len(lines) - _SHOWN} more, in predictions.csv"] if len(lines) > _SHOWN else []
+    return [*lines[:_SHOWN], *more]
+
+
+def _said(source: str, reason: str) -> str:
+    """A reason without the name that its source ends with."""
+    return reason.removeprefix(f"{Path(source).name}: ")
 
 
 def partial_print(text: str) -> None:
@@ -162,11 +184,12 @@ def _show(model: Finetuned, rows: Sequence[dict[str, Any]], out: Path) -> None:
         print(f"  and {len(good) - 20} more")
     seconds = sum(row["seconds"] for row in good)
     print(
-        f"{out}/  predictions.csv  model.json; {len(good)} of {len(rows)} scans, "
+        f"{out}/  predictions.csv  model.json  {_PASSED}; {len(good)} of {len(rows)} scans, "
         f"{seconds / max(1, len(good)):.2f} s each"
     )
-    if good and about.count == 1:
-        words = ["medformer", "report", model_path(out), good[0]["source"], "--out", f"{out}/page.html"]
+    shown = next((row["source"] for row in good if Path(split_page(row["source"])[0]).exists()), None)
+    if shown is not None and about.count == 1:
+        words = ["medformer", "report", model_path(out), shown, "--out", f"{out}/page.html"]
         print(f"next: {shlex.join(words)}")
 
 
@@ -223,7 +246,7 @@ class _Work:
                         continue
                     seconds = {"seconds_reading": reading, "seconds": time.perf_counter() - began}
                     settle()
-                    behind.append((item, writer.submit(self._written, item, first(case), said, seconds)))
+                    behind.append((item, writer.submit(self._written, item, case, said, seconds)))
                     del case, said
                     bar.update()
                 settle()
@@ -238,12 +261,13 @@ class _Work:
         except ScanError as error:
             self.rows[item.name] = _failed(item, str(error))
 
-    def _written(self, item: Item, grid: Volume, said: Prediction, seconds: dict[str, float]) -> dict[str, Any]:
+    def _written(self, item: Item, case: Case, said: Prediction, seconds: dict[str, float]) -> dict[str, Any]:
         """The row of a case; writes its maps."""
-        about = self.model.about
+        about, grid = self.model.about, first(case)
+        notes = dict.fromkeys(note for volume in case if volume is not None for note in volume.notes)
         row: dict[str, Any] = {
             "name": item.name, "source": item.source, "status": "ok", "reason": "",
-            "warnings": "; ".join(said.warnings),
+            "warnings": "; ".join(said.warnings), "notes": "; ".join(notes),
         }  # fmt: skip
         if said.value is not None:
             row[about.names[0]] = float(f"{said.value:.6g}")
@@ -280,26 +304,39 @@ def _timed(read: Callable[[], Case]) -> Any:
 
 def _failed(item: Item, reason: str) -> dict[str, Any]:
     return {"name": item.name, "source": item.source, "status": "failed", "reason": " ".join(reason.split()),
-            "warnings": ""}  # fmt: skip
+            "warnings": "", "notes": ""}  # fmt: skip
 
 
-def inputs_of(inputs: Sequence[Path], model: Finetuned, modality: str | None = None) -> list[Item]:
-    """Every case in files, folders, zips and tables, each with a name of its own; what cannot be read is one too.
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """All that was found in files, folders, zips and tables."""
+
+    items: list[Item]
+    """Scans and pictures, each with a name of its own, those that cannot be read among them."""
+    passed: list[Skipped]
+    """Files that are neither, and why."""
+
+
+def inputs_of(inputs: Sequence[Path], model: Finetuned, modality: str | None = None) -> Inputs:
+    """Every case of the inputs; what cannot be read is one too.
 
     Raises UserError for what is not there.
     """
-    missing = [path for path in inputs if not path.exists()]
+    missing = [path for path in inputs if not Path(split_page(path)[0]).exists()]
     if missing:
         raise UserError(f"{missing[0]}: no such file or folder", 2)
-    found = [item for path in inputs for item in _items(path, model, modality)]
+    passed: list[Skipped] = []
+    found = [item for path in inputs for item in _items(path, model, modality, passed)]
     names = case_names([item.name for item in found])
-    return [
+    items = [
         Item(name=name, source=item.source, read=item.read, reason=item.reason, slices=item.slices)
         for name, item in zip(names, found, strict=True)
     ]
+    return Inputs(items=items, passed=passed)
 
 
-def _items(path: Path, model: Finetuned, modality: str | None) -> Iterator[Item]:
+def _items(path: Path, model: Finetuned, modality: str | None, passed: list[Skipped]) -> Iterator[Item]:
+    """The cases of one input; `passed` gets what is none."""
     about, dims = model.about, model.config.dims
     if path.suffix.lower() in (".csv", ".tsv"):
         try:
@@ -311,50 +348,97 @@ def _items(path: Path, model: Finetuned, modality: str | None) -> Iterator[Item]
                 yield Item(name=name, source=name, reason=str(files))
             else:
                 yield _of_files(name, files, dims, about)
-        return
-    if about.count > 1:
-        yield from _of_channels(path, about, dims)
-        return
-    if path.is_file() and not _zipped(path):
+    elif about.count > 1:
+        yield from _of_channels(path, about, dims, passed)
+    elif path.is_dir() or (path.is_file() and _zipped(path)):
+        yield from _inside(path, path.name, model, modality, passed)
+    else:
         yield _of_files(path.name, (path,), dims, about)
-        return
-    if dims == 2 and path.is_dir() and (pictures := find_pictures(path)):
-        for picture in pictures:
-            yield _of_files(str(picture.relative_to(path)), (Path(picture),), dims, about)
-        return
-    try:
-        index = find_scans(path, images=dims == 2)
-    except ScanError as error:
-        yield Item(name=path.name, source=str(path), reason=str(error))
-        return
-    # A zip's folders are numbered, and a series that lies in the folder itself is called as the folder.
-    whole = len(index.scans) == 1 and (path.is_file() or index.scans[0].name == path.resolve().name)
-    for scan in index.scans:
 
-        def read(scan: Any = scan) -> Case:
+
+def _inside(
+    path: Path, called: str, model: Finetuned, modality: str | None, passed: list[Skipped]
+) -> Iterator[Item]:  # fmt: skip
+    """The scans and pictures of a folder or zip, and of the zips in a folder."""
+    about, dims, zipped = model.about, model.config.dims, path.is_file()
+    try:
+        index = index_scans(path, images=True)
+    except ScanError as error:
+        yield Item(name=called, source=str(path), reason=str(error))
+        return
+    within, count = f"{called.removesuffix('.zip')}/" if zipped else "", 0
+    # A zip's folders are numbered, and a series that lies in the folder itself is called as the folder.
+    whole = len(index.scans) == 1 and (zipped or index.scans[0].name == path.resolve().name)
+
+    def picture(page: Path, alone: bool = False) -> Item:
+        name = within + page.name if zipped else str(page.relative_to(path))
+        return _of_files(called if alone else name, (page,), dims, about, f"{path}/{page.name}" if zipped else None)
+
+    for scan in index.scans:
+        count += 1
+        if scan.kind == "image" and is_picture(scan.files[0]):
+            yield picture(Path(scan.files[0]), whole and zipped)
+            continue
+
+        def read(scan: Scan = scan) -> Case:
             volume = scan.read(canonical=False, modality=modality)
             if (word := _as_trained(volume, about)) is not None:
                 volume = taken_as(scan.read(canonical=False, modality=word), word)
             check_axes(volume, dims)
             return (volume,)
 
+        place = f"{path}/{scan.name}" if zipped else _place(path, scan)
         yield Item(
-            name=path.name if whole else scan.name, source=str(path) if whole else _place(path, scan), read=read,
+            name=called if whole else within + scan.name, source=str(path) if whole else place, read=read,
             slices=scan.files if scan.kind == "dicom" else (),
         )  # fmt: skip
     for skipped in index.skipped:
-        if skipped.refused:
-            yield Item(name=Path(skipped.path).name, source=skipped.path, reason=skipped.reason)
+        file = Path(skipped.path)
+        source, reason = f"{path}/{file.name}" if zipped else skipped.path, skipped.reason
+        again = file.is_file() and _zipped(file)
+        pages = pages_of(file) if dims == 2 and file.is_file() and is_picture(file) else []
+        count += 1
+        if again and not zipped:
+            yield from _inside(file, str(file.relative_to(path)), model, modality, passed)
+        elif len(pages) > 1:
+            yield from map(picture, pages)
+        elif again:
+            yield Item(name=within + file.name, source=source, reason="a zip inside a zip; unpack the outer one")
+        elif _meant(skipped):
+            named = f"{file.name}: named like a scan or picture, but its content is none"
+            yield Item(name=within + file.name, source=source, reason=named if reason == JUNK else reason)
+        else:
+            count -= 1
+            if not _part(file):
+                passed.append(replace(skipped, path=source))
+    if not count:
+        what = f"no scan or picture among its {index.seen} files" if index.seen else "nothing in it"
+        yield Item(name=called, source=str(path), reason=f"{path.name}: {what}")
+
+
+def _meant(skipped: Skipped) -> bool:
+    """Whether what is left out was meant to be a scan: by what is in it, or by its name where nothing is."""
+    name, reason = Path(skipped.path).name.lower(), skipped.reason
+    nothing = reason == JUNK or reason.endswith(EMPTY) or NOWHERE in reason
+    named = name.endswith(_NAMED) and not name.startswith(".")
+    return skipped.refused or is_archive(skipped.path) or (nothing and named)
+
+
+def _part(file: Path) -> bool:
+    """Whether it is the voxels of a header next to it, or what says the modality."""
+    raw = file.suffix.lower() in (".raw", ".zraw") and any(file.with_suffix(e).is_file() for e in (".mhd", ".nhdr"))
+    return raw or file.name == MODALITY_FILE or header_of(str(file)) is not None
 
 
 def _place(root: Path, scan: Scan) -> str:
-    """Where a scan of a folder lies: its file, or the folder of its slices if no other series is there."""
+    """Where a scan of a folder lies: its file, or the folders of its slices if no other series is there."""
     files = [Path(file) for file in scan.files]
     if len(files) == 1 and files[0].is_file():
         return str(files[0])
-    folders = {file.parent for file in files}
-    one = folders.pop() if len(folders) == 1 else root
-    return str(one) if one.name == Path(scan.name).name and one.is_dir() else f"{root}/{scan.name}"
+    folders = sorted({file.parent for file in files})
+    if len(folders) > 1:
+        return " + ".join(map(str, folders))
+    return str(folders[0]) if folders[0].name == Path(scan.name).name else f"{root}/{scan.name}"
 
 
 def _zipped(path: Path) -> bool:
@@ -362,9 +446,10 @@ def _zipped(path: Path) -> bool:
         return sniff_zip(file.read(4))
 
 
-def _of_files(name: str, files: tuple[Path | None, ...], dims: int, about: About) -> Item:
-    source = next(str(path) for path in files if path is not None)
-    one = Path(source)
+def _of_files(name: str, files: tuple[Path | None, ...], dims: int, about: About, shown: str | None = None) -> Item:
+    """shown: what its source is called, where that is not the first file."""
+    one = next(path for path in files if path is not None)
+    source = shown or str(one)
     slices: tuple[str, ...] = ()
     if len(files) == 1 and one.is_dir():
         try:
@@ -391,7 +476,7 @@ def _as_trained(volume: Volume, about: About) -> str | None:
     return None if (volume.modality, volume.units) == (word, *about.units[:1]) else word
 
 
-def _of_channels(path: Path, about: About, dims: int) -> Iterator[Item]:
+def _of_channels(path: Path, about: About, dims: int, passed: list[Skipped]) -> Iterator[Item]:
     """The folder of a case, or of several; files by the channels' patterns, or by their names as part of a file's."""
     if not path.is_dir():
         yield Item(
@@ -400,10 +485,18 @@ def _of_channels(path: Path, about: About, dims: int) -> Iterator[Item]:
             "columns",
         )  # fmt: skip
         return
+    used: set[Path] = set()
     for name, files in cases_below(path, in_folders(about.channels), about.missing):
         if isinstance(files, ScanError):
             place = path if name == path.resolve().name and not (path / name).exists() else path / name
+            used.add(place)
             reason = str(files).replace(MISSING_WAY, "; the model was not trained with missing ones")
             yield Item(name=name, source=str(place), reason=reason)
         else:
+            used |= {file for file in files if file is not None}
             yield _of_files(name, files, dims, about)
+    paths, left = walk(str(path))
+    passed += left
+    for file in map(Path, paths):
+        if not {file, *file.parents} & used:
+            passed.append(Skipped(str(file), f"{file.name}: fits no channel of a case"))

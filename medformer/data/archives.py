@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from medformer.data.geometry import ScanError
 from medformer.data.volumes import MAX_VOLUME_BYTES
 
-__all__ = ["ARCHIVES", "archive_note", "sniff_zip", "unpack", "unpacked", "unpacked_for_good"]
+__all__ = ["ARCHIVES", "archive_note", "is_archive", "sniff_zip", "unpack", "unpacked", "unpacked_for_good"]
 
 # Endings of archives that may hold scans. Zip is read where it is asked for by its own path; none inside a folder.
 ARCHIVES = (
@@ -36,16 +36,29 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
 
 
 def sniff_zip(head: bytes) -> bool:
-    return head.startswith(b"PK\x03\x04")
+    return head.startswith((b"PK\x03\x04", b"PK\x05\x06"))  # the second begins an empty one
 
 
 def archive_note(path: str, head: bytes) -> str | None:
     """What to do about an archive among scans; None for any other file."""
     name = os.path.basename(path)
-    if not (name.lower().endswith(ARCHIVES) or head[257:262] == b"ustar"):
+    if not _archived(name, head):
         return None
     read = "pass its own path, or unpack it" if sniff_zip(head) else "unpack it"
     return f"{name}: an archive, which is not searched; {read}"
+
+
+def is_archive(path: str) -> bool:
+    """Whether a file is an archive by its name or its first bytes; False for what cannot be opened."""
+    try:
+        with open(path, "rb") as file:
+            return _archived(os.path.basename(path), file.read(512))
+    except OSError:
+        return False
+
+
+def _archived(name: str, head: bytes) -> bool:
+    return name.lower().endswith(ARCHIVES) or head[257:262] == b"ustar"
 
 
 @contextmanager

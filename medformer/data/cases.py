@@ -80,8 +80,10 @@ def read_one(path: Path, dims: int, *, canonical: bool = True, modality: str | N
 
 
 def check_axes(volume: Volume, dims: int, picture: bool = False) -> None:
-    """Raises WrongAxes for what the network has not the axes for."""
-    found = 2 if picture or (dims == 2 and volume.shape[0] == 1) else 3
+    """Raises WrongAxes for what the network has not the axes for: one slice is an image, and for 3D where it has no
+    place in a patient (an X-ray)."""
+    flat = volume.shape[0] == 1 and (dims == 2 or volume.geometry != "patient")
+    found = 2 if picture or flat else 3
     if found != dims:
         name = Path(volume.source).name
         raise WrongAxes(f"{name} has {found} axes, but the checkpoint takes {dims}; use one trained in {found}D")

@@ -33,7 +33,7 @@ from medformer.data.resample import deskew as upright
 from medformer.data.volumes import Volume
 from medformer.data.walking import Said, Skipped, walk
 
-__all__ = ["Scan", "ScanIndex", "Skipped", "find_scans", "read_volume"]
+__all__ = ["EMPTY", "JUNK", "Scan", "ScanIndex", "Skipped", "find_scans", "index_scans", "read_volume"]
 
 # Below this many files a pool costs more than it saves: a header takes 0.5 to 2 ms, a worker half a second to start.
 _POOL_FROM = 2000
@@ -122,6 +122,8 @@ class ScanIndex:
 
     scans: list[Scan]
     skipped: list[Skipped]
+    seen: int = 0
+    """Files looked at."""
 
     def __len__(self) -> int:
         return len(self.scans)
@@ -213,7 +215,7 @@ def _read_file(path: str, found: _Found, options: Options) -> Volume:
     match found:
         case Skipped():
             unknown = f"{name}: not a scan, nor a PNG, JPEG, TIFF or BMP picture, whatever its name says"
-            raise ScanError(unknown if found.reason == _JUNK else found.reason)
+            raise ScanError(unknown if found.reason == JUNK else found.reason)
         case NiftiHeader():
             return read_nifti(found.path, frame=options.frame, modality=options.modality or _said(path))
         case SliceFile():
@@ -275,7 +277,7 @@ def _read_folder(path: str, source: str, options: Options) -> Volume:
         volume = read_series(series[0], name, path)
     else:
         volume = _read_file(scans[0].files[0], _probe(scans[0].files[0]), options)
-    dropped = [s for s in skipped if s.reason != _JUNK]
+    dropped = [s for s in skipped if s.reason != JUNK]
     notes = (*volume.notes, *(f"left out: {s.reason}" for s in dropped))
     return replace(volume, notes=notes, source=source)
 
@@ -292,22 +294,30 @@ def find_scans(
     Linked folders are searched once each; hidden folders are not. A file modality.txt says in its first word what the
     scans below its folder are, where their format does not.
     """
+    index = index_scans(root, workers=workers, progress=progress, images=images)
+    if not index.scans:
+        raise ScanError(
+            f"find_scans: no NIfTI or DICOM under {os.fspath(root)!r} ({index.seen} files looked at"
+            f"{_why(index.skipped)}); point --data.root at the folder that holds the scans"
+        )
+    return index
+
+
+def index_scans(
+    root: str | os.PathLike[str], *, workers: int | None = None, progress: bool = False, images: bool = False
+) -> ScanIndex:
+    """`find_scans` for who asks what became of every file: an index without scans is an answer too."""
     root = os.fspath(root)
     if not os.path.exists(root):
         raise ScanError(f"find_scans: no folder {root!r}; point --data.root at the folder that holds the scans")
     if os.path.isfile(root) and _is_zip(root):
         root = unpacked_for_good(root)
     scans, skipped, seen, _ = _index(root, workers, progress, images)
-    if not scans:
-        raise ScanError(
-            f"find_scans: no NIfTI or DICOM under {root!r} ({seen} files looked at{_why(skipped)}); point "
-            "--data.root at the folder that holds the scans"
-        )
-    return ScanIndex(scans=scans, skipped=skipped)
+    return ScanIndex(scans=scans, skipped=skipped, seen=seen)
 
 
 def _why(skipped: Sequence[Skipped]) -> str:
-    told = [s.reason for s in skipped if s.reason != _JUNK]
+    told = [s.reason for s in skipped if s.reason != JUNK]
     return f"; first reason: {told[0]}" if told else ""
 
 
@@ -318,8 +328,9 @@ class _FastMri:
     spacing_mm: tuple[float, float, float] | None
 
 
-_JUNK = "not a scan"
-_EMPTY = "empty file (0 bytes)"
+JUNK = "not a scan"
+"""Why a file is left out that nothing in it shows to be one."""
+EMPTY = "empty file (0 bytes)"
 _Found = NiftiHeader | SliceFile | ImageFile | ItkHeader | PlainHeader | _FastMri | Skipped
 
 
@@ -330,7 +341,7 @@ def _index(
     base = os.path.dirname(root) if os.path.isfile(root) else root
     found = _probe_all(paths, workers, progress)
     skipped += [f for f in found if isinstance(f, Skipped)]
-    empty: Counter[str] = Counter(os.path.dirname(s.path) for s in skipped if s.reason.endswith(_EMPTY))
+    empty: Counter[str] = Counter(os.path.dirname(s.path) for s in skipped if s.reason.endswith(EMPTY))
     said = Said(base)
     series, refused = group_slices([f for f in found if isinstance(f, SliceFile)])
     skipped += [Skipped(path, reason, refused=True) for path, reason in refused]
@@ -339,7 +350,7 @@ def _index(
         if isinstance(item, Skipped | SliceFile):
             continue
         if isinstance(item, ImageFile | PlainHeader) and not images:
-            skipped.append(Skipped(item.path, str(why_left_out(item)) if isinstance(item, ImageFile) else _JUNK))
+            skipped.append(Skipped(item.path, str(why_left_out(item)) if isinstance(item, ImageFile) else _flat(item)))
         elif isinstance(item, ImageFile | PlainHeader) and item.problem:
             skipped.append(Skipped(item.path, item.problem, refused=True))
         else:
@@ -368,6 +379,11 @@ def _index(
     # Stable: scans of one folder stay in the order of their first file, repeats in that of their tag.
     drafts.sort(key=lambda d: d.name)
     return _unique(drafts), sorted(skipped, key=lambda s: (s.path, s.reason)), len(paths), series
+
+
+def _flat(item: PlainHeader) -> str:
+    what = "an array" if item.kind == "npy" else "a picture"
+    return f"{os.path.basename(item.path)}: {what} without a place in a patient; find_scans(images=True) lists it"
 
 
 def _spacing(affine: np.ndarray) -> tuple[float, float, float]:
@@ -447,7 +463,7 @@ def _probe(path: str, one: bool = True) -> _Found:
     """What a file is, from its first bytes and its header. one: an .img stands for its .hdr."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            return Skipped(path, _JUNK)
+            return Skipped(path, JUNK)
         with open(path, "rb") as file:
             head = file.read(4096)
         if sniff_dicom(head):
@@ -466,10 +482,10 @@ def _probe(path: str, one: bool = True) -> _Found:
         if (told := archive_note(path, head)) is not None:
             return Skipped(path, told)
         if not head and name.lower().endswith(".dcm"):
-            return Skipped(path, f"{name}: {_EMPTY}")
+            return Skipped(path, f"{name}: {EMPTY}")
         named = name.lower().endswith((".nii", ".nii.gz", ".dcm")) and not name.startswith(".")
         reason = f"{name}: named like a scan, but its content is none ({os.path.getsize(path):,} bytes)"
-        return Skipped(path, reason, refused=True) if named else Skipped(path, _JUNK)
+        return Skipped(path, reason, refused=True) if named else Skipped(path, JUNK)
     except NotAnImage as error:
         return Skipped(path, str(error))
     except ScanError as error:

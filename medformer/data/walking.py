@@ -8,7 +8,10 @@ from dataclasses import dataclass
 
 from medformer.data.modality import MODALITY_FILE
 
-__all__ = ["Said", "Skipped", "walk"]
+__all__ = ["NOWHERE", "Said", "Skipped", "walk"]
+
+NOWHERE = "link to nothing"
+"""Why a link is left out whose target is gone."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,9 @@ def walk(root: str) -> tuple[list[str], list[Skipped]]:
                         entry.path
                     )
                 elif entry.is_dir(follow_symlinks=False):
-                    if not entry.name.startswith("."):
+                    if entry.name.startswith("."):
+                        skipped.append(Skipped(entry.path, f"{entry.name}: hidden folder, not searched"))
+                    else:
                         below.append(entry.path)
                 else:
                     paths.append(entry.path)
@@ -68,10 +73,11 @@ def walk(root: str) -> tuple[list[str], list[Skipped]]:
             try:
                 state = os.stat(path)
             except OSError as error:
-                skipped.append(Skipped(path, f"{os.path.basename(path)}: link to nothing ({error.strerror or error})"))
+                skipped.append(Skipped(path, f"{os.path.basename(path)}: {NOWHERE} ({error.strerror or error})"))
                 continue
             if stat.S_ISDIR(state.st_mode):
-                continue  # hidden
+                skipped.append(Skipped(path, f"{os.path.basename(path)}: hidden folder, not searched"))
+                continue
             if (state.st_dev, state.st_ino) in here:
                 skipped.append(Skipped(path, f"{os.path.basename(path)}: links to a file that is here already"))
             else:

@@ -56,7 +56,9 @@ def test_everything_is_found_once_with_its_facts(tree: Path) -> None:
         ("site/p2/MR", "dicom", "MR", (4, 6, 5)),
     ]
     assert all(s.spacing_mm == pytest.approx((2.0, 1.5, 1.0)) for s in index.scans)
-    assert sorted(Path(s.path).name for s in index.skipped) == ["README.md", "dangling", "labels.csv", "loop", "pipe"]
+    skipped = {Path(s.path).name: s.reason for s in index.skipped}
+    assert {*skipped} == {".draft-of-a-killed-run", "README.md", "dangling", "labels.csv", "loop", "pipe"}
+    assert skipped[".draft-of-a-killed-run"].endswith("hidden folder, not searched")
     assert len(index) == 5
 
 

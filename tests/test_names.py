@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import sqlite3
 from pathlib import Path
 
@@ -11,11 +12,14 @@ import numpy as np
 import pytest
 from pydicom.dataset import FileDataset
 
+import medformer
 import train
-from medformer.data import read_volume
+from medformer.answers import finetune
+from medformer.data import make_phantom, read_volume
 from medformer.data.names import Ids, hide, ids_of_run, salt_of
 from medformer.data.records import hash_patient
 from medformer.data.store import build
+from medformer.evaluation import evaluate
 from medformer.page import command
 from tests.dicom_files import write_series
 
@@ -91,6 +95,56 @@ def test_with_ids_no_output_of_a_run_and_its_page_holds_a_name(
     assert holding(tmp_path / "plain", MARK)
     assert command.main([str(out / "run"), str(scan.with_name(f"broken {MARK}.nii.gz"))]) == 1
     assert MARK not in capsys.readouterr().err
+
+
+def a_task_of_marked_names(folder: Path) -> Path:
+    """Ten scans of values like CT, two that do not look so, held-out ones that training repeats; names everywhere."""
+    place = folder / f"{MARK} Hans"
+    place.mkdir(parents=True)
+    rows = ["path,label,patient,doctor,split"]
+    for i in range(14):
+        volume = make_phantom(i % 12, shape=(10, 12, 12))
+        voxels = np.clip(volume.voxels, 0, 99) if i in (3, 7) else volume.voxels
+        nib.save(nib.Nifti1Image(voxels.T.astype(np.int16), volume.affine), place / f"{MARK}_{i}.nii.gz")
+        split = "train" if i < 6 else "val" if i < 8 else "test"
+        rows.append(f"{MARK} Hans/{MARK}_{i}.nii.gz,{'ab'[i % 2]},{MARK}-{i},Dr. {MARK},{split}")
+    (folder / "cases.csv").write_text("\n".join(rows))
+    return folder / "cases.csv"
+
+
+@pytest.mark.parametrize("asked", ["flag", "run"])
+def test_with_ids_evaluation_and_fine_tuning_name_no_case(
+    asked: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    task, run, out = a_task_of_marked_names(tmp_path / "in"), tmp_path / "run", tmp_path / "out"
+    seen = tmp_path / f"seen {MARK}"
+    seen.mkdir()
+    (seen / f"{MARK}.nii.gz").write_bytes((task.parent / f"{MARK} Hans" / f"{MARK}_9.nii.gz").read_bytes())
+    run.mkdir()
+    medformer.save(medformer.tiny_3d(width=24, depth=1, heads=2, patch_size=4, patch_stride=4, patch_padding=0),
+                   run / "backbone.safetensors")  # fmt: skip
+    roots = f"'{seen}{os.pathsep}{tmp_path / f'gone {MARK}'}'"
+    names = "ids" if asked == "run" else "files"
+    config = f"data: {{root: {roots}, names: {names}, cache: '{tmp_path / 'cache'}'}}\n"
+    (run / "config.yaml").write_text(config)
+    words = [str(run), "--task", "in/cases.csv", "--size=8x8x8", "--steps=1", "--batch_size=2", "--lrs=1e-3",
+             "--resamples=50", "--device=cpu", *(["--names=ids"] if asked == "flag" else [])]  # fmt: skip
+    assert evaluate.main([*words, "--methods=knn,linear", "--fractions=1.0", "--probe_steps=5", f"--out={out}/e"]) == 0
+    assert finetune.main([*words, "--checks=1", f"--out={out}/f"]) == 0
+    said = capsys.readouterr()
+    assert "LEAK: 2 of 6 held-out cases occur in the task's training cases (scan-" in said.out
+    assert "LEAK: 1 of 6 held-out cases occur in the pretraining index (scan-" in said.out
+    assert "look like CT: all are taken as CT" in said.out
+    assert "columns left aside" in said.out
+    assert MARK.lower() not in (said.out + said.err).lower()
+    assert holding(out, MARK) == []
+    (task.parent / f"{MARK} Hans" / f"{MARK}_2.nii.gz").write_bytes(b"broken")
+    for main, more in ((evaluate.main, ["--methods=knn"]), (finetune.main, [])):
+        assert main([*words, *more, f"--out={out}/g"]) == 1
+        assert MARK.lower() not in capsys.readouterr().err.lower()
+        assert main([*[w for w in words if w != "--names=ids"], *more, "--names=files", f"--out={out}/g"]) == 1
+        assert MARK in capsys.readouterr().err  # so that this test can fail
 
 
 def test_free_text_of_a_header_is_in_no_note(tmp_path: Path) -> None:

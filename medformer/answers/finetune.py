@@ -134,6 +134,7 @@ def _tuned(given: Path | Model, config: FinetuneConfig, device: torch.device, le
     out = Path(config.out or Path("runs") / f"finetune-{name}-{Path(config.task).stem}")
     tried(out)
     model, file, run = _load(given, config)
+    config = replace(config, names=config.names or (run.get("data") or {}).get("names"))
     task, size = labelled_cases(config, model, file, run)
     task, overlap = _overlap(task, config, run)
     task = _named(task, config)
@@ -219,7 +220,7 @@ def _overlap(task: tasks.Task, config: FinetuneConfig, run: dict[str, Any]) -> t
     task, lines = tasks.drop_leaks(task, set(), keep=False, flag="")
     if config.from_scratch:
         return task, lines
-    known = sources_of_pretraining(config.pretraining, run)
+    known = sources_of_pretraining(config, run)
     for split, called in (("test", "held-out"), ("val", "validation")):
         index = task.where(split)
         seen = sum(task.known_to(known, int(i)) for i in index)

@@ -26,7 +26,7 @@ from medformer.data.sequences import CaseFiles, files_of_case, patterns_of
 from medformer.data.tables import ZIP_ERRORS, header_of, numbered_rows, same_name, sniff_table, whole
 from medformer.data.volumes import MAX_VOLUME_BYTES
 
-__all__ = ["Kind", "LabelTable", "check_arrays", "read_arrays", "read_cases", "read_label_table"]
+__all__ = ["Kind", "LabelTable", "check_arrays", "names_in", "read_arrays", "read_cases", "read_label_table"]
 
 _MAX_CLASSES = 1000
 _MAX_ROWS = 1_000_000
@@ -138,6 +138,20 @@ def read_cases(path: Path, channels: Sequence[str], missing: bool) -> list[tuple
             found.append((name, _files(path, row, line, places, patterns, True, missing)))
         except ScanError as error:
             found.append((name, error))
+    return found
+
+
+def names_in(path: Path) -> list[str]:
+    """What may name a patient in a table: every cell but classes, numbers and splits. A table that cannot be read has
+    none, for its errors quote headers, and so has an archive of arrays."""
+    found: list[str] = []
+    if path.suffix.lower() not in (".csv", ".tsv") or not path.is_file():
+        return found
+    try:
+        for _, row in numbered_rows(path, sniff_table(path, _CODE), optional=_CODE, limit=_MAX_ROWS):
+            found += [value for name, value in row.items() if name not in ("label", "value", "split") and value]
+    except ScanError:
+        pass
     return found
 
 

@@ -173,7 +173,7 @@ def _task(
 ) -> tuple[tasks.Task, tuple[int, ...], list[str]]:
     """The task without its leaks, the size of its images or crops, and what was said about leaks."""
     task, size = labelled_cases(config, model, file, run)
-    seen = sources_of_pretraining(config.pretraining, run)
+    seen = sources_of_pretraining(config, run)
     task, leaks = tasks.drop_leaks(task, seen, config.leaks == "keep")
     for line in (*leaks, *task.notes):
         print(line)

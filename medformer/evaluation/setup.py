@@ -17,7 +17,8 @@ import torch
 
 from medformer.channels import channel_names
 from medformer.data.geometry import ScanError
-from medformer.data.names import ids_of_run
+from medformer.data.labels import names_in
+from medformer.data.names import Ids, ids_of_run
 from medformer.data.sequences import patterns_of
 from medformer.data.store.index import is_store
 from medformer.data.tables import same_name
@@ -28,8 +29,8 @@ from medformer.models import ImageGPT, Model
 from medformer.short_help import ALL, short_help
 
 __all__ = [
-    "CaseSettings", "as_list", "check_channels", "device_of", "difference", "labelled_cases", "parse_command",
-    "sha256_of", "sources_of_pretraining",
+    "CaseSettings", "as_list", "check_channels", "device_of", "difference", "ids_of_cases", "labelled_cases",
+    "parse_command", "sha256_of", "sources_of_pretraining",
 ]  # fmt: skip
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -58,6 +59,8 @@ class CaseSettings(Protocol):
     def size(self) -> list[int]: ...
     @property
     def split_seed(self) -> int: ...
+    @property
+    def pretraining(self) -> str | None: ...
 
 
 def parse_command(
@@ -117,7 +120,27 @@ def device_of(name: str) -> torch.device:
 def labelled_cases(
     config: CaseSettings, model: Model, file: Path, run: Mapping[str, Any]
 ) -> tuple[tasks.Task, tuple[int, ...]]:
-    """The task, and the size of its images or of a crop of its scans. `run`: the settings of the checkpoint's run."""
+    """The task, and the size of its images or of a crop of its scans. `run`: the settings of the checkpoint's run.
+
+    With ids for names no case, note or error holds a name of the table's.
+    """
+    ids = ids_of_cases(config, run)
+    try:
+        return _cases(config, model, file, run, ids)
+    except UserError as error:
+        raise UserError(str(error) if ids is None else ids.hide(str(error)), error.code) from error
+
+
+def ids_of_cases(config: CaseSettings, run: Mapping[str, Any]) -> Ids | None:
+    """Ids for the names in the table, where `config` or the run asks for them."""
+    if (config.names or (run.get("data") or {}).get("names")) != "ids":
+        return None
+    return ids_of_run(run, config.names, names_in(Path(config.task)))
+
+
+def _cases(
+    config: CaseSettings, model: Model, file: Path, run: Mapping[str, Any], ids: Ids | None
+) -> tuple[tasks.Task, tuple[int, ...]]:
     check_channels(model, file, config.channels, config.missing)
     if isinstance(model, ImageGPT):
         grid, patch = model.config.grid, model.config.patch
@@ -139,8 +162,9 @@ def labelled_cases(
         model.grid_of(size)
     except ValueError as error:
         raise UserError(f"--size {'x'.join(map(str, size))}: {error}", 2) from error
-    if (ids := ids_of_run(run, config.names)) is not None:
-        task = replace(task, sources=tuple(map(ids.of, task.sources)))
+    if ids is not None:
+        notes = tuple(ids.hide(note) for note in task.notes)
+        task = replace(task, sources=tuple(map(ids.of, task.sources)), notes=notes)
     return task, size
 
 
@@ -177,23 +201,33 @@ def check_channels(model: Any, file: Any, channels: Sequence[str], missing: bool
             )  # fmt: skip
 
 
-def sources_of_pretraining(where: str | None, run: Mapping[str, Any]) -> set[str]:
-    """Source hashes of what the checkpoint was trained on (`where`, else as its run says); says so where they cannot
-    be had."""
+def sources_of_pretraining(config: CaseSettings, run: Mapping[str, Any]) -> set[str]:
+    """Source hashes of what the checkpoint was trained on (--pretraining, else as its run says); says so where they
+    cannot be had."""
+    where, ids = config.pretraining, ids_of_cases(config, run)
     folders = where or (run.get("data") or {}).get("root")
     channels = tuple((run.get("data") or {}).get("channels") or ())
     roots = [Path(part) for part in (folders or "").split(os.pathsep) if part]  # a run may have several
     found: set[str] = set()
     for root in roots:
+        shown = root if ids is None else ids.of(str(root))
         if is_store(root):
-            print(f"note: {root} is a prepared store, which keeps no source files; --pretraining DIR checks for leaks")
+            print(f"note: {shown} is a prepared store, which keeps no source files; --pretraining DIR checks for leaks")
         elif where is None and not root.exists():
-            print(f"note: the checkpoint was trained on {root}, which is not here; --pretraining DIR checks for leaks")
+            print(f"note: the checkpoint was trained on {shown}, which is not here; --pretraining DIR checks for leaks")
         else:
-            found |= tasks.hashes_of(root, partial(bar, what="leak check"), channels)
+            try:
+                found |= tasks.hashes_of(root, partial(bar, what="leak check"), channels)
+            except UserError as error:
+                raise UserError(str(error) if ids is None else _without(root, ids, str(error)), error.code) from error
     if not roots:
         print("note: what the checkpoint was trained on is not known here; --pretraining DIR checks for leaks")
     return found
+
+
+def _without(root: Path, ids: Ids, text: str) -> str:
+    """A message about a folder without its name and those of what lies in it."""
+    return ids.hide(text, " ".join([str(root), *(p.name for p in root.rglob("*"))]))
 
 
 def sha256_of(file: str | Path) -> str:

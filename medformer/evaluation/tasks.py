@@ -478,8 +478,9 @@ def hashes_of(path: Path, progress: Callable[[Any], Any], channels: Sequence[str
     if not path.is_dir():
         raise UserError(f"--pretraining {path}: no such folder, table or .npz", 2)
     found: list[Sequence[str | Path]] = [[p] for p in find_pictures(path)]
-    try:
-        found += [scan.files for scan in find_scans(path).scans]
+    try:  # images too, which have no place in a patient: pictures are there already, page by page
+        scans = find_scans(path, images=True).scans
+        found += [scan.files for scan in scans if not is_picture(scan.files[0])]
     except ScanError as error:
         if not found:
             raise UserError(f"--pretraining {path}: {error}") from error

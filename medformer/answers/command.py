@@ -127,7 +127,7 @@ def _run(argv: list[str]) -> int:
         say(f"  cannot be read: {line}")
     if passed:
         named = ", ".join(Path(one.path).name for one in passed[:5]) + (", ..." if len(passed) > 5 else "")
-        say(f"  passed over, no scans: {named} ({len(passed)} in all, with reasons in {_PASSED})")
+        say(f"  passed over: {named} ({len(passed)} in all, with reasons in {_PASSED})")
     listed = "".join(f"{one.path}: {_said(one.path, one.reason)}\n" for one in passed)
     write_whole(options.out / _PASSED, lambda opened: opened.write(listed.encode()))
     about = {**as_json(model.about), "model": str(file), "scores_are_of": "validation and test cases of fine-tuning"}

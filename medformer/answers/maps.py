@@ -98,7 +98,8 @@ def write_segmentation_object(
     masks = np.stack([labels == i for i in present], -1)[order].astype(np.uint8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # it remarks on names of patients, and prints them
-        made = hd.seg.Segmentation(
+        made = _made(
+            hd.seg.Segmentation,
             source_images=slices, pixel_array=masks, segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
             segment_descriptions=descriptions, series_instance_uid=hd.UID(), series_number=900,
             sop_instance_uid=hd.UID(), instance_number=1, manufacturer="medformer", manufacturer_model_name="medformer",
@@ -107,6 +108,17 @@ def write_segmentation_object(
     path = path.with_name(f"{path.name}.dcm")
     write_whole(path, lambda file: made.save_as(file))
     return path
+
+
+def _made(segmentation: Any, **words: Any) -> Any:
+    """The object; ScanError where highdicom does not take the series, whose headers may hold anything."""
+    try:
+        return segmentation(**words)
+    except Exception as error:
+        text = " ".join(str(error).split())[:120]
+        raise ScanError(
+            f"no DICOM SEG: highdicom cannot make one of this series ({type(error).__name__}: {text})"
+        ) from error
 
 
 def _order(slices: Sequence[Any], volume: Volume) -> list[int]:

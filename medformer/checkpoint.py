@@ -7,6 +7,8 @@ import importlib.util
 import json
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -156,7 +158,21 @@ def _from_hub(name: str) -> Path:
         raise ValueError(f"medformer.load: {name} needs the huggingface_hub package; pip install huggingface_hub")
     from huggingface_hub import hf_hub_download
 
-    return Path(hf_hub_download(f"{owner}/{repository}", file or "model.safetensors"))
+    with fetching("medformer.load", name):
+        return Path(hf_hub_download(f"{owner}/{repository}", file or "model.safetensors"))
+
+
+@contextmanager
+def fetching(caller: str, name: str) -> Iterator[None]:
+    """ValueError, in one line, for whatever huggingface_hub and its network library raise inside."""
+    try:
+        yield
+    except Exception as error:
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{caller}: {name} cannot be fetched ({type(error).__name__}: {said}); check the name, the connection and "
+            "the token, or give a file"
+        ) from error
 
 
 def _config_from(text: str, path: Path, kind: type) -> ModelConfig:

@@ -136,11 +136,21 @@ def _inspect_cases(given: argparse.Namespace) -> int:
     return 0 if found["cases"] and not found["problems"] else 1
 
 
-def _size(text: str) -> tuple[int, int, int]:
+_MODEL = "weights of medformer, the folder of a run or of a fine-tuning, or hf:owner/name"
+
+
+def _sizes(text: str) -> list[int]:
     parts = text.lower().split("x")
-    if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
+    if len(parts) not in (2, 3) or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} must be sizes above 0, for instance 96x96x96")
+    return [int(part) for part in parts]
+
+
+def _size(text: str) -> tuple[int, int, int]:
+    parts = _sizes(text)
+    if len(parts) != 3:
         raise argparse.ArgumentTypeError(f"{text!r} must be three sizes above 0, for instance 96x96x96")
-    return int(parts[0]), int(parts[1]), int(parts[2])
+    return parts[0], parts[1], parts[2]
 
 
 def _doctor(argv: list[str]) -> int:
@@ -164,23 +174,27 @@ def _embed(argv: list[str]) -> int:
     """0: done. 2: an argument or a file that does not fit."""
     import medformer
     from medformer.data import read_volume
+    from medformer.folders import hub_name, model_file, tried
 
     parser = Parser(prog="medformer embed", description=medformer.embed.__doc__,
                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("model", help=".safetensors file that medformer.save wrote")
+    parser.add_argument("model", help=_MODEL)
     parser.add_argument("scan", help="NIfTI file, DICOM folder, ...: whatever read_volume reads")
     parser.add_argument("out", type=Path, help=".npy file for the tokens; grid, affine and class token go to .json")
-    parser.add_argument(
-        "--window", type=lambda text: [int(n) for n in text.split("x")], help="voxels, zyx, as in training: 64x64x64"
-    )
+    parser.add_argument("--window", metavar="ZxYxX", type=_size, help="voxels, as in training: 64x64x64")
     parser.add_argument("--overlap", type=float, default=0.5)
     parser.add_argument("--method", choices=["windows", "one_pass"], default="windows")
     parser.add_argument("--max-memory", default="4 GiB")
     given = parser.parse_args(argv)
+    file = model_file(Path(given.model))
+    tried(given.out.parent, "OUT in")
     try:
-        model: Any = medformer.load(given.model)
+        model: Any = medformer.load(hub_name(file) or file)
+        model, volume = getattr(model, "backbone", model), read_volume(given.scan)  # of a fine-tuned one
+        for note in volume.notes:
+            print(f"note: {note}")
         found = medformer.embed(
-            model, read_volume(given.scan), max_memory=given.max_memory, method=given.method,
+            model, volume, max_memory=given.max_memory, method=given.method,
             window=given.window, overlap=given.overlap, out=given.out,
         )  # fmt: skip
         about = {"grid": found.grid, "affine": found.affine.tolist(), "cls": found.cls.tolist(), "model": given.model}
@@ -196,9 +210,10 @@ def _export(argv: list[str]) -> int:
     """0: done. 2: an argument, a file or a package that does not fit."""
     import medformer
     from medformer.export import TokensOf, export
+    from medformer.folders import hub_name, model_file, tried
 
     parser = Parser(prog="medformer export", description="A model as a file that runs without medformer.")
-    parser.add_argument("model", help=".safetensors file that medformer.save wrote")
+    parser.add_argument("model", help=_MODEL)
     parser.add_argument(
         "--format", choices=["onnx", "pt2", "web"], default="onnx",
         help="web: a page that runs a fine-tuned model in the browser on files dropped there, nothing uploaded",
@@ -206,18 +221,21 @@ def _export(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="default: the model's name with the format's ending; web: a folder")
     parser.add_argument("--runtime", type=Path, help="web: a copy of onnxruntime-web, .tgz or folder [npm fetches it]")
     parser.add_argument(
-        "--size", help="voxels of the example, zyx: 96x96x96; default: as trained, or what the positions are for"
-    )
+        "--size", type=_sizes,
+        help="voxels of the example, zyx: 96x96x96; default: as trained, or what the positions are for",
+    )  # fmt: skip
     parser.add_argument("--dynamic", choices=["size", "batch", "nothing"], default="size",
                         help="what the file leaves open: batch and size, the batch alone, or nothing")  # fmt: skip
     parser.add_argument("--tokens", action="store_true", help="give the class vector and the patch tokens")
     given = parser.parse_args(argv)
     if given.format == "web":
         return _export_web(given)
-    out = given.out or Path(given.model).with_suffix(f".{given.format}")
+    file = model_file(Path(given.model))
+    out = given.out or file.with_suffix(f".{given.format}")
+    tried(out.parent)
     try:
-        size = [int(part) for part in given.size.lower().split("x")] if given.size else None
-        model: Any = medformer.load(given.model)
+        size = given.size
+        model: Any = medformer.load(hub_name(file) or file)
         if size is None and hasattr(model, "about"):  # fine-tuned
             size = list(model.about.size)
         if given.tokens and not hasattr(model, "forward_features"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -195,7 +196,13 @@ def _onnx(model: nn.Module, x: Tensor, axes: Any, path: Path) -> Any:
             f"medformer.export: format='onnx' needs {error.name}; pip install 'medformer[export]'"
         ) from error
     # A small graph, which every runtime reads: no copies of functions that PyTorch would inline.
-    program = _traced(torch.onnx.export, model, (x,), dynamo=True, verbose=False, dynamic_shapes=axes)
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it remarks on operators of torchvision, which no model here has
+    try:
+        program = _traced(torch.onnx.export, model, (x,), dynamo=True, verbose=False, dynamic_shapes=axes)
+    finally:
+        logger.setLevel(level)
     program.save(path)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()

@@ -365,6 +365,16 @@ def test_names_of_files_are_short_and_different():
         (["--lrs=0"], "rates above 0"),
         (["--device=cuda:99"], "no"),
         (["--out=/proc/none/x"], "--out /proc/none/x"),
+        (["--steps=x"], "--steps x must be a whole number; medformer finetune --help-all"),
+        (["--lrs=1e-3,a"], "--lrs a must be a number"),
+        (["--train=all"], "--train all must be whole or fpt or frozen"),
+        (["--dims=4"], "--dims 4 must be 2 or 3"),
+        (["--from_scratch=perhaps"], "--from_scratch perhaps must be true or false"),
+        (["--seed=-1"], "--seed -1 must be at least 0"),
+        (["--missing=true"], "a case of one file lacks none; name several with --channels"),
+        (["--channels=t1,t1"], "--channels t1,t1: t1 is there twice"),
+        (["--max_memory=x"], "--max_memory 'x' must be bytes"),
+        (["--max_memory=1 MiB"], "--max_memory 1 MiB must be at least"),  # before it learns
     ],
 )
 def test_what_is_wrong_is_one_line(flags: list[str], message: str, cases: Path, tmp_path: Path, capsys, start: Any):
@@ -374,6 +384,47 @@ def test_what_is_wrong_is_one_line(flags: list[str], message: str, cases: Path, 
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert message in lines[0]
+
+
+def test_a_folder_where_nothing_was_learned_yet_is_free(cases: Path, start: Any, tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "finetune.json").write_text('{"steps": 77}')
+    settings = {**QUICK, "steps": 1, "checks": 1, "size": [8, 8, 8]}
+    medformer.finetune(start, cases / "classes.csv", out=tmp_path / "out", **settings)
+    with pytest.raises(UserError, match=r"holds another fine-tuning \(steps is 1 there, 2 here\)"):
+        medformer.finetune(start, cases / "classes.csv", out=tmp_path / "out", **{**settings, "steps": 2})
+
+
+def test_memory_that_runs_out_is_one_line(cases: Path, start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(self: Any) -> Any:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 137 GB")
+
+    monkeypatch.setattr(tuning_command._Trainer, "all_rates", full)
+    with pytest.raises(UserError, match=r"--size 8x8x8, --batch_size 4: memory ran out on cpu; take a smaller size"):
+        medformer.finetune(start, cases / "classes.csv", out=tmp_path / "out", **{**QUICK, "size": [8, 8, 8]})
+
+
+def test_folders_stand_for_the_model_in_them(
+    segmenter: Path, cases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Of predict, report and export, and of embed, which takes the backbone of a model with answers."""
+    scan = str(cases / "scan9.nii.gz")
+    assert commands.main(["embed", str(segmenter), scan, str(tmp_path / "t.npy"), "--window", "8x8x8"]) == 0
+    assert np.load(tmp_path / "t.npy").shape[-1] == LITTLE["width"]
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "finetune.json").write_text("{}")
+    for words, message in (
+        (["predict", str(tmp_path / "begun"), scan, "--out", str(tmp_path / "o")], "its fine-tuning is not finished"),
+        (["export", str(tmp_path)], "no model.safetensors, backbone.safetensors, image_gpt.safetensors in this folder"),
+        (["embed", "none", scan, str(tmp_path / "t.npy")], "none: no such file or folder; give weights"),
+        (["embed", str(segmenter), scan, "/proc/none/t.npy"], "OUT in /proc/none: No such file"),
+        (["embed", str(segmenter), scan, "t.npy", "--window", "8x"], "--window: '8x' must be sizes above 0"),
+        (["predict", str(segmenter), "", "--out", str(tmp_path / "o")], "'' names no file"),
+    ):
+        capsys.readouterr()
+        assert commands.main(words) == (1 if "/proc" in message else 2)
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert message in line
 
 
 def test_what_cannot_be_asked_says_so(segmenter: Path, cases: Path, tmp_path: Path, capsys, start: Any):

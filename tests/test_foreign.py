@@ -397,6 +397,19 @@ def test_a_config_next_to_the_file_says_heads_and_epsilon(tmp_path: Path) -> Non
         medformer.load_pretrained(tmp_path)
 
 
+def test_a_repository_that_cannot_be_fetched_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub", reason="the hub needs pip install 'medformer[hub]'")
+
+    def refuse(*args: Any) -> bool:
+        raise ConnectionError("[Errno -2] Name or service\n not known")
+
+    monkeypatch.setattr(hub, "file_exists", refuse)
+    monkeypatch.setattr(hub, "hf_hub_download", refuse)
+    for load in (medformer.load_pretrained, medformer.load):
+        with pytest.raises(ValueError, match=r"hf:no/thing cannot be fetched \(ConnectionError: .* not known\); check"):
+            load("hf:no/thing")
+
+
 def test_a_repository_of_the_hub_is_read_with_its_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = pytest.importorskip("huggingface_hub", reason="the hub needs pip install 'medformer[hub]'")
     safetensors.torch.save_file(state_of("vit (dino)"), tmp_path / "model.safetensors")

@@ -36,7 +36,7 @@ from medformer.data.walking import NOWHERE, Skipped, walk
 from medformer.errors import Parser, UserError, complain, exit_code
 from medformer.evaluation.setup import device_of
 from medformer.files import byte_count, write_whole
-from medformer.folders import tried
+from medformer.folders import hub_name, model_file, tried
 
 __all__ = ["Inputs", "Item", "inputs_of", "load_answers", "main"]
 
@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", type=Path, help="model.safetensors of medformer finetune, or the folder with it")
     parser.add_argument(
-        "inputs", nargs="+", type=Path, metavar="INPUT",
+        "inputs", nargs="+", type=_named, metavar="INPUT",
         help="scan, picture, DICOM folder, zip, folder of any of these, or a .csv with the column path (or the "
         "model's channels)",
     )  # fmt: skip
@@ -90,17 +90,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _named(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("'' names no file; give a scan, a folder or a table")
+    return Path(text)
+
+
 def load_answers(path: Path) -> tuple[Finetuned, Path]:
     """A fine-tuned model and its file; UserError where it is none."""
-    file = path / "model.safetensors" if path.is_dir() else path
+    file = model_file(path)
     try:
-        model = medformer.load(file)
+        model = medformer.load(hub_name(file) or file)
     except (FileNotFoundError, ValueError) as error:
-        raise UserError(str(error), 2) from error
+        raise UserError(str(error).removeprefix("medformer.load: "), 2) from error
     if not isinstance(model, Finetuned):
         raise UserError(
             f"{file} is a {type(model).__name__} without a head, which has no answers; "
-            f"medformer finetune {file} --task cases.csv teaches it some", 2,
+            f"medformer finetune {path} --task cases.csv teaches it some", 2,
         )  # fmt: skip
     return model, file
 
@@ -122,7 +128,7 @@ def _run(argv: list[str]) -> int:
     items, passed = inputs.items, inputs.passed
     refused = [item for item in items if item.read is None]
     scores, held_out = shown_scores(model.about.scores.get("test", {})), model.about.cases["test"]
-    say(f"{len(items)} scans; {model.about.task}: test {scores} ({held_out} cases)")
+    say(f"{len(items)} scan{'s' * (len(items) != 1)}; {model.about.task}: test {scores} ({held_out} cases)")
     for line in _listed([f"{item.source}: {_said(item.source, item.reason)}" for item in refused]):
         say(f"  cannot be read: {line}")
     if passed:
@@ -342,7 +348,7 @@ def _items(path: Path, model: Finetuned, modality: str | None, passed: list[Skip
         try:
             rows = read_cases(path, about.channels, about.missing)
         except ScanError as error:
-            raise UserError(f"{path}: {error}") from error
+            raise UserError(f"{path}: {str(error).removeprefix(f'{path.name}: ')}") from error
         for name, files in rows:
             if isinstance(files, ScanError):
                 yield Item(name=name, source=name, reason=str(files))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from medformer.files import byte_count
+
 __all__ = ["SCALES", "FinetuneConfig"]
 
 SCALES = {
@@ -82,6 +84,19 @@ class FinetuneConfig:
                 raise ValueError(f"--{name} {value} must be at least 1")
         if any(value < 1 for value in self.size):
             raise ValueError(f"--size {self.size} must be whole numbers of at least 1")
+        if self.seed < 0 or self.split_seed < 0:
+            name = "seed" if self.seed < 0 else "split_seed"
+            raise ValueError(f"--{name} {getattr(self, name)} must be at least 0")
+        for name in ("channels", "class_names", "labels"):
+            given = getattr(self, name)
+            if twice := [one for i, one in enumerate(given) if one in given[:i]]:
+                raise ValueError(f"--{name} {','.join(given)}: {twice[0]} is there twice; name each once")
+        if self.missing and len(self.channels) < 2:
+            raise ValueError("--missing true: a case of one file lacks none; name several with --channels")
+        try:
+            byte_count(self.max_memory)
+        except ValueError as error:
+            raise ValueError(f"--max_memory {error}") from error
         if self.lrs is not None and (not self.lrs or min(self.lrs) <= 0):
             raise ValueError(f"--lrs {self.lrs} must be one or more rates above 0")
         if not 0 <= self.overlap < 1:

@@ -34,6 +34,7 @@ import medformer
 from medformer.answers import results
 from medformer.answers.config import SCALES, FinetuneConfig
 from medformer.answers.model import About, Finetuned, network_of, save_finetuned
+from medformer.answers.predict import least_memory
 from medformer.channels import with_channels
 from medformer.errors import UserError, exit_code
 from medformer.evaluation import dense, probes, scores, tasks, tuning
@@ -47,8 +48,8 @@ from medformer.evaluation.setup import (
     sources_of_pretraining,
 )  # fmt: skip
 from medformer.evaluation.trials import bar
-from medformer.files import write_whole
-from medformer.folders import tried
+from medformer.files import byte_count, write_whole
+from medformer.folders import hub_name, tried
 from medformer.models import ImageGPT, Model, as_saved
 
 __all__ = ["finetune", "main"]
@@ -147,11 +148,21 @@ def _tuned(given: Path | Model, config: FinetuneConfig, device: torch.device, le
         counts = ", ".join(f"{n} {s}" for s, n in about.cases.items())
         print(
             f"{task.name}: {task.kind}, {', '.join(task.names[:8])}; {counts}"
-            f" cases; {about.method}{' from scratch' if about.scratch else ''}, {config.steps} steps of "
-            f"{config.batch_size} at most, {len(config.lrs or [])} learning rates, {config.precision} on {device}"
+            f" cases; {about.method}{' from scratch' if about.scratch else ''}, {_counted(config.steps, 'step')} of "
+            f"{config.batch_size} at most, {_counted(len(config.lrs or []), 'learning rate')}, {config.precision} on "
+            f"{device}"
         )
     trainer = _Trainer(model.to(device), task, size, config, about, out, lead, mine)
-    best = trainer.all_rates()
+    try:
+        _room(trainer, task, config)  # before hours of training
+        best = trainer.all_rates()
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+            raise
+        raise UserError(
+            f"--size {'x'.join(map(str, size))}, --batch_size {config.batch_size}: memory ran out on {device}; take a "
+            "smaller size, batch or model"
+        ) from error
     network = trainer.network()
     network.load_state_dict(best["network"])
     answer = Finetuned(network.eval(), about)
@@ -198,14 +209,32 @@ def _load(given: Path | Model, config: FinetuneConfig) -> tuple[Model, Path, dic
         return getattr(medformer, str(given))(), given, {}
     if given.is_dir():
         return probes.load_model(given)
-    name = str(given).replace("hf:/", "hf:", 1) if str(given).startswith("hf:/") else str(given)
     try:
-        model = medformer.load_pretrained(name, config.layout, dims=config.dims)
+        model = medformer.load_pretrained(hub_name(given) or given, config.layout, dims=config.dims)
     except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"{error}; give the folder of a run, its backbone.safetensors, or public weights", 2) from error
+        said = str(error).removeprefix("medformer.load_pretrained: ").removeprefix("medformer.load: ")
+        raise UserError(f"{said}; give the folder of a run, its backbone.safetensors, or public weights", 2) from error
     model = getattr(model, "backbone", model)  # of one that was fine-tuned
     beside = given.parent / "config.yaml"
     return model, given, (yaml.safe_load(beside.read_text()) or {}) if beside.is_file() else {}
+
+
+def _room(trainer: _Trainer, task: tasks.Task, config: FinetuneConfig) -> None:
+    """UserError where the held-out scan with the most voxels cannot be segmented in --max_memory."""
+    held_out = [task.seen[i].shape for split in results.SPLITS for i in task.where(split)] if task.seen else []
+    if not trainer.about.dense or not held_out:
+        return
+    shape = max(held_out, key=math.prod)
+    least = least_memory(Finetuned(trainer.network().eval(), trainer.about), shape, run=trainer.run)
+    if byte_count(config.max_memory) < least:
+        raise UserError(
+            f"--max_memory {config.max_memory} must be at least {-(-least // 2**20)} MiB for the held-out scan of "
+            f"{'x'.join(map(str, shape))} voxels (zyx); give more, or a smaller --size", 2,
+        )  # fmt: skip
+
+
+def _counted(number: int | None, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _called(file: Path) -> str:
@@ -234,7 +263,10 @@ def _named(task: tasks.Task, config: FinetuneConfig) -> tasks.Task:
     if not config.class_names:
         return task
     if task.kind != "segmentation":
-        raise UserError(f"--class_names {','.join(config.class_names)}: the table names the classes of {task.kind}", 2)
+        raise UserError(
+            f"--class_names {','.join(config.class_names)}: names structures of label maps, and the task is "
+            f"{task.kind}, which the table names; leave it out", 2,
+        )  # fmt: skip
     if len(config.class_names) != len(task.names):
         raise UserError(
             f"--class_names {','.join(config.class_names)}: {len(config.class_names)} names for {len(task.names)} "
@@ -289,7 +321,8 @@ def _claim(out: Path, config: FinetuneConfig, model: Model, file: Path | None, t
     mine = json.loads(json.dumps(mine))  # as it is read again, tuples as lists
     claim = out / _CLAIM
     if claim.exists():
-        if other := difference(mine, json.loads(claim.read_text())):
+        begun = any((out / name).exists() for name in (_STATE, "model.safetensors"))
+        if begun and (other := difference(mine, json.loads(claim.read_text()))):  # one that learned nothing yet goes
             raise UserError(f"--out {out} holds another fine-tuning ({other}); give another --out", 2)
         if (out / "model.safetensors").exists():
             raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from medformer.evaluation.probes import probabilities as shares
 from medformer.files import byte_count
 from medformer.windows import AIR, blended, blended_bytes, live_bytes
 
-__all__ = ["Prediction", "far_from_training", "predict"]
+__all__ = ["Prediction", "far_from_training", "least_memory", "predict"]
 
 _FAR = 1.5  # times beyond the spacings of training
 _BATCH = 16  # windows at a time, at most
@@ -191,7 +192,7 @@ def _segment(
         return out
 
     unit = _unit(model, len(case), run)
-    fixed = 48 * _MIB + blended_bytes(size, about.size, outputs) + grid.voxels.size * (1 + 4 * outputs * keep) + moved
+    fixed = _fixed(about, grid.shape, dims, keep) + moved
     if budget < fixed + unit:
         raise ValueError(
             f"predict: max_memory={-(-budget // _MIB)} MiB must be at least {-(-(fixed + unit) // _MIB)} MiB for a "
@@ -209,6 +210,18 @@ def _segment(
         if shares_into is not None:
             shares_into[:, z] = plane.softmax(0).cpu().numpy()
     return labels, each
+
+
+def _fixed(about: About, shape: Sequence[int], dims: int, keep: bool) -> int:
+    """Bytes that a scan of `shape` (Z, Y, X) takes besides its windows."""
+    outputs, size = 1 + len(about.names), shape[3 - dims :]
+    return 48 * _MIB + blended_bytes(size, about.size, outputs) + math.prod(shape) * (1 + 4 * outputs * keep)
+
+
+def least_memory(model: Finetuned, shape: Sequence[int], *, run: Any, probabilities: bool = False) -> int:
+    """The smallest `max_memory` of `predict`, in bytes, for a scan of `shape` (Z, Y, X) on one grid. run: the context
+    of the network."""
+    return _fixed(model.about, shape, model.config.dims, probabilities) + _unit(model, model.about.count, run)
 
 
 def _unit(model: Finetuned, channels: int, run: Any) -> int:

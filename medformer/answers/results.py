@@ -290,7 +290,7 @@ A medformer {type(model.backbone).__name__} with its head, {counted:,} parameter
 {chr(10).join(table)}
 {each}
 Mean [95% interval by bootstrap over {summary["unit"]}]. The validation cases chose the learning rate and the step, so
-their scores are a little too good; the test cases chose nothing.
+their scores are a little too good; the test cases chose nothing. Below 5 patients there is no interval.
 
 ## Use
 
@@ -327,7 +327,9 @@ def closing(model: Finetuned, task: tasks.Task, out: Path, config: FinetuneConfi
     """What came out, and the commands that come next."""
     about = model.about
     for split, called in SPLITS.items():
-        print(f"{called}: {shown_scores(about.scores.get(split, {}))} ({about.cases[split]} cases)")
+        found = about.scores.get(split, {})
+        few = ", too few patients for intervals" if all(value.get("low") is None for value in found.values()) else ""
+        print(f"{called}: {shown_scores(found)} ({about.cases[split]} cases{few})")
     maps = "  maps/" if about.dense and (out / "maps").is_dir() else ""
     print(f"{out}/  model.safetensors  model.md  scores.json  predictions.csv  curves.png{maps}")
     scan = "SCAN"

@@ -93,7 +93,22 @@ def parse_command(
     except Exception as error:
         # jsonargparse raises many types for wrong flags.
         message = re.sub(r'Parser key "([^"]+)":\s*', r"--\1: ", str(error))
-        raise UserError(f"{message}; {parser.prog} {ALL} lists all flags", 2) from error
+        raise UserError(f"{_plainly(message)}; {parser.prog} {ALL} lists all flags", 2) from error
+
+
+_WANTED = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+
+
+def _plainly(message: str) -> str:
+    """jsonargparse's words for a value of the wrong type, as: --steps x must be a whole number."""
+    flag = re.match(r"(--\w+): ", message)
+    value = re.search(r"Got value: (.*)", message) or re.search(r"Given value: (.*)", message)
+    found = re.findall(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[([^\]]*)\])", message)
+    if flag is None or value is None or not found:
+        return message
+    words = [_WANTED.get(name, name) if name else re.sub(", ", " or ", choices.replace("'", ""))
+             for name, choices in found if name != "NoneType"]  # fmt: skip
+    return f"{flag[1]} {value[1].partition(' - ')[0].strip()} must be {' or '.join(dict.fromkeys(words))}"
 
 
 def as_list(word: str) -> str:
@@ -157,7 +172,12 @@ def _cases(
     if task.kind != "segmentation":
         size = tuple(task.images[0].shape[1:])
     elif len(size) != dims:
-        raise UserError(f"--size must give the {dims} voxels (zyx) of a crop: {file} has no config.yaml next to it", 2)
+        if config.size:
+            given = "x".join(map(str, size))
+            raise UserError(
+                f"--size {given} must be the {dims} voxels (zyx) of a crop, as in {'x'.join(['32'] * dims)}", 2
+            )
+        raise UserError(f"{file} has no config.yaml next to it; give --size, the {dims} voxels (zyx) of a crop", 2)
     try:
         model.grid_of(size)
     except ValueError as error:

@@ -269,7 +269,8 @@ def _read_csv(
         except WrongAxes as error:
             raise UserError(f"--task {path}: row {table.lines[i]}: {error}", 2) from error
         except (ScanError, OSError) as error:
-            raise UserError(f"--task {path}: row {table.lines[i]}: {error}") from error
+            said = str(error).removeprefix("read_volume: ")
+            raise UserError(f"--task {path}: row {table.lines[i]}: {said}") from error
         changes = dict.fromkeys(note for volume in case if volume is not None for note in volume.notes)
         remarks.append(nameless(changes))
         images.append(image)

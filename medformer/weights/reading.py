@@ -24,6 +24,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from medformer.checkpoint import fetching
+
 __all__ = ["Source", "Weights", "open_weights"]
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | nn.Module
@@ -184,9 +186,10 @@ def _from_hub(caller: str, name: str) -> Path:
     except ModuleNotFoundError:
         raise ValueError(f"{caller}: {name} needs huggingface_hub; pip install 'medformer[hub]'") from None
     repository = f"{owner}/{repository}"
-    if huggingface_hub.file_exists(repository, "config.json"):
-        huggingface_hub.hf_hub_download(repository, "config.json")
-    return Path(huggingface_hub.hf_hub_download(repository, file or "model.safetensors"))
+    with fetching(caller, name):
+        if huggingface_hub.file_exists(repository, "config.json"):
+            huggingface_hub.hf_hub_download(repository, "config.json")
+        return Path(huggingface_hub.hf_hub_download(repository, file or "model.safetensors"))
 
 
 def _flatten(found: Any, prefix: str, into: dict[str, Tensor]) -> None:

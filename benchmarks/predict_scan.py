@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/predict_scan.py --scan CT.nii.gz --shape 300x512x512 --max-memory "1 GiB"
 
 The scan is a CT stretched onto the grid (without --scan a phantom), the segmenter a transformer with the dense head and
-fresh weights: neither time nor memory depends on what it learned. Four processes, one after the other: the command
-itself, watched with all its children; one that only holds model and scan; the network alone over windows of the same
-number, size and batches; and, with --drop, nothing of it is left in --work. Times are processor time of all threads,
-since the machine may be shared; `network` is that of the network inside the command, in the same minutes.
+fresh weights: neither time nor memory depends on what it learned. Processes of their own, one after the other: what
+holds model and scan and nothing else; the command, watched with all its children; with --bare the network alone, over
+as many windows in the same batches. Times are processor time of all threads, since the machine may be shared;
+`network_s` is that of the network inside the command: the same windows in the same minutes.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def _predict(model: Path, scans: list[Path], out: Path, limit: str) -> dict[str,
     def timed(self: Finetuned, x: torch.Tensor) -> torch.Tensor:
         began = time.thread_time()
         found = forward(self, x)
-        spent[0] += time.thread_time() - began
+        if batches:  # the first call measures the memory of a window
+            spent[0] += time.thread_time() - began
         batches.append(len(x))
         return found
 
@@ -82,17 +83,17 @@ def _predict(model: Path, scans: list[Path], out: Path, limit: str) -> dict[str,
     assert code == 0, code
     with open(out / "predictions.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    return {"command_s": spent_all, "network_s": spent[0], "batches": batches[1:], "wall_s": sum(float(r["seconds"]) for r in rows)}
+    assert all(row["status"] == "ok" for row in rows), rows
+    return {"command_s": spent_all, "network_s": spent[0], "batches": batches[1:]}
 
 
 def _hold(model: Path, scan: Path) -> dict[str, Any]:
-    """In a process of its own: what the command has loaded before it asks, with model and scan."""
+    """In a process of its own: what is resident once the command is loaded, with model and scan."""
     from medformer.answers import command
 
     kept = command.load_answers(model), read_volume(scan, canonical=False)
     gc.collect()
-    return {"held": _resident(os.getpid()), "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            "kept": len(kept)}  # fmt: skip
+    return {"held": _resident(os.getpid()), "kept": len(kept)}
 
 
 def _bare(model: Path, batches: list[int]) -> dict[str, Any]:
@@ -123,7 +124,8 @@ def _resident(pid: int) -> int:
 
 def _child(what: str, words: dict[str, Any]) -> tuple[dict[str, Any], int]:
     """What a process of its own found, and the most that it and its children held at once, in bytes."""
-    program = f"import json, predict_scan as p; print('FOUND', json.dumps(p.{what}(**p.taken({json.dumps(json.dumps(words))}))))"
+    asked = json.dumps(json.dumps(words))
+    program = f"import json, predict_scan as p; print('FOUND', json.dumps(p.{what}(**p.taken({asked}))))"
     with tempfile.TemporaryFile("w+") as said:
         child = subprocess.Popen([sys.executable, "-c", program], stdout=said, cwd=Path(__file__).parent)
         most = 0
@@ -158,18 +160,18 @@ def measure(work: Path, options: argparse.Namespace) -> dict[str, Any]:
         "shape": list(options.shape), "scans": len(scans), "window": list(options.window), "overlap": options.overlap,
         "windows": sum(said["batches"]), "batch": max(said["batches"]), "max_memory": options.max_memory,
         "peak_mib": round(peak / _MIB), "model_and_scan_mib": round(held["held"] / _MIB),
-        "beyond_mib": round((peak - held["held"]) / _MIB), "command_s": round(said["command_s"], 1),
-        "network_s": round(said["network_s"], 1), "over_network": round(said["command_s"] / said["network_s"], 3),
+        "beyond_mib": round((peak - held["held"]) / _MIB), "command_s": round(said["command_s"], 3),
+        "network_s": round(said["network_s"], 3), "over_network": round(said["command_s"] / said["network_s"], 3),
     }  # fmt: skip
     print(json.dumps(found), flush=True)
     if options.bare:
         bare, _ = _child("_bare", {"model": str(model), "batches": said["batches"]})
         found |= {"bare_s": round(bare["bare_s"], 1), "over_bare": round(said["command_s"] / bare["bare_s"], 3)}
-    assert math_of(options.shape, options.window, options.overlap) * len(scans) == found["windows"]
+    assert windows_of(options.shape, options.window, options.overlap) * len(scans) == found["windows"]
     return found | environment()
 
 
-def math_of(shape: tuple[int, ...], window: tuple[int, ...], overlap: float) -> int:
+def windows_of(shape: tuple[int, ...], window: tuple[int, ...], overlap: float) -> int:
     """Windows of a scan."""
     return int(np.prod([len(starts_of(max(n, w), w, overlap)) for n, w in zip(shape, window, strict=True)]))
 

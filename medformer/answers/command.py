@@ -78,7 +78,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="folder for predictions.csv and label maps")
     parser.add_argument("--probabilities", action="store_true", help="also those of every voxel, as a 4D NIfTI")
     parser.add_argument(
-        "--max-memory", "--max_memory", default="4 GiB", help="for a scan beyond model and voxels [4 GiB]"
+        "--max-memory",
+        "--max_memory",
+        default="4 GiB",
+        help="for a scan beyond model and voxels; the next scan is read and the last one written meanwhile [4 GiB]",
     )
     parser.add_argument("--modality", help="what scans are whose format does not say, e.g. CT or MR")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")

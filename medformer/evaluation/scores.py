@@ -7,6 +7,7 @@ cases, C classes or labels, R resamples.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -94,7 +95,9 @@ def weighted(metric: str, predictions: np.ndarray, truth: np.ndarray, weights: n
             with np.errstate(invalid="ignore", divide="ignore"):
                 parts = [w[:, is_c & right].sum(1) / w[:, is_c].sum(1) for is_c, right in recall]
             columns.append(np.mean(parts, axis=0))
-    return np.nanmean(columns, axis=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a resample in which no class can be scored is NaN
+        return np.nanmean(columns, axis=0)
 
 
 def _of_numbers(metric: str, guess: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> np.ndarray:

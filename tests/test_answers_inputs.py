@@ -18,9 +18,11 @@ import torch
 from PIL import Image
 
 import medformer
+from medformer import commands
 from medformer.answers import command
 from medformer.answers.model import About, Finetuned, network_of, save_finetuned
-from medformer.data import ScanError, Volume, make_phantom, write_dicom_series
+from medformer.data import ScanError, Volume, make_phantom, read_volume, write_dicom_series
+from medformer.evaluation import tasks
 
 LITTLE: dict[str, Any] = {"width": 24, "depth": 1, "heads": 2, "patch_size": 4, "patch_stride": 4, "patch_padding": 0,
                           "attention": "softmax"}  # fmt: skip
@@ -71,6 +73,7 @@ def a_mess(root: Path) -> Path:
     zipfile.ZipFile(root / "emptied.zip", "w").close()
     (root / "cut.zip").write_bytes((root / "inner.zip").read_bytes()[:3000])
     (root / "old.tar").write_bytes(b"\0" * 257 + b"ustar" + b"\0" * 250)
+    shutil.copy(root / "inner.zip", root / "letter.docx")  # a zip, as all of that kind
     (root / "modality.txt").write_text("CT")
     (root / "dead.nii.gz").symlink_to(root / "nowhere.nii.gz")
     (root / "again.nii.gz").symlink_to(root / "scan.nii.gz")
@@ -98,7 +101,7 @@ BROKEN = {
     "outer.zip/inner.zip": "a zip inside a zip", "old.tar": "an archive, which is not searched",
     "dead.nii.gz": "link to nothing",
 }  # fmt: skip
-PASSED = {"notes.txt": "not a scan", "inner.zip/notes.txt": "not a scan", "._scan.nii.gz": "not a scan",
+PASSED = {"notes.txt": "not a scan", "letter.docx": "not a scan", "inner.zip/notes.txt": "not a scan", "._scan.nii.gz": "not a scan",
           "again.nii.gz": "links to a file that is here already", "looped": "links to series, already searched",
           ".hidden": "hidden folder, not searched"}  # fmt: skip
 
@@ -270,6 +273,24 @@ def test_labels_of_two_axes_are_counted_alike(models: dict[int, Path], tmp_path:
     for row in rows.values():
         with Image.open(tmp_path / "out" / row["map"]) as image:
             assert int(row["voxels_a"]) == int((np.asarray(image) == 1).sum())
+
+
+def test_pictures_beside_a_series_are_named_where_its_folder_is_read(
+    models: dict[int, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """By read_volume, and so by embed and the page; by a table of cases as a count."""
+    rows = ["path,label,split"]
+    for i in range(6):
+        write_dicom_series(phantom(i), tmp_path / f"s{i}", patient_id=str(i))
+        Image.fromarray(GREY).save(tmp_path / f"s{i}" / "photo.png")
+        rows.append(f"s{i},{'ab'[i % 2]},{('train', 'val', 'test')[i // 2]}")
+    left = "photo.png: a picture without a place in a patient; find_scans(images=True) lists it"
+    assert f"left out: {left}" in read_volume(tmp_path / "s0").notes
+    (tmp_path / "cases.csv").write_text("\n".join(rows))
+    task = tasks.read_task(tmp_path / "cases.csv", 3, (8, 8, 8), 0, list)
+    assert "6 of 6 images: files in its folder left out, which are no part of the scan" in task.notes
+    assert commands.main(["embed", str(models[3]), str(tmp_path / "s0"), str(tmp_path / "t.npy")]) == 0
+    assert f"note: left out: {left}" in capsys.readouterr().out
 
 
 def test_a_file_that_cannot_be_opened_is_a_row(models: dict[int, Path], tmp_path: Path):

@@ -404,7 +404,7 @@ def _inside(
     for skipped in index.skipped:
         file = Path(skipped.path)
         source, reason = f"{path}/{file.name}" if zipped else skipped.path, skipped.reason
-        again = file.is_file() and _zipped(file)
+        again = is_archive(skipped.path) and _zipped(file)  # .docx and .npz are zips too
         pages = pages_of(file) if dims == 2 and file.is_file() and is_picture(file) else []
         count += 1
         if again and not zipped:
@@ -451,8 +451,11 @@ def _place(root: Path, scan: Scan) -> str:
 
 
 def _zipped(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return sniff_zip(file.read(4))
+    try:
+        with open(path, "rb") as file:
+            return sniff_zip(file.read(4))
+    except OSError:  # reading it says why
+        return False
 
 
 def _of_files(name: str, files: tuple[Path | None, ...], dims: int, about: About, shown: str | None = None) -> Item:

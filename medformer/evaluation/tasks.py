@@ -272,7 +272,9 @@ def _read_csv(
             said = str(error).removeprefix("read_volume: ")
             raise UserError(f"--task {path}: row {table.lines[i]}: {said}") from error
         changes = dict.fromkeys(note for volume in case if volume is not None for note in volume.notes)
-        remarks.append(nameless(changes))
+        kept = nameless(changes)
+        beside = ["files in its folder left out, which are no part of the scan"] if len(kept) < len(changes) else []
+        remarks.append([*kept, *beside])
         images.append(image)
         targets.append(target)
         seen.append(_seen(first(case)))

@@ -101,9 +101,9 @@ BROKEN = {
     "outer.zip/inner.zip": "a zip inside a zip", "old.tar": "an archive, which is not searched",
     "dead.nii.gz": "link to nothing",
 }  # fmt: skip
-PASSED = {"notes.txt": "not a scan", "letter.docx": "not a scan", "inner.zip/notes.txt": "not a scan", "._scan.nii.gz": "not a scan",
-          "again.nii.gz": "links to a file that is here already", "looped": "links to series, already searched",
-          ".hidden": "hidden folder, not searched"}  # fmt: skip
+PASSED = {"notes.txt": "not a scan", "letter.docx": "not a scan", "inner.zip/notes.txt": "not a scan",
+          "._scan.nii.gz": "not a scan", "again.nii.gz": "links to a file that is here already",
+          "looped": "links to series, already searched", ".hidden": "hidden folder, not searched"}  # fmt: skip
 
 
 @pytest.mark.parametrize("dims", [2, 3])

@@ -104,10 +104,10 @@ def _plainly(message: str) -> str:
     flag = re.match(r"(--\w+): ", message)
     value = re.search(r"Got value: (.*)", message) or re.search(r"Given value: (.*)", message)
     found = re.findall(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[([^\]]*)\])", message)
-    if flag is None or value is None or not found:
-        return message
-    words = [_WANTED.get(name, name) if name else re.sub(", ", " or ", choices.replace("'", ""))
+    words = [_WANTED.get(str(name), str(name)) if name else str(choices).replace("'", "").replace(", ", " or ")
              for name, choices in found if name != "NoneType"]  # fmt: skip
+    if flag is None or value is None or not words:
+        return message
     return f"{flag[1]} {value[1].partition(' - ')[0].strip()} must be {' or '.join(dict.fromkeys(words))}"
 
 

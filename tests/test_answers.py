@@ -372,7 +372,7 @@ def test_names_of_files_are_short_and_different():
         (["--from_scratch=perhaps"], "--from_scratch perhaps must be true or false"),
         (["--seed=-1"], "--seed -1 must be at least 0"),
         (["--missing=true"], "a case of one file lacks none; name several with --channels"),
-        (["--channels=t1,t1"], "--channels t1,t1: t1 is there twice"),
+        (["--class_names=a,a"], "--class_names a,a: a is there twice"),
         (["--max_memory=x"], "--max_memory 'x' must be bytes"),
         (["--max_memory=1 MiB"], "--max_memory 1 MiB must be at least"),  # before it learns
     ],

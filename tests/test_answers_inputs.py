@@ -293,6 +293,24 @@ def test_pictures_beside_a_series_are_named_where_its_folder_is_read(
     assert f"note: left out: {left}" in capsys.readouterr().out
 
 
+def test_files_beside_the_channels_of_a_case_are_passed_over_by_name(tmp_path: Path):
+    torch.manual_seed(0)
+    about = About(task="t", kind="segmentation", names=("a",), size=(8,) * 3, cases={"test": 3}, channels=("t1", "t2"))
+    model = tmp_path / "two.safetensors"
+    save_finetuned(Finetuned(network_of(medformer.tiny_3d(**LITTLE, in_channels=2), about), about), model)
+    for name in ("p1/t1", "p1/t2", "p1/mask", "p2/t1", "other/scan"):
+        path = tmp_path / "in" / f"{name}.nii.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        phantom().save(path)
+    (tmp_path / "in" / "notes.txt").write_text("x")
+    code, rows, passed = ask(model, tmp_path / "out", tmp_path / "in")
+    assert code == 1
+    assert sorted((Path(row["name"]).name, row["status"]) for row in rows.values()) == [("p1", "ok"), ("p2", "failed")]
+    assert {Path(name).name: reason for name, reason in passed.items()} == dict.fromkeys(
+        ("mask.nii.gz", "scan.nii.gz", "notes.txt"), "fits no channel of a case"
+    )
+
+
 def test_a_file_that_cannot_be_opened_is_a_row(models: dict[int, Path], tmp_path: Path):
     (tmp_path / "in").mkdir()
     phantom().save(tmp_path / "in" / "locked.nii")

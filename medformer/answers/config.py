@@ -87,7 +87,7 @@ class FinetuneConfig:
         if self.seed < 0 or self.split_seed < 0:
             name = "seed" if self.seed < 0 else "split_seed"
             raise ValueError(f"--{name} {getattr(self, name)} must be at least 0")
-        for name in ("channels", "class_names", "labels"):
+        for name in ("class_names", "labels"):
             given = getattr(self, name)
             if twice := [one for i, one in enumerate(given) if one in given[:i]]:
                 raise ValueError(f"--{name} {','.join(given)}: {twice[0]} is there twice; name each once")

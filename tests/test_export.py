@@ -288,4 +288,4 @@ def test_the_command_exports_a_saved_model(tmp_path: Path, capsys: pytest.Captur
     assert cls.shape == (3, 24)
     assert patches.shape == (3, 20, 24)
     assert main(["export", str(tmp_path / "none.safetensors")]) == 2
-    assert "none.safetensors is not a file" in capsys.readouterr().err
+    assert "none.safetensors: no such file or folder" in capsys.readouterr().err

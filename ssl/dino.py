@@ -39,7 +39,7 @@ class DinoConfig:
     """DINO's head, temperatures and teacher. In brackets: the paper's value for batch 1024 on ImageNet."""
 
     prototypes: int = 1024
-    """K, outputs of the head [65536]. 2 or more; the loss starts at ln K."""
+    """K, outputs of the head [65536]. 2 or more; the loss of the class token starts at ln K."""
     hidden: int = 256
     """Width of the head's two hidden layers [2048]."""
     bottleneck: int = 256
@@ -214,7 +214,10 @@ class Dino(nn.Module):
 
     @property
     def summary(self) -> str:
-        return f"the loss starts at ln K = {math.log(self.config.prototypes):.3f}"
+        ln_k, patches = math.log(self.config.prototypes), self.config.masked_patches
+        more = [f"{patches:g} times as much of masked patches"] if patches else []
+        more += ["KoLeo"] if self.config.koleo else []
+        return f"the loss starts at ln K = {ln_k:.3f}" + (f", plus {' and '.join(more)}" if more else "")
 
     def teacher_temp(self, step: int) -> float:
         c = self.config

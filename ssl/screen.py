@@ -150,9 +150,10 @@ def list_skipped(skipped: list[tuple[str, str]], run: Path, say: Callable[[str],
 
 def closing(
     run: Path, steps: int, weights: str, picture: str | None, best: str | None, say: Callable[[str], None],
-    channels: str = "",
+    channels: str = "", builtin: bool = False,
 ) -> None:  # fmt: skip
     """What the run left, and what to do with it. channels: flags that say what a case is."""
+    own = "\n  on your own scans     medformer pretrain --data.root DIR" if builtin else ""
     backbone = weights == "backbone.safetensors"
     what = "weights of the backbone" if backbone else "weights and codebook"
     shows = "where the class token looks in a scan" if backbone else "scans, the half that was shown, completions"
@@ -164,8 +165,7 @@ def closing(
   config.yaml           every setting, ready for --config
   metrics.jsonl         one line a step; tensorboard/ has the same
   checkpoints/          the newest, to go on from
-Next:
-  on your own scans     medformer pretrain --data.root DIR
+Next:{own}
   does it help          medformer evaluate {run} --task cases.csv{channels}
   teach it answers      medformer finetune {run} --task cases.csv{channels}
   what it sees          medformer report {run} {"CASE" if channels else "SCAN"}

@@ -216,7 +216,8 @@ def _finish(loop: Loop, run: Path, whole: bool) -> None:
         print(f"loss {loop.loss:.3f} at the end; {method.summary}")
     best = _save_best(config, run, method)
     channels = flags_of(config.data.channels, config.data.missing)
-    screen.closing(run, config.steps, weights, picture.name if drawn else None, best, print, channels)
+    builtin = config.data.root is None
+    screen.closing(run, config.steps, weights, picture.name if drawn else None, best, print, channels, builtin)
 
 
 def _save_best(config: TrainConfig, run: Path, method: methods.Method) -> str | None:

@@ -8,6 +8,11 @@ patch: half of it names a key, the other half a value. Four times as many querie
 at its own token, by one of 16 values, from a pair that lies at least `--distance` of the side away. The bed counts
 where exact attention answers more than 95%.
 
+All empty places are the same token, and this network has no positions. `--distinct` therefore shows one of them, which
+attention counts as often as it is there: the same answers and gradients (tests/test_quality_at_length.py) at a cost
+that does not grow with the side. Only for kinds that do not look at places; its seconds say nothing. There `--read`
+hides keys, to see which of them are in the way, and `--swap` asks trained softmax networks once more, by FAVOR+.
+
 The same network (width, depth, steps, examples) for every kind; the rate is the best of `--rates` on validation
 volumes of the first seed. Accuracy is on fresh volumes, seed by seed. Every finished run is one line of `--out`,
 and runs that are there are not made again.
@@ -29,20 +34,29 @@ from torch import Tensor, nn
 
 import medformer
 from medformer import BackboneConfig
+from medformer.attention import KeyGate, PerformerAttention
+from medformer_kernels import orthogonal_features, performer_attention
 
 PATCH, KEYS, VALUES = 4, 1024, 16
 HALF = PATCH**3 // 2  # voxels that name a key
-NOISE = 0.0  # of what is empty: the first LayerNorm would make any noise as loud as what is painted
 ASKED = 4  # queries of a volume for each pair
 CHANCE = 1 / VALUES
+PLACED = ("state_blocks", "nystrom", "disentangled", "hopfield")  # no `--distinct`: places, or more than one read
 
 # What differs from softmax attention, by name. Blocks are half of the side, so that there are eight.
 KINDS: dict[str, dict[str, Any]] = {
     "softmax": {"attention": "softmax"},
+    "softmax alike": {"attention": "softmax", "alike_start": 1.5},
     "performer 64": {"num_features": 64},
     "performer": {"num_features": 128},
     "performer 256": {"num_features": 256},
     "performer qk_norm": {"num_features": 128, "qk_norm": True},
+    "performer alike": {"num_features": 128, "alike_start": 1.5},
+    "performer gate": {"num_features": 128, "key_gate": True},
+    "performer alike gate": {"num_features": 128, "alike_start": 1.5, "key_gate": True},
+    "performer 256 alike gate": {"num_features": 256, "alike_start": 1.5, "key_gate": True},
+    "hyperbolic alike gate": {"num_features": 128, "alike_start": 1.5, "key_gate": True, "feature": "hyperbolic"},
+    "relu alike gate": {"num_features": 128, "alike_start": 1.5, "key_gate": True, "feature": "relu"},
     "blocks": {"num_features": 128, "state_blocks": "half"},
     "blocks 64": {"num_features": 64, "state_blocks": "half"},
     "blocks qk_norm": {"num_features": 128, "qk_norm": True, "state_blocks": "half"},
@@ -50,8 +64,18 @@ KINDS: dict[str, dict[str, Any]] = {
     "nystrom 256": {"attention": "nystrom", "num_landmarks": 256},
     "disentangled": {"attention": "disentangled", "position": "none"},
     "hopfield": {"attention": "hopfield"},
+    "hopfield alike": {"attention": "hopfield", "alike_start": 1.5},
     "none": {"attention": "none"},  # a token reads nothing but itself: what no attention could answer
 }
+
+
+class Featured(PerformerAttention):
+    """FAVOR+ with other features than those of softmax, which the library leaves to `performer_attention`."""
+
+    feature = "softmax"
+
+    def _estimate(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, grid: Any) -> Tensor:
+        return performer_attention(q, k, v, self.omega, key_padding_mask=key_padding_mask, feature=self.feature)
 
 
 class Nothing(nn.Module):
@@ -66,6 +90,7 @@ def network(kind: str, side: int, *, width: int, depth: int, heads: int) -> nn.M
     change = dict(KINDS[kind])
     if change.get("state_blocks") == "half":
         change["state_blocks"] = side // 2
+    feature = change.pop("feature", None)
     without = change.get("attention") == "none"
     if without:
         change["attention"] = "softmax"
@@ -78,39 +103,60 @@ def network(kind: str, side: int, *, width: int, depth: int, heads: int) -> nn.M
         for block in backbone.blocks:
             block.attention = Nothing()
     for module in backbone.modules():
-        if isinstance(module, nn.Linear | nn.Conv3d):
+        if isinstance(module, nn.Linear | nn.Conv3d) and not isinstance(module, KeyGate):
             # The deviation 0.02 of wide networks leaves one of 64 channels with nothing to learn from for long.
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+    for block in backbone.blocks:
+        if feature is not None:
+            block.attention.__class__ = Featured
+            block.attention.feature = feature
+        if config.alike_start:
+            block.attention.start_alike(config.alike_start)
     return nn.ModuleDict({"backbone": backbone, "head": nn.Linear(width, VALUES)})
 
 
 class Volumes:
     """Draws volumes, the places of their queries and the values that answer them; the textures are those of seed 0."""
 
-    def __init__(self, side: int, load: int, distance: float) -> None:
+    def __init__(self, side: int, load: int, distance: float, distinct: bool = False, read: str = "all") -> None:
         if (1 + ASKED) * load > side**3:
             raise ValueError(f"--load {load}: {load} pairs and {ASKED} queries of each need more than {side}^3 tokens")
         if load > KEYS:
             raise ValueError(f"--load {load} must be at most {KEYS}, the keys there are")
-        self.side, self.load, self.distance = side, load, distance
+        self.side, self.load, self.distance, self.distinct = side, load, distance, distinct
+        empty = side**3 - (1 + ASKED) * load
+        self.counts = torch.tensor([empty] * (empty > 0) + [1] * ((1 + ASKED) * load))  # of what `distinct` shows
+        if read != "all":
+            self.counts[: int(empty > 0)] = 0
+        if read == "pairs":
+            self.counts[-ASKED * load :] = 0
         generator = torch.Generator().manual_seed(0)
         codes = torch.randn(KEYS + VALUES + 1, HALF, generator=generator)
         self.keys, self.values, self.ask = codes[:KEYS], codes[KEYS:-1], codes[-1]
 
     def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """(volumes (B, 1, Z, Y, X), tokens of the queries (B, ASKED load), values (B, ASKED load))."""
+        """(volumes (B, 1, Z, Y, X), tokens of the queries (B, ASKED load), values (B, ASKED load)).
+
+        With `distinct`, a row of patches: an empty one, the pairs, the queries.
+        """
         tokens, load, asked = self.side**3, self.load, ASKED * self.load
-        texture = NOISE * torch.randn(batch, tokens, 2 * HALF, generator=generator)
         places = torch.rand(batch, tokens, generator=generator).argsort(1)
         pairs, queries = places[:, :load], places[:, load : load + asked]
         key = torch.rand(batch, KEYS, generator=generator).argsort(1)[:, :load]
         value = torch.randint(VALUES, (batch, load), generator=generator)
         rows, about = torch.arange(batch)[:, None], self._pairs_of(pairs, queries, generator)
+        axes = [self.side] * 3
+        if self.distinct:
+            shown = len(self.counts)
+            row = torch.arange(shown).expand(batch, -1)
+            pairs, queries, axes = row[:, -load - asked : -asked], row[:, -asked:], [1, 1, shown]
+        # Empty is 0: the first LayerNorm would make any noise as loud as what is painted.
+        texture = torch.zeros(batch, math.prod(axes), 2 * HALF)
         texture[rows, pairs] = torch.cat([self.keys[key], self.values[value]], -1)
         ask = self.ask.expand(batch, asked, -1)
         texture[rows, queries] = torch.cat([self.keys[key.gather(1, about)], ask], -1)
-        grid = texture.view(batch, self.side, self.side, self.side, PATCH, PATCH, PATCH)
-        volume = grid.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, 1, *[self.side * PATCH] * 3)
+        grid = texture.view(batch, *axes, PATCH, PATCH, PATCH)
+        volume = grid.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, 1, *[n * PATCH for n in axes])
         return volume, queries, value.gather(1, about)
 
     def _pairs_of(self, pairs: Tensor, queries: Tensor, generator: torch.Generator) -> Tensor:
@@ -123,6 +169,26 @@ class Volumes:
         weight = torch.where(far.any(-1, keepdim=True), far, True).double()
         drawn = torch.multinomial(weight.flatten(0, 1), 1, generator=generator)
         return drawn.view(*queries.shape)
+
+
+def count_keys(model: nn.Module, counts: Tensor, reads: list[Any] | None = None) -> None:
+    """Let every attention read token i as if it were there counts[i] times.
+
+    Its weights A are positive and sum to 1, so that those of the longer row are A counts, made to sum to 1 again.
+    `reads`: by block, what attention computes; None: what its class does, and not what an earlier call made of it.
+    """
+    for at, block in enumerate(model["backbone"].blocks):  # type: ignore[index,arg-type]
+        if isinstance(block.attention, Nothing):
+            continue
+        read = type(block.attention)._attend.__get__(block.attention) if reads is None else reads[at]
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, *rest: Any, inner: Any = read) -> Tensor:
+            times = counts[:, None].to(v.dtype).expand(*v.shape[:-1], 1)
+            out = inner(q, k, torch.cat([times * v, times], -1), *rest)
+            total = out[..., -1:]
+            return out[..., :-1] / total.masked_fill(total == 0, 1)  # a query whose ReLU features are 0 reads nothing
+
+        block.attention._attend = attend
 
 
 def answered(model: nn.Module, volume: Tensor, queries: Tensor) -> Tensor:
@@ -146,9 +212,11 @@ def train(kind: str, side: int, rate: float, seed: int, args: argparse.Namespace
     """One network, from its seed to its accuracy on validation and on test volumes."""
     torch.manual_seed(seed)
     model = network(kind, side, width=args.width, depth=args.depth, heads=args.heads)
-    volumes = Volumes(side, args.load, args.distance)
+    volumes = Volumes(side, args.load, args.distance, args.distinct, args.read)
+    if args.distinct:
+        count_keys(model, volumes.counts)
     generator = torch.Generator().manual_seed(1_000 + seed)
-    batch = max(1, args.step_tokens // side**3)
+    batch = max(1, args.step_tokens // (len(volumes.counts) if args.distinct else side**3))
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, betas=(0.9, 0.98))
     began, seconds, losses, right = time.perf_counter(), [], [], []
     for step in range(args.steps):
@@ -169,22 +237,73 @@ def train(kind: str, side: int, rate: float, seed: int, args: argparse.Namespace
             print(f"  step {step + 1}: loss {mean(losses[-50:]):.3f}, right {mean(right[-50:]):.3f}", flush=True)
     return {
         "kind": kind, "side": side, "tokens": side**3, "rate": rate, "seed": seed, "load": args.load,
-        "distance": args.distance, "steps": args.steps, "step_tokens": args.step_tokens,
+        "distance": args.distance, "steps": args.steps, "step_tokens": args.step_tokens, "distinct": args.distinct,
         "batch": batch, "width": args.width, "depth": args.depth,
         "heads": args.heads, "validation": accuracy(model, volumes, args.queries, batch, 7), "test": accuracy(
             model, volumes, args.queries, batch, 8), "loss": mean(losses[-50:]),
         "step_seconds": sorted(seconds)[len(seconds) // 2], "minutes": (time.perf_counter() - began) / 60,
+        "read": args.read, "elsewhere": elsewhere(model, side, batch, args),
+        "swapped": swapped(model, volumes, batch, args) if kind.startswith("softmax") else {},
         "torch": torch.__version__, "threads": torch.get_num_threads(),
     }  # fmt: skip
 
 
-BED = ("load", "distance", "steps", "step_tokens", "width", "depth", "heads")
+def elsewhere(model: nn.Module, trained: int, batch: int, args: argparse.Namespace) -> dict[str, float]:
+    """Accuracy on volumes of sides that the network has not seen, by tokens; with `--distinct`."""
+    found = {}
+    for side in (8, 16, 32, 64) if args.distinct and args.read == "all" else ():
+        if side != trained and side**3 >= (1 + ASKED) * args.load:
+            volumes = Volumes(side, args.load, args.distance, True)
+            count_keys(model, volumes.counts)
+            found[str(side**3)] = accuracy(model, volumes, args.queries, batch, 8)
+    return found
+
+
+@torch.no_grad()
+def swapped(model: nn.Module, volumes: Volumes, batch: int, args: argparse.Namespace) -> dict[str, Any]:
+    """What a trained softmax network needs of FAVOR+: |q'|^2, |k'|^2 of the key most read and |q' + k'|^2, means over
+    queries and heads of the first block (a feature's relative variance is about the exponential of the last), and
+    accuracy by number of features in place of exact attention."""
+    if not args.swap:
+        return {}
+    attentions, seen = [block.attention for block in model["backbone"].blocks], {}  # type: ignore[index]
+
+    def look(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+        asking = q[:, :, -ASKED * volumes.load :]
+        read = (asking @ k.mT).argmax(-1, keepdim=True).expand(*asking.shape)
+        read = k.gather(2, read)
+        norms = [x.square().sum(-1).mean().item() * x.shape[-1] ** -0.5 for x in (asking, read, asking + read)]
+        seen.update(zip(("query", "key", "sum"), norms, strict=True))
+        return type(attentions[0])._attend(attentions[0], q, k, v, *rest)
+
+    attentions[0]._attend = look
+    answered(model, *volumes.draw(batch, torch.Generator().manual_seed(8))[:2])
+    for features in args.swap:
+        for seed, attention in enumerate(attentions):
+            omega = orthogonal_features(features, attention.head_width, heads=attention.heads, seed=seed)
+
+            def estimate(q: Tensor, k: Tensor, v: Tensor, *_: Any, omega: Tensor = omega) -> Tensor:
+                return performer_attention(q, k, v, omega)
+
+            attention._attend = estimate
+        # `count_keys` finds the method of a class: wrap what was put in its place.
+        count_keys(model, volumes.counts, [attention._attend for attention in attentions])
+        seen[str(features)] = accuracy(model, volumes, args.queries, batch, 8)
+    return seen
+
+
+BED = ("load", "distance", "steps", "step_tokens", "width", "depth", "heads", "distinct", "read")
 SETTING = (*BED, "kind", "side", "rate", "seed")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Finished runs; those of before `--distinct` had all tokens."""
+    return [{"distinct": False, "read": "all", **json.loads(line)} for line in path.read_text().splitlines()]
 
 
 def run(args: argparse.Namespace) -> None:
     out = Path(args.out)
-    done = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    done = read(out) if out.exists() else []
 
     def one(kind: str, side: int, rate: float, seed: int) -> dict[str, Any]:
         wanted = {**vars(args), "kind": kind, "side": side, "rate": rate, "seed": seed}
@@ -273,7 +392,12 @@ def main() -> None:
         default=0.0,
         help="least share of the side between query and pair, where a pair lies so far",
     )
-    parser.add_argument("--step_tokens", type=int, default=8192, help="tokens of a step: the batch is this over side^3")
+    parser.add_argument("--step_tokens", type=int, default=8192, help="tokens of a step: volumes times those of one")
+    parser.add_argument("--distinct", action="store_true", help="show one empty token, counted as often as it is there")
+    parser.add_argument("--read", choices=("all", "painted", "pairs"), default="all", help="keys left to attention")
+    parser.add_argument(
+        "--swap", type=lambda s: [int(x) for x in s.split(",")], default=[], help="features, for kinds of softmax"
+    )
     parser.add_argument("--queries", type=int, default=2048, help="queries of a measured accuracy")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--depth", type=int, default=2)
@@ -283,8 +407,13 @@ def main() -> None:
     unknown = [kind for kind in args.kinds if kind not in KINDS]
     if unknown:
         parser.error(f"--kinds {','.join(unknown)}: not one of {', '.join(KINDS)}")
+    placed = [kind for kind in args.kinds if set(PLACED) & {*KINDS[kind], KINDS[kind].get("attention")}]
+    if args.distinct and args.out and placed:
+        parser.error(f"--distinct: {', '.join(placed)} look at places or read more than once; name others with --kinds")
+    if (args.read != "all" or args.swap) and not args.distinct:
+        parser.error("--read and --swap need --distinct")
     if args.table:
-        rows = [json.loads(line) for line in Path(args.table).read_text().splitlines()]
+        rows = read(Path(args.table))
         print(table(rows))
         if args.plot:
             plot(rows, Path(args.plot))

@@ -31,6 +31,25 @@ def test_every_query_can_be_answered_from_the_volume() -> None:
             assert (places[0] - places[1]).abs().max() >= 2
 
 
+@pytest.mark.parametrize("kind", ["softmax", "performer", "performer alike gate", "relu alike gate"])
+def test_one_empty_token_counted_answers_as_the_whole_volume(kind: str) -> None:
+    whole, distinct = bed.Volumes(4, 3, 0.0), bed.Volumes(4, 3, 0.0, distinct=True)
+    torch.manual_seed(0)
+    model = bed.network(kind, 4, width=16, depth=2, heads=2).double()
+    seen = []
+    for volumes in (whole, distinct):
+        volume, queries, values = volumes.draw(2, torch.Generator().manual_seed(0))
+        if volumes.distinct:
+            assert volumes.counts.tolist() == [49] + [1] * 15
+            assert volume.shape == (2, 1, 4, 4, 64)
+            bed.count_keys(model, volumes.counts)
+        logits = bed.answered(model, volume.double(), queries)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), values.flatten())
+        seen.append((logits, values, *torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)))
+    for one, other in zip(*seen, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
 def test_more_than_the_volume_holds_is_refused() -> None:
     with pytest.raises(ValueError, match=r"--load 20: 20 pairs and 4 queries of each need more than 4\^3 tokens"):
         bed.Volumes(4, 20, 0.0)
@@ -76,6 +95,7 @@ def test_the_rate_is_the_best_on_validation_volumes_of_the_first_seed() -> None:
     row = {"kind": "softmax", "tokens": 64, "step_seconds": 0.1, **bed_of}
     runs = [(0, 1e-3, 0.8, 0.1), (0, 3e-3, 0.7, 0.9), (1, 1e-3, 0.2, 0.3), (1, 3e-3, 0.9, 0.9)]
     rows = [{**row, "seed": s, "rate": r, "validation": v, "test": t} for s, r, v, t in runs]
+    rows = [{**row, "distinct": False, "read": "all"} for row in rows]
     rows.append({**rows[0], "steps": 99, "test": 1.0})  # another bed
     assert bed.table(rows).splitlines()[-2] == "| softmax | 64 | 2 | 9 | 0.200 (0.100 to 0.300 of 2) | 0.10 | 0.001 |"
 
@@ -84,3 +104,30 @@ def test_an_unknown_kind_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     with pytest.raises(SystemExit):
         arguments(monkeypatch, "--out", "x.jsonl", "--kinds", "linear")
     assert "--kinds linear: not one of softmax" in capsys.readouterr().err
+
+
+def test_kinds_that_look_at_places_are_refused_with_distinct(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit):
+        arguments(monkeypatch, "--out", "x.jsonl", "--distinct", "--kinds", "softmax,blocks,nystrom 64,hopfield")
+    assert "--distinct: blocks, nystrom 64, hopfield look at places" in capsys.readouterr().err
+
+
+def test_keys_are_hidden_and_exact_attention_is_swapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = [bed.Volumes(4, 3, 0.0, distinct=True, read=read).counts.tolist() for read in ("all", "painted", "pairs")]
+    assert counts == [[49] + [1] * 15, [0] + [1] * 15, [0] + [1] * 3 + [0] * 12]
+    out = tmp_path / "recall.jsonl"
+    arguments(monkeypatch, "--out", str(out), "--sides", "4", "--seeds", "1", "--rates", "3e-3", "--load", "3", "--steps",
+              "2", "--queries", "24", "--step_tokens", "32", "--distinct", "--read", "painted", "--swap", "8,16",
+              "--kinds", "softmax,performer")  # fmt: skip
+    softmax, performer = (json.loads(line) for line in out.read_text().splitlines())
+    assert set(softmax["swapped"]) == {"query", "key", "sum", "8", "16"}
+    assert softmax["read"] == "painted"
+    assert (performer["swapped"], performer["elsewhere"]) == ({}, {})
+
+
+def test_networks_are_asked_at_lengths_they_have_not_seen() -> None:
+    args = bed.argparse.Namespace(distinct=True, read="all", load=3, distance=0.0, queries=24)
+    model = bed.network("performer", 4, width=16, depth=1, heads=2)
+    assert set(bed.elsewhere(model, 16, 2, args)) == {"512", "32768", "262144"}

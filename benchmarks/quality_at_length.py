@@ -25,7 +25,7 @@ import json
 import math
 import time
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
@@ -107,11 +107,12 @@ def network(kind: str, side: int, *, width: int, depth: int, heads: int) -> nn.M
             # The deviation 0.02 of wide networks leaves one of 64 channels with nothing to learn from for long.
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
     for block in backbone.blocks:
+        attention: Any = block.attention
         if feature is not None:
-            block.attention.__class__ = Featured
-            block.attention.feature = feature
-        if config.alike_start:
-            block.attention.start_alike(config.alike_start)
+            attention.__class__ = Featured
+            attention.feature = feature
+        if config.alike_start is not None:
+            attention.start_alike(config.alike_start)
     return nn.ModuleDict({"backbone": backbone, "head": nn.Linear(width, VALUES)})
 
 
@@ -251,7 +252,7 @@ def train(kind: str, side: int, rate: float, seed: int, args: argparse.Namespace
 def elsewhere(model: nn.Module, trained: int, batch: int, args: argparse.Namespace) -> dict[str, float]:
     """Accuracy on volumes of sides that the network has not seen, by tokens; with `--distinct`."""
     found = {}
-    for side in (8, 16, 32, 64) if args.distinct and args.read == "all" else ():
+    for side in (8, 16, 32) if args.distinct and args.read == "all" else ():
         if side != trained and side**3 >= (1 + ASKED) * args.load:
             volumes = Volumes(side, args.load, args.distance, True)
             count_keys(model, volumes.counts)
@@ -339,38 +340,65 @@ def chosen(rows: list[dict[str, Any]]) -> dict[tuple[tuple, int, str], list[dict
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| attention | tokens | load | steps | accuracy, mean (min to max of seeds) | seconds a step | rate |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    names = ("attention", "tokens", "load", "layers", "steps", "keys", "accuracy, mean (min to max of seeds)",
+             "at other tokens", "seconds a step", "rate")  # fmt: skip
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for (_, tokens, kind), group in chosen(rows).items():
-        scores, first = [row["test"] for row in group], group[0]
-        spread = f" ({min(scores):.3f} to {max(scores):.3f} of {len(scores)})" if len(scores) > 1 else ""
-        seconds = mean(row["step_seconds"] for row in group)
-        size = f"{tokens:,} | {first['load']} | {first['steps']:,}"
-        lines.append(f"| {kind} | {size} | {mean(scores):.3f}{spread} | {seconds:.2f} | {first['rate']:g} |")
+        first = group[0]
+        seconds = "" if first["distinct"] else f"{mean(row['step_seconds'] for row in group):.2f}"
+        size = f"{tokens:,} | {first['load']} | {first['depth']} | {first['steps']:,} | {first['read']}"
+        scores = by_tokens(group)
+        away = ", ".join(f"{n:,}: {spread(found)}" for n, found in scores.items() if n != tokens)
+        lines.append(f"| {kind} | {size} | {spread(scores[tokens])} | {away} | {seconds} | {first['rate']:g} |")
     return "\n".join(lines)
 
 
+def by_tokens(group: list[dict[str, Any]]) -> dict[int, list[float]]:
+    """Accuracy seed by seed, by the tokens of the test volumes."""
+    found = {group[0]["tokens"]: [row["test"] for row in group]}
+    for row in group:
+        for tokens, score in row.get("elsewhere", {}).items():
+            found.setdefault(int(tokens), []).append(score)
+    return dict(sorted(found.items()))
+
+
+def spread(scores: list[float]) -> str:
+    ends = f" ({min(scores):.3f} to {max(scores):.3f} of {len(scores)})" if len(scores) > 1 else ""
+    return f"{mean(scores):.3f}{ends}"
+
+
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Curves of the bed with the most steps."""
+    """Curves of the bed with the most runs that show all keys: least and most of the seeds, and their mean."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6.5, 4))
-    found = chosen(rows)
-    most = max((bed for bed, _, _ in found), key=lambda bed: bed[BED.index("steps")])
-    for kind in KINDS:
-        mine = {tokens: group for (bed, tokens, k), group in found.items() if (bed, k) == (most, kind)}
-        curve = [(tokens, [row["test"] for row in group]) for tokens, group in mine.items()]
-        if curve:
-            spread = [stdev(scores) if len(scores) > 1 else 0.0 for _, scores in curve]
-            axes.errorbar([t for t, _ in curve], [mean(s) for _, s in curve], spread, marker="o", capsize=3, label=kind)
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    found = {key: group for key, group in chosen(rows).items() if group[0]["read"] == "all"}
+    sizes: dict[tuple, int] = {}
+    for (bed, _, _), group in found.items():
+        sizes[bed] = sizes.get(bed, 0) + len(group)
+    most = max(sizes, key=lambda bed: sizes[bed])
+    for (bed, _, kind), group in found.items():
+        if bed != most:
+            continue
+        curve = by_tokens(group)
+        means = [mean(scores) for scores in curve.values()]
+        ends = [[m - min(s) for m, s in zip(means, curve.values(), strict=True)],
+                [max(s) - m for m, s in zip(means, curve.values(), strict=True)]]  # fmt: skip
+        label = f"{kind} ({len(group)} seeds)" if len(group) > 1 else kind
+        axes.errorbar(list(curve), means, ends, marker="o", capsize=3, label=label)
     axes.axhline(CHANCE, color="grey", linestyle=":", linewidth=1)
-    axes.set(xscale="log", xlabel="tokens", ylabel="queries answered", ylim=(0, 1.02))
-    axes.legend(frameon=False, fontsize=8)
+    trained = ", ".join(f"{tokens:,}" for tokens in sorted({t for bed, t, _ in found if bed == most}))
+    axes.set(xscale="log", xlabel=f"tokens asked about (trained with {trained})", ylabel="queries answered",
+             ylim=(0, 1.02))  # fmt: skip
+    ticks = sorted({tokens for (bed, _, _), group in found.items() if bed == most for tokens in by_tokens(group)})
+    axes.set_xticks(ticks, [f"{tokens:,}" for tokens in ticks])
+    axes.minorticks_off()
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:

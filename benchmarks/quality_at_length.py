@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 import medformer
 from medformer import BackboneConfig
-from medformer.attention import KeyGate, PerformerAttention
+from medformer.attention import PerformerAttention
 from medformer_kernels import orthogonal_features, performer_attention
 
 PATCH, KEYS, VALUES = 4, 1024, 16
@@ -46,17 +46,19 @@ PLACED = ("state_blocks", "nystrom", "disentangled", "hopfield")  # no `--distin
 # What differs from softmax attention, by name. Blocks are half of the side, so that there are eight.
 KINDS: dict[str, dict[str, Any]] = {
     "softmax": {"attention": "softmax"},
-    "softmax alike": {"attention": "softmax", "alike_start": 1.5},
+    "softmax alike": {"attention": "softmax", "alike_start": 2.5},
     "performer 64": {"num_features": 64},
     "performer": {"num_features": 128},
     "performer 256": {"num_features": 256},
     "performer qk_norm": {"num_features": 128, "qk_norm": True},
-    "performer alike": {"num_features": 128, "alike_start": 1.5},
-    "performer gate": {"num_features": 128, "key_gate": True},
-    "performer alike gate": {"num_features": 128, "alike_start": 1.5, "key_gate": True},
-    "performer 256 alike gate": {"num_features": 256, "alike_start": 1.5, "key_gate": True},
-    "hyperbolic alike gate": {"num_features": 128, "alike_start": 1.5, "key_gate": True, "feature": "hyperbolic"},
-    "relu alike gate": {"num_features": 128, "alike_start": 1.5, "key_gate": True, "feature": "relu"},
+    "performer alike": {"num_features": 128, "alike_start": 2.5},
+    "performer 256 alike": {"num_features": 256, "alike_start": 2.5},
+    "performer gate": {"num_features": 128, "gate": True},
+    "performer alike gate": {"num_features": 128, "alike_start": 2.5, "gate": True},
+    "performer alike 1.5 gate": {"num_features": 128, "alike_start": 1.5, "gate": True},
+    "performer 256 alike gate": {"num_features": 256, "alike_start": 2.5, "gate": True},
+    "hyperbolic alike gate": {"num_features": 128, "alike_start": 2.5, "gate": True, "feature": "hyperbolic"},
+    "relu alike gate": {"num_features": 128, "alike_start": 2.5, "gate": True, "feature": "relu"},
     "blocks": {"num_features": 128, "state_blocks": "half"},
     "blocks 64": {"num_features": 64, "state_blocks": "half"},
     "blocks qk_norm": {"num_features": 128, "qk_norm": True, "state_blocks": "half"},
@@ -64,18 +66,31 @@ KINDS: dict[str, dict[str, Any]] = {
     "nystrom 256": {"attention": "nystrom", "num_landmarks": 256},
     "disentangled": {"attention": "disentangled", "position": "none"},
     "hopfield": {"attention": "hopfield"},
-    "hopfield alike": {"attention": "hopfield", "alike_start": 1.5},
+    "hopfield alike": {"attention": "hopfield", "alike_start": 2.5},
     "none": {"attention": "none"},  # a token reads nothing but itself: what no attention could answer
 }
 
 
-class Featured(PerformerAttention):
-    """FAVOR+ with other features than those of softmax, which the library leaves to `performer_attention`."""
+class Variant(PerformerAttention):
+    """FAVOR+ with other features than those of softmax, or with keys that each weigh exp(w x + b) of their token.
 
-    feature = "softmax"
+    The library has neither option: they gained nothing here.
+    """
 
-    def _estimate(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, grid: Any) -> Tensor:
-        return performer_attention(q, k, v, self.omega, key_padding_mask=key_padding_mask, feature=self.feature)
+    feature: str
+    gate: nn.Linear | None
+
+    def _split(self, x: Tensor, rotary: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super()._split(x, rotary)
+        return (q, k, v) if self.gate is None else (q, torch.cat([k, self.gate(x).mT.unsqueeze(-1)], -1), v)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, grid: Any = None) -> Tensor:
+        if self.gate is None:
+            return performer_attention(q, k, v, self.omega, feature=self.feature)
+        weight = (k[..., -1:] - k[..., -1:].detach().amax(2, keepdim=True)).exp()
+        weighed = torch.cat([weight * v, weight], -1)
+        out = performer_attention(q, k[..., :-1], weighed, self.omega, feature=self.feature)
+        return out[..., :-1] / out[..., -1:].masked_fill(out[..., -1:] == 0, 1)
 
 
 class Nothing(nn.Module):
@@ -90,7 +105,7 @@ def network(kind: str, side: int, *, width: int, depth: int, heads: int) -> nn.M
     change = dict(KINDS[kind])
     if change.get("state_blocks") == "half":
         change["state_blocks"] = side // 2
-    feature = change.pop("feature", None)
+    feature, gate = change.pop("feature", "softmax"), change.pop("gate", False)
     without = change.get("attention") == "none"
     if without:
         change["attention"] = "softmax"
@@ -103,14 +118,17 @@ def network(kind: str, side: int, *, width: int, depth: int, heads: int) -> nn.M
         for block in backbone.blocks:
             block.attention = Nothing()
     for module in backbone.modules():
-        if isinstance(module, nn.Linear | nn.Conv3d) and not isinstance(module, KeyGate):
+        if isinstance(module, nn.Linear | nn.Conv3d):
             # The deviation 0.02 of wide networks leaves one of 64 channels with nothing to learn from for long.
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
     for block in backbone.blocks:
         attention: Any = block.attention
-        if feature is not None:
-            attention.__class__ = Featured
-            attention.feature = feature
+        if gate or feature != "softmax":
+            attention.__class__ = Variant
+            attention.feature, attention.gate = feature, nn.Linear(width, heads) if gate else None
+        if gate:
+            nn.init.zeros_(attention.gate.weight)
+            nn.init.zeros_(attention.gate.bias)
         if config.alike_start is not None:
             attention.start_alike(config.alike_start)
     return nn.ModuleDict({"backbone": backbone, "head": nn.Linear(width, VALUES)})

@@ -220,9 +220,6 @@ class PerformerAttention(SelfAttention):
             reads those of near blocks more, by learned weights for each head, axis and offset up to `_REACH` blocks
             (`medformer_kernels.performer_block_attention`). They start at a factor of e^-0.5 a block. None: one state.
         prefix_tokens: class and register tokens in front, where there are `state_blocks`.
-        key_gate: weigh every key by exp(w x + b) of its token, w and b learned for each head and 0 at the start. Exact
-            attention can say "read no air" by the bias of its queries; random features estimate that badly. One more
-            column of values is carried.
     """
 
     def __init__(
@@ -237,16 +234,12 @@ class PerformerAttention(SelfAttention):
         train_features: bool = False,
         state_blocks: Sequence[int] | None = None,
         prefix_tokens: int = 0,
-        key_gate: bool = False,
     ) -> None:
         super().__init__(width, heads, qk_norm=qk_norm)
         if causal and state_blocks is not None:
             raise ValueError(
                 f"PerformerAttention: state_blocks={state_blocks} has no causal form; leave one of them out"
             )
-        if causal and key_gate:
-            raise ValueError("PerformerAttention: key_gate=True has no causal form; leave one of them out")
-        self.key_gate = KeyGate(width, heads) if key_gate else None
         head_dim = width // heads
         if num_features is None:
             num_features = default_num_features(head_dim)
@@ -280,25 +273,8 @@ class PerformerAttention(SelfAttention):
         drawn = orthogonal_features(num_features, head_dim, heads=heads, seed=seed, device=self.omega.device)
         self.omega.copy_(drawn)
 
-    def _split(self, x: Tensor, rotary: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """As ever; with a gate, the logarithm of a key's weight is its last channel."""
-        q, k, v = super()._split(x, rotary)
-        return (q, k, v) if self.key_gate is None else (q, torch.cat([k, self.key_gate(x).to(k.dtype)], -1), v)
-
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, grid: Sequence[int] | None = None
-    ) -> Tensor:
-        if self.key_gate is None:
-            return self._estimate(q, k, v, key_padding_mask, grid)
-        # The estimate A is linear in the values, and its rows sum to 1: A (g v) / A g has the weights A g, made to sum
-        # to 1 again.
-        weight = _relative_weight(k[..., -1:], key_padding_mask)
-        out = self._estimate(q, k[..., :-1], torch.cat([weight * v, weight], -1), key_padding_mask, grid)
-        total = out[..., -1:]
-        return out[..., :-1] / total.masked_fill(total == 0, 1)
-
-    def _estimate(
-        self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, grid: Sequence[int] | None
     ) -> Tensor:
         omega = self.omega.to(q.dtype) if self.omega.dtype.itemsize < q.dtype.itemsize else self.omega
         if self.state_blocks is None:
@@ -311,25 +287,6 @@ class PerformerAttention(SelfAttention):
             q, k, v, omega, self.block_log_weights, grid=grid, block=self.state_blocks,
             prefix_tokens=self.prefix_tokens, key_padding_mask=key_padding_mask,
         )  # fmt: skip
-
-
-class KeyGate(nn.Linear):
-    """The logarithm of a key's weight, (B, N, C) to (B, H, N, 1); 0 at the start."""
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).mT.unsqueeze(-1)
-
-
-def _relative_weight(log_weight: Tensor, key_padding_mask: Tensor | None) -> Tensor:
-    """exp(log_weight) (B, H, N, 1) relative to the heaviest real key of the head; 0 for padding."""
-    if key_padding_mask is not None:
-        log_weight = log_weight.masked_fill(~key_padding_mask[:, None, :, None], -torch.inf)
-    top = log_weight.detach().amax(2, keepdim=True)
-    return (log_weight - top.masked_fill(top == -torch.inf, 0)).exp()
 
 
 def masked_attention(

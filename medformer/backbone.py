@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from medformer.attention import KeyGate, PerformerAttention, SelfAttention, SoftmaxAttention
+from medformer.attention import PerformerAttention, SelfAttention, SoftmaxAttention
 from medformer.blocks import Block
 from medformer.config import BackboneConfig
 from medformer.disentangled_attention import DisentangledAttention
@@ -298,11 +298,11 @@ class Backbone(nn.Module):
         return stem.stage_maps(x, key_padding_mask=places.flatten(1))[-1]
 
     def _init_weights(self) -> None:
-        """Truncated normal of deviation 0.02 for matrices and tokens, 0 for biases, gates and the mask token."""
+        """Truncated normal of deviation 0.02 for matrices and tokens, 0 for biases and the mask token."""
         stem = set() if self.stem is None else set(self.stem.modules())
         for module in self.modules():
             kinds = (nn.Linear, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-            if isinstance(module, kinds) and module not in stem and not isinstance(module, KeyGate):
+            if isinstance(module, kinds) and module not in stem:
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -330,7 +330,7 @@ def _attention(config: BackboneConfig, layer: int) -> SelfAttention:
         return NystromAttention(**size, num_landmarks=landmarks, conv_kernel=kernel, prefix_tokens=config.prefix)
     # Seeds far apart, so that layer 1 of seed 0 is not layer 0 of seed 1.
     seed = config.seed * 1_000_003 + layer
-    blocks: Any = {"state_blocks": config.blocks, "prefix_tokens": config.prefix, "key_gate": config.key_gate}
+    blocks: Any = {"state_blocks": config.blocks, "prefix_tokens": config.prefix}
     return PerformerAttention(**size, num_features=config.num_features, seed=seed, **blocks)
 
 

@@ -70,9 +70,6 @@ class BackboneConfig:
     state_blocks: int | tuple[int, ...] | None = None
     """Tokens along each axis, zyx, of the blocks whose states performer attention keeps apart, near ones weighing more;
     null for one state of all tokens."""
-    key_gate: bool = False
-    """Let each head of performer attention weigh every key by a learned function of its token: what no query needs, as
-    air, then leaves the one state that all keys share."""
     num_landmarks: int | None = None
     """Landmarks of nystrom attention; null takes 64."""
     hopfield_steps: int | None = None
@@ -106,7 +103,7 @@ class BackboneConfig:
     qk_norm: bool = False
     """LayerNorm queries and keys over each head: steadier training at large width or low precision."""
     alike_start: float | None = None
-    """Start queries and keys with the same projection, whose outputs have this deviation, for example 1.5, so that
+    """Start queries and keys with the same projection, whose outputs have this deviation, for example 2.5, so that
     tokens read their like from the first step; both learn on by themselves. null: two small projections."""
     seed: int = 0
     """Of the random features of performer attention; the weights follow torch's own generator."""
@@ -115,7 +112,7 @@ class BackboneConfig:
         check(self, is_whole(self.dims, 2) and self.dims <= 3, f"dims={self.dims!r} must be 2 or 3")
         check_whole(self, 1, "in_channels", "width", "depth", "heads")
         check_whole(self, 0, "registers", "classes", "seed")
-        check_switches(self, "patch_transposed", "class_token", "mask_token", "qk_norm", "key_gate")
+        check_switches(self, "patch_transposed", "class_token", "mask_token", "qk_norm")
         check(self, self.seed < 2**31, f"seed={self.seed} must be below 2**31")
         for name, least in (
             ("patch_size", 1),
@@ -156,8 +153,6 @@ class BackboneConfig:
         if self.state_blocks is not None:
             self._check_axes("state_blocks", least=1)
             self._check_owner("state_blocks", "attention", "performer")
-        if self.key_gate:
-            self._check_owner("key_gate", "attention", "performer")
         if self.capacity_factor is not None:
             self._check_owner("capacity_factor", "mlp", "moe")
             check_number(self, "capacity_factor", "be above 0", lambda factor: factor > 0)

@@ -125,10 +125,11 @@ def network(kind: str, side: int, *, width: int, depth: int, heads: int) -> nn.M
         attention: Any = block.attention
         if gate or feature != "softmax":
             attention.__class__ = Variant
-            attention.feature, attention.gate = feature, nn.Linear(width, heads) if gate else None
+            attention.feature, attention.gate = feature, None
         if gate:
-            nn.init.zeros_(attention.gate.weight)
-            nn.init.zeros_(attention.gate.bias)
+            attention.gate = zero = nn.Linear(width, heads)
+            nn.init.zeros_(zero.weight)
+            nn.init.zeros_(zero.bias)
         if config.alike_start is not None:
             attention.start_alike(config.alike_start)
     return nn.ModuleDict({"backbone": backbone, "head": nn.Linear(width, VALUES)})
@@ -386,7 +387,7 @@ def spread(scores: list[float]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Curves of the bed with the most runs that show all keys: least and most of the seeds, and their mean."""
+    """Curves of the bed with the most runs that show all keys, a line for each seed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -398,15 +399,13 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     for (bed, _, _), group in found.items():
         sizes[bed] = sizes.get(bed, 0) + len(group)
     most = max(sizes, key=lambda bed: sizes[bed])
-    for (bed, _, kind), group in found.items():
-        if bed != most:
-            continue
-        curve = by_tokens(group)
-        means = [mean(scores) for scores in curve.values()]
-        ends = [[m - min(s) for m, s in zip(means, curve.values(), strict=True)],
-                [max(s) - m for m, s in zip(means, curve.values(), strict=True)]]  # fmt: skip
-        label = f"{kind} ({len(group)} seeds)" if len(group) > 1 else kind
-        axes.errorbar(list(curve), means, ends, marker="o", capsize=3, label=label)
+    shown = [(kind, group) for (bed, _, kind), group in found.items() if bed == most]
+    for at, (kind, group) in enumerate(shown):
+        colour, apart = f"C{at}", 1.06 ** (at - len(shown) / 2)  # so that no seed hides another
+        for seed, row in enumerate(group):
+            curve = {tokens: scores[0] for tokens, scores in by_tokens([row]).items()}
+            label = f"{kind} ({len(group)} seed{'s' * (len(group) > 1)})" if seed == 0 else None
+            axes.plot([n * apart for n in curve], [*curve.values()], marker="o", color=colour, alpha=0.7, label=label)
     axes.axhline(CHANCE, color="grey", linestyle=":", linewidth=1)
     trained = ", ".join(f"{tokens:,}" for tokens in sorted({t for bed, t, _ in found if bed == most}))
     axes.set(xscale="log", xlabel=f"tokens asked about (trained with {trained})", ylabel="queries answered",

@@ -48,6 +48,7 @@ CEILINGS = {
     "performer forward": {"performer_state_fwd": (255, 800), "performer_read_fwd": (255, 1430)},
     "nystrom forward": {"nystrom_pool_values_fwd": (255, 1420), "nystrom_read_fwd": (255, 1350)},
     "disentangled forward": {"disentangled_fwd": (255, 1210)},
+    "disentangled backward": {"disentangled_dq": (255, 750), "disentangled_dkv": (255, 960)},
     "tnt forward": {"tnt_fwd": (255, 650)},
     "patch_embed a forward": {"patch_embed_fwd": (168, 1550)},
     "patch_embed b forward": {"patch_embed_fwd": (255, 840)},

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from medformer_kernels import disentangled_attention, disentangled_attention_reference, log_buckets
 from medformer_kernels.disentangled import TERMS
+from medformer_kernels.disentangled.tiles import ROUND
 from tests import launches
 
 pytestmark = launches.disentangled
@@ -91,6 +92,7 @@ CASES = {
     "grid of one tile line": ("grid", (2, 3, 32)),
     "grid of long lines": ("grid", (2, 1, 37)),
     "grid of short lines": ("grid", (5, 4, 2)),
+    "grid of more lines than a round": ("grid", (2, ROUND + 1, 3)),
     "buckets": ("buckets", (70,)),
     "absolute": ("absolute", (40,)),
 }
@@ -145,6 +147,11 @@ def test_causal_padding_and_dropout_match_the_reference(kind: str, dtype: torch.
     assert out[:, :, :5].abs().max() == 0
 
 
+@pytest.mark.parametrize("shape", [(1, ROUND + 1, 17), (3, 3, 5)], ids=["rounds of long lines", "planes"])
+def test_causal_walks_end_and_begin_inside_a_plane(shape: tuple[int, ...]) -> None:
+    assert_rule(call_on("grid", shape), torch.float32, causal=True)
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [((1, 1, 1), torch.float32), ((7, 3, 3), torch.float32), ((13, 2, 5), torch.float32), ((1, 1, 1), torch.bfloat16)],
@@ -182,8 +189,9 @@ def test_strides_are_honoured() -> None:
     torch.testing.assert_close(triton(**call | views), triton(**call), rtol=0, atol=0)
 
 
-def test_equal_inputs_give_equal_bits() -> None:
-    call = call_on("buckets", (50,))
+@pytest.mark.parametrize("name", ["grid of more lines than a round", "buckets"])
+def test_equal_inputs_give_equal_bits(name: str) -> None:
+    call = call_on(*CASES[name])
     one, other = (run(triton, call, torch.float32) for _ in range(2))
     for name, x in one.items():
         assert torch.equal(x, other[name]), name

@@ -207,3 +207,27 @@ def test_the_interpreter_as_it_comes_is_refused_bfloat16(name: str, monkeypatch:
     message = "^[a-z_]+: Triton's interpreter computes bfloat16 as 16-bit integers, wrongly; use float16 or float32"
     with pytest.raises(ValueError, match=message):
         function(lambda *shape: torch.randn(shape, dtype=torch.bfloat16), **options, backend="triton")
+
+
+def test_a_tile_may_be_for_some_versions_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = {"itemsize": 2, "width": 64}
+    old, new = entry | {"triton_before": "3.8"}, entry | {"triton_from": "3.8"}
+    monkeypatch.setattr(_dispatch, "load_configs", lambda _: {"fwd": {"sm_90": [old, new]}})
+    chip = Chip(arch="sm_90", units=132)
+    for version, chosen in (((3, 6), old), ((3, 8), new), ((4, 0), new)):
+        monkeypatch.setattr(_dispatch, "TRITON", version)
+        assert _dispatch.tiles("any", "fwd", chip) == [chosen]
+
+
+@pytest.mark.parametrize("family", ["disentangled", "nystrom", "patch_embed", "performer", "tnt"])
+def test_every_version_of_triton_has_the_same_tiles_to_choose_from(family: str) -> None:
+    """An entry for some versions comes with one for the others."""
+
+    def keys(entries: list[dict[str, Any]], version: tuple[int, ...]) -> list[tuple[Any, ...]]:
+        named = ("itemsize", "width", "head", "block_r")
+        return [tuple(e.get(name) for name in named) for e in entries if _dispatch.for_triton(e, version)]
+
+    for kernel, by_arch in _dispatch.load_configs(family).items():
+        for arch, entries in by_arch.items():
+            if kernel != "paths":
+                assert keys(entries, (3, 6)) == keys(entries, (3, 8)), (kernel, arch)

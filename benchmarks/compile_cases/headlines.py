@@ -16,6 +16,7 @@ from compile_cases import disentangled, nystrom, patch_embed, performer, tnt
 from compile_cases.shapes import Cost, Floor
 from medformer_kernels.disentangled import fused as disentangled_fused
 from medformer_kernels.disentangled.tables import Inputs
+from medformer_kernels.disentangled.tiles import ROUND
 from medformer_kernels.nystrom import Cells
 from medformer_kernels.nystrom import fused as nystrom_fused
 from medformer_kernels.patch_embed import fused as patch_fused
@@ -117,13 +118,15 @@ def _disentangled() -> Iterator[Headline]:
     inputs = Inputs(x, x, x, table, table, None, None, None, [0, *grid], 0.07, False, 0.0, 0)
     costs = disentangled.costs(chip=CHIP, batch_heads=HEADS, grid=grid, width=WIDTH, itemsize=2)
     floors = {floor.direction: floor for floor in disentangled.FAMILY.floors()}
+    lines = grid[0] * grid[1]
+    walk = {"fwd": lambda _: (lines, 1), **dict.fromkeys(("dq", "dkv"), lambda _: (lines, grid[1] / ROUND, 1))}
     for direction, goal, launch in (
         ("forward", 8.0, lambda: disentangled_fused.forward(inputs)),
         ("backward", 24.0, lambda: disentangled_fused.backward(inputs, x, lse, x, None)),
     ):
         yield Headline(
             name=f"disentangled {direction}", family="disentangled", launch=launch, costs=costs,
-            floor=floors[direction], goal_ms=goal,
+            floor=floors[direction], goal_ms=goal, passes=walk,
         )  # fmt: skip
 
 

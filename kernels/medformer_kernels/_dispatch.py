@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from medformer_kernels._tracing import constant
+from medformer_kernels._versions import installed, numbers
 
 __all__ = [
     "AttentionPlan",
@@ -43,6 +44,8 @@ _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # Looked up once, here: torch.compile traces `resolve_backend` and does not trace the import system.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+TRITON = numbers(installed().get("triton", "0"))
+"""(major, minor) of the installed Triton."""
 
 
 def interpreting() -> bool:
@@ -154,9 +157,19 @@ def block(width: int) -> int:
 
 
 def tiles(family: str, kernel: str, chip: Chip) -> list[dict[str, int]]:
-    """The tuned tiles of a kernel for the newest tuned architecture that is not newer than the chip's."""
+    """The tuned tiles of a kernel for the newest tuned architecture that is not newer than the chip's.
+
+    A tile with "triton_before" is for versions of Triton older than that one, one with "triton_from" for that one and
+    newer; all others are for every version.
+    """
     table = load_configs(family)[kernel]
-    return table[nearest_arch(chip.arch, tuple(table))]
+    return [entry for entry in table[nearest_arch(chip.arch, tuple(table))] if for_triton(entry, TRITON)]
+
+
+def for_triton(entry: dict[str, Any], version: tuple[int, ...]) -> bool:
+    """Whether a tile is for this (major, minor) of Triton."""
+    before, since = (entry.get(key) for key in ("triton_before", "triton_from"))
+    return (before is None or version < numbers(before)) and (since is None or version >= numbers(since))
 
 
 def tile(family: str, kernel: str, chip: Chip, width: int, itemsize: int) -> dict[str, int]:
@@ -191,10 +204,13 @@ class Plan:
     slice_length: int = 0
     slices: int = 1
     """Parts that an axis is cut into where programs share out another: their results are summed, or merged."""
+    max_registers: int | None = None
+    """Of a thread, on NVIDIA. Said, 255 are used; unsaid, ptxas may aim at 80 or 128 and spill for it."""
 
     @property
     def launch(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
 
 def parts_for(chip: Chip, programs: int) -> int:
@@ -245,6 +261,7 @@ def launch_plan(
         block_n=block_n,
         num_warps=entry["num_warps"],
         num_stages=entry["num_stages"],
+        max_registers=entry.get("max_registers"),
         columns=entry.get("columns", entry["width"]),
         slice_length=slice_length,
         slices=slices,

@@ -44,6 +44,12 @@ def moved(x, offset):
 
 
 @triton.jit
+def head_of(bh, H):
+    """(b, h, bh) in 64 bits of head bh, divided in 32: a division of 64 bits takes a hundred instructions."""
+    return (bh // H).to(tl.int64), (bh % H).to(tl.int64), bh.to(tl.int64)
+
+
+@triton.jit
 def of_head(x, b, h):
     return moved(x, b * x.b + h * x.h)
 

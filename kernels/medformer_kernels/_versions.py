@@ -7,7 +7,7 @@ import re
 
 import torch
 
-__all__ = ["OLDEST", "check"]
+__all__ = ["OLDEST", "check", "installed", "numbers"]
 
 OLDEST = {"torch": (2, 11), "triton": (3, 6)}
 """As in pyproject.toml, which a test compares."""
@@ -21,7 +21,7 @@ def check(found: dict[str, str]) -> None:
 
     Kernels need Triton only where they run, which `resolve_backend` checks.
     """
-    old = [name for name, version in found.items() if _numbers(version) < OLDEST[name]]
+    old = [name for name, version in found.items() if numbers(version) < OLDEST[name]]
     if old:
         needed = " and ".join(f"{name} {'.'.join(map(str, least))}" for name, least in OLDEST.items())
         present = " and ".join(f"{name} {version}" for name, version in found.items())
@@ -29,7 +29,8 @@ def check(found: dict[str, str]) -> None:
         raise ImportError(f"medformer needs {needed} or newer, not {present}; pip install --upgrade {mend}")
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def numbers(version: str) -> tuple[int, ...]:
+    """(major, minor)"""
     return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 

@@ -1,5 +1,9 @@
 """Launches of the kernels of disentangled attention: tiles and tables.
 
+A tile of configs/disentangled.json may say what holds for some calls only, as the compiler spills elsewhere:
+`dropout_block_n`, its tokens walked over where there is dropout; `plain_stages`, its stages without dropout and causal
+mask, where a line is one tile and begins at a multiple of 16 tokens; `bucket_max_registers`.
+
 Tested in Triton's interpreter (float32, float16) and compiled ahead of time for every tile shipped
 (`benchmarks/compile_report.py`). Not yet run on a GPU.
 """
@@ -16,7 +20,7 @@ import torch
 from torch import Tensor
 
 from medformer_kernels import _dispatch
-from medformer_kernels._dispatch import block, chip_of
+from medformer_kernels._dispatch import Plan, block, chip_of
 from medformer_kernels._dropout import threshold
 from medformer_kernels._triton import constexprs, mask_rows, rows
 from medformer_kernels.disentangled.kernels import (
@@ -101,25 +105,28 @@ class _Call:
         keys, width_v = x.v.shape[2:]
         gridded = bool(x.grid) and (self.tables.t is not None or self.tables.u is not None)
         entry = _dispatch.tile("disentangled", kernel, chip_of(x.q), max(width, width_v), x.q.element_size())
-        own, walk = entry["block_m"], entry["block_n"]
+        own, walk, stages = entry["block_m"], entry["block_n"], entry["num_stages"]
+        if x.dropout:  # its random numbers take registers
+            walk = entry.get("dropout_block_n", walk)
         if x.buckets is not None:
             own = min(own, _BUCKET_ROWS)
         own_tokens, walk_tokens = (keys, queries) if kernel == "dkv" else (queries, keys)
-        gy, gx, lines, own_lines, block_x, walk_part = 1, 1, 1, 1, 16, False
         if gridded:
             gy, gx = x.grid[2:]
             lines = x.grid[1] * gy
             walk = min(walk, block(gx))  # no more than a line
-            walk_part = gx > walk
             block_x = min(block(gx), BLOCK_X, own)
             own_lines = min(LINES, own // min(gx, block_x))
             own_tiles = -(-lines // own_lines) * -(-gx // block_x)
-            walk_tiles = lines * -(-gx // walk)
-        else:
-            own_tiles, walk_tiles = -(-own_tokens // own), -(-walk_tokens // walk)
+        else:  # a line is a tile
+            gy, gx, lines, own_lines, block_x = 1, walk, -(-walk_tokens // walk), 1, 16
+            own_tiles = -(-own_tokens // own)
+        aligned = gx % 16 == 0 and walk_tokens % 16 == 0
+        if aligned and gx <= walk and not x.causal and not x.dropout:
+            stages = entry.get("plain_stages", stages)
         starts = self.tables.starts if len(self.tables.starts) == 3 else (0, 0, 0)
         table = (self.tables.columns // 16, starts[1] // 16, starts[2] // 16)
-        walks = (gy, gx, lines, own_lines, own_tiles, walk_tiles)
+        walks = (gy, gx, lines, own_lines, own_tiles)
         dropping = (x.offset, threshold(x.dropout), 1 / (1 - x.dropout))
         meta = Meta(
             W=width,
@@ -130,7 +137,7 @@ class _Call:
             BLOCK_DV=block(width_v),
             BLOCK_X=block_x,
             GRID=gridded,
-            WALK_PART=walk_part,
+            ALIGNED=aligned,
             BUCKET=x.buckets is not None,
             HAS_T=self.tables.t is not None,
             HAS_U=self.tables.u is not None,
@@ -141,8 +148,9 @@ class _Call:
             **flags,
         )
         numbers = (heads, queries, keys, *table, *walks, *dropping, x.scale)
-        constants = {"META": constexprs(meta), "num_warps": entry["num_warps"], "num_stages": entry["num_stages"]}
-        return batch * heads * own_tiles, numbers, constants
+        registers = entry.get("bucket_max_registers" if meta.BUCKET else "max_registers", entry.get("max_registers"))
+        plan = Plan(num_warps=entry["num_warps"], num_stages=stages, max_registers=registers)
+        return batch * heads * own_tiles, numbers, {"META": constexprs(meta), **plan.launch}
 
 
 def forward(x: Inputs) -> tuple[Tensor, Tensor]:
@@ -161,17 +169,17 @@ def backward(
     """(dq, dk, dv, dt, du): see `ops.disentangled_backward`."""
     call = _Call(x)
     tables = call.tables
-    delta = torch.empty_like(lse)
+    delta, base = torch.empty_like(lse), torch.empty_like(lse)
     dq, dk, dv = (y.new_empty(y.shape) for y in (x.q, x.k, x.v))
     dt, du = (
         None if y is None else y.new_zeros((*y.shape[:3], tables.columns), dtype=torch.float32)
         for y in (tables.t, tables.u)
     )
     programs, numbers, constants = call.launch("dq", HAS_DLSE=dlse is not None)
-    gradients = (rows(dout), lse if dlse is None else dlse.contiguous(), delta, dq, delta if dt is None else dt)
+    gradients = (rows(dout), lse if dlse is None else dlse.contiguous(), delta, base, dq, delta if dt is None else dt)
     disentangled_dq_kernel[(programs,)](call.inputs, out, lse, *gradients, *numbers, **constants)
-    gradients = (rows(dout), delta, dk, dv, delta if du is None else du)
+    gradients = (rows(dout), delta, base, dk, dv, delta if du is None else du)
     for outputs in dkv_launches(max(x.q.shape[3], x.v.shape[3])):
         programs, numbers, constants = call.launch("dkv", HAS_DK="k" in outputs, HAS_DV="v" in outputs)
-        disentangled_dkv_kernel[(programs,)](call.inputs, lse, *gradients, *numbers, **constants)
+        disentangled_dkv_kernel[(programs,)](call.inputs, *gradients, *numbers, **constants)
     return dq, dk, dv, tables.unpacked(dt, x.t), tables.unpacked(du, x.u)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medformer_kernels._dispatch import AttentionPlan, block, chip_of, precision
+from medformer_kernels._dispatch import AttentionPlan, Plan, block, chip_of, precision
 from medformer_kernels._triton import constexprs, mask_rows, rows
 from medformer_kernels.nystrom import products
 from medformer_kernels.nystrom.forward_kernels import (
@@ -124,7 +124,8 @@ def _pool(head: Head, x: Tensor) -> tuple[Tensor, Tensor]:
     constants = Meta(BLOCK_N=BLOCK_TOKENS, BLOCK_D=block(head.width), RANKED=ranked, HAS_MASK=has_mask)
     warps = 8 if head.width * x.element_size() > 256 else 4  # four spill a float32 tile of wide heads on sm_80
     programs = head.batch_heads * cells.count
-    nystrom_pool_kernel[(programs,)](*inputs, out, total, *sizes, META=constexprs(constants), num_warps=warps)
+    plan = Plan(num_warps=warps, num_stages=3, max_registers=255 if chip_of(x).arch.startswith("sm_") else None)
+    nystrom_pool_kernel[(programs,)](*inputs, out, total, *sizes, META=constexprs(constants), **plan.launch)
     return out, total
 
 
@@ -170,7 +171,10 @@ def _values(
         sizes = (*sizes, walk.group, walk.length, walk.cell_size, walk.slice_length, slices, head.scale)
         constants = head.meta(plan, head.precision, VOLUME=not cells.sequence, RANKED=ranked, **flags)
         arguments = (*inputs, part_values, part_lse, k_landmarks, *sizes)
-        nystrom_pool_values_fwd_kernel[(programs,)](*arguments, META=constexprs(constants), **plan.launch)
+        launch = plan.launch
+        if head.mask is not None and not cells.sequence:
+            launch["num_stages"] = 1  # addresses of volume and mask leave no registers for more
+        nystrom_pool_values_fwd_kernel[(programs,)](*arguments, META=constexprs(constants), **launch)
     else:
         if k_landmarks is None:
             k_landmarks, _ = _pool(head, k)

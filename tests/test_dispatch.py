@@ -221,7 +221,7 @@ def test_a_tile_may_be_for_some_versions_of_triton(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("family", ["disentangled", "nystrom", "patch_embed", "performer", "tnt"])
 def test_every_version_of_triton_has_the_same_tiles_to_choose_from(family: str) -> None:
-    """An entry for some versions comes with one for the others."""
+    """An entry for some versions comes with one for the others, but for kernels that a launch may do without."""
 
     def keys(entries: list[dict[str, Any]], version: tuple[int, ...]) -> list[tuple[Any, ...]]:
         named = ("itemsize", "width", "head", "block_r")
@@ -229,5 +229,5 @@ def test_every_version_of_triton_has_the_same_tiles_to_choose_from(family: str) 
 
     for kernel, by_arch in _dispatch.load_configs(family).items():
         for arch, entries in by_arch.items():
-            if kernel != "paths":
+            if kernel not in ("paths", "pool_values_fwd"):
                 assert keys(entries, (3, 6)) == keys(entries, (3, 8)), (kernel, arch)

@@ -2,7 +2,7 @@
 
 A tile of configs/disentangled.json may say what holds for some calls only, as the compiler spills elsewhere:
 `dropout_block_n`, its tokens walked over where there is dropout; `plain_stages`, its stages without dropout and causal
-mask, where a line is one tile and begins at a multiple of 16 tokens; `bucket_max_registers`.
+mask, where a line of a grid is one tile and begins at a multiple of 16 tokens; `bucket_max_registers`.
 
 Tested in Triton's interpreter (float32, float16) and compiled ahead of time for every tile shipped
 (`benchmarks/compile_report.py`). Not yet run on a GPU.
@@ -122,7 +122,7 @@ class _Call:
             gy, gx, lines, own_lines, block_x = 1, walk, -(-walk_tokens // walk), 1, 16
             own_tiles = -(-own_tokens // own)
         aligned = gx % 16 == 0 and walk_tokens % 16 == 0
-        if aligned and gx <= walk and not x.causal and not x.dropout:
+        if gridded and aligned and gx <= walk and not x.causal and not x.dropout:
             stages = entry.get("plain_stages", stages)
         starts = self.tables.starts if len(self.tables.starts) == 3 else (0, 0, 0)
         table = (self.tables.columns // 16, starts[1] // 16, starts[2] // 16)

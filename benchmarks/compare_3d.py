@@ -23,7 +23,7 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from medformer.files import write_whole
 
 SIDE = 32  # of a crop, where the scans allow it
 STEP = 4  # crops are multiples of the tokens' step
+PART = 0.6  # of a scan's side that the closest view still holds, with --whole
 ALL = "all"  # name of the collection of every set
 MAY = {"segmentation": ("finetune", "decoder", "linear", "untrained", "scratch", "unet"),
        "classes": ("knn", "linear", "finetune", "untrained", "scratch", "resnet")}  # fmt: skip
@@ -106,6 +107,15 @@ def crop_of(shape: tuple[float, ...], side: int = SIDE) -> tuple[int, int, int]:
     return crop[0], crop[1], crop[2]
 
 
+def whole_views(shape: tuple[float, ...], crop: tuple[int, ...]) -> list[str]:
+    """Flags of views that hold PART to all of such a scan on every axis, for tasks of whole scans: these are resized to
+    the crop, and a view at the scan's own resolution would be of a part that no task shows."""
+    ratios = [n / side for n, side in zip(shape, crop, strict=True)]
+    through, plane = ratios[0], min(ratios[1:])
+    spans = {"global_scale": plane, "through_plane_scale": through}
+    return [word for name, top in spans.items() for word in (f"--views.{name}", f"{PART * top:.3g},{top:.3g}")]
+
+
 def shares_of(one: Set, task: str, args: Any) -> str:
     """--fractions of `medformer evaluate`: the plan's, or those of --labelled cases."""
     if not args.labelled:
@@ -124,7 +134,10 @@ def called(*words: object) -> None:
         raise SystemExit(code)
 
 
-def pretrained(out: Path, roots: str, crop: tuple[int, ...], name: str, method: str, seed: int, args: Any) -> Path:
+def pretrained(
+    out: Path, roots: str, crop: tuple[int, ...], name: str, method: str, seed: int, args: Any,
+    views: Sequence[str] = (),
+) -> Path:  # fmt: skip
     """A finished run, made or taken up."""
     run = out / "runs" / f"{name}-{method}-{seed}"
     if (run / "config.yaml").exists():
@@ -142,6 +155,7 @@ def pretrained(out: Path, roots: str, crop: tuple[int, ...], name: str, method: 
            "x".join(map(str, crop)), "--steps", args.plan.pretrain_steps, "--seed", seed, "--precision",
            args.precision, "--workers", 0, "--log_every", 10, "--save_every", max(1, args.plan.pretrain_steps // 10),
            "--out", run, "--data.small", "pad",
+           *views,
            *(("--igpt.patch", "x".join([str(STEP)] * 3)) if method == "igpt" else ()),
            *(args.pretrain or "").split())  # fmt: skip
     return run
@@ -201,6 +215,7 @@ def main() -> None:
     parser.add_argument(
         "--side", type=int, default=SIDE, help="voxels of a crop's side; its volume where scans are flat"
     )
+    parser.add_argument("--whole", action="store_true", help="pretrain on views of most of a scan, as classes are of")
     parser.add_argument("--labelled", help="numbers of labelled training cases, instead of --fractions")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--device", default="auto")
@@ -231,7 +246,9 @@ def main() -> None:
         members = [one for one in sets if name in (one.name, ALL)]
         roots = ":".join(str(one.root / "images" / "fit") for one in members)
         crop = tuple(int(np.median([one.crop[axis] for one in members])) // STEP * STEP for axis in range(3))
-        run = pretrained(args.out, roots, crop, name, method, seed, args)
+        shape = tuple(np.median([one.shape for one in members], axis=0).tolist())
+        views = whole_views(shape, crop) if args.whole else []
+        run = pretrained(args.out, roots, crop, name, method, seed, args, views)
         for one in members:
             for task, kind in one.tasks.items():
                 if (method == "igpt" and kind == "segmentation") or task not in (args.tasks or task).split(","):

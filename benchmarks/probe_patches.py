@@ -1,13 +1,15 @@
 """What features see, in seconds: kNN and a ridge classifier against fresh weights, so that recipes can be compared.
 
-    python benchmarks/probe_patches.py CHECKPOINT --task segmentation.csv [--size 32,32,32] [--cases 12]
-    python benchmarks/probe_patches.py CHECKPOINT --task classes.csv [--size 32,32,32]
+    python benchmarks/probe_patches.py CHECKPOINT ... --task segmentation.csv [--size 32,32,32] [--cases 12]
+    python benchmarks/probe_patches.py RUN/checkpoints/*.pt --task classes.csv [--size 32,32,32]
+
+A checkpoint is a run, a file of weights, or a file of a run's checkpoints (by steps: keep them with pretrain's --keep).
 
 Of masks, the tissue in the middle of each token, before any decoder: tokens of labelled training cases answer for
 tokens of the validation cases. Scores are macro Dice over the classes without background, at tokens. Of classes, whole
-scans at --size (class token and mean patch): macro AUROC over training and validation cases, a fifth of the patients
-answered for by the others, mean of REPEATS cuts. `rank`: effective dimensions of what is answered for. The test split
-does not enter.
+scans at --size (class token and mean patch; of an Image-GPT its middle block): macro AUROC over training and validation
+cases, a fifth of the patients answered for by the others, mean of REPEATS cuts. `rank`: effective dimensions of what is
+answered for. The test split does not enter.
 """
 
 from __future__ import annotations
@@ -109,8 +111,12 @@ def case_scores(model: Any, task: Task) -> dict[str, float]:
     """kNN and ridge AUROC of whole cases, patients kept together, and the effective rank."""
     index, classes = np.concatenate([task.where("train"), task.where("val")]), len(task.names)
     model.eval()
-    found = [model.forward_features(task.images[i][None].float()) for i in index]
-    features = torch.cat([torch.cat([f.cls, f.patches.mean(1)], 1).float() for f in found])
+    if isinstance(model, medformer.ImageGPT):
+        # Where evaluation reads it: the middle block.
+        features = probes.extract(model, [task.images[i] for i in index], 8, torch.no_grad, list).layers[-1]
+    else:
+        found = [model.forward_features(task.images[i][None].float()) for i in index]
+        features = torch.cat([torch.cat([f.cls, f.patches.mean(1)], 1).float() for f in found])
     labels, groups = torch.as_tensor(task.labels(index)), task.groups(index)
     sums: dict[str, list[float]] = {"knn": [], "ridge": []}
     for repeat in range(REPEATS):
@@ -143,7 +149,7 @@ def scores(model: Any, task: Task, cases: int, size: tuple[int, ...], layer: int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoints", type=Path, nargs="+", help="of one architecture")
     parser.add_argument("--task", type=Path, required=True, help=".csv of scans and masks or labels")
     parser.add_argument("--size", default="32,32,32", help="voxels (zyx) of a tile")
     parser.add_argument("--cases", type=int, default=12, help="labelled training cases")
@@ -151,17 +157,23 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2, help="fresh weights to compare with")
     args = parser.parse_args()
     size = tuple(int(n) for n in args.size.split(","))
-    model, file, _ = probes.load_model(args.checkpoint)
+    loaded = [probes.load_model(path)[:2] for path in args.checkpoints]
+    model = loaded[0][0]
+    if other := [file for one, file in loaded if one.config != model.config]:
+        parser.error(f"{other[0]}: another architecture than {args.checkpoints[0]}; probe it by itself")
     with open(args.task) as table:
         masks = "mask" in table.readline().strip().split(",")
-    task = read_task(args.task, model.config.dims, None if masks else size, 0, list)
-    models = {f"{file.parent.name}": model}
+    dims = len(model.config.grid) if isinstance(model, medformer.ImageGPT) else model.config.dims
+    task = read_task(args.task, dims, None if masks else size, 0, list)
+    models = {str(file if file.suffix == ".pt" else file.parent): one for one, file in loaded}
     for seed in range(args.seeds):
         torch.manual_seed(7_000_003 + seed)
-        models[f"fresh {seed}"] = medformer.build(model.config)
+        models[f"fresh {seed}"] = fresh = medformer.build(model.config)
+        if isinstance(model, medformer.ImageGPT):
+            fresh.codebook.load_state_dict(model.codebook.state_dict())  # the same tokens
     for name, one in models.items():
         found = scores(one, task, args.cases, size, args.layer) if masks else case_scores(one, task)
-        print(f"{name:30}", "  ".join(f"{key} {value:.3f}" for key, value in found.items()), flush=True)
+        print(f"{name[-30:]:30}", "  ".join(f"{key} {value:.3f}" for key, value in found.items()), flush=True)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from medformer.data.store.ahead import Ahead
 from medformer.errors import UserError
 from medformer.files import write_whole
 from medformer.locks import Claim
+from medformer.run_checkpoint import FORMAT
 from medformer.schedules import cosine
 from optim import adaptive_clip, clip_per_tensor, make_optimiser
 from roots import Order, Prepared, voxel_scale
@@ -415,7 +416,7 @@ class Loop:
             return
         self.writer.finish()  # never two copies in memory
         content = {
-            "format": "medformer-run-1", "config": settings.as_dict(self.config), "method": runs.snapshot(weights),
+            "format": FORMAT, "config": settings.as_dict(self.config), "method": runs.snapshot(weights),
             "optimiser": runs.snapshot(moments), "scaler": self.scaler.state_dict(),
             "scans": self.prepared.fingerprint(), "scans_per_step": self.scans_per_step, **asdict(self.progress),
         }  # fmt: skip

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map
 from medformer.errors import UserError, complain
 from medformer.files import naming, write_whole
 from medformer.locks import Claim
+from medformer.run_checkpoint import MARK, read_run_checkpoint
 
 __all__ = [
     "Metrics",
@@ -35,9 +36,6 @@ __all__ = [
 ]
 
 KEEP = 2  # checkpoints of a run, besides the best
-# A checkpoint ends with this and the SHA-256 of all before it; readers of zip files pass over what follows the archive.
-# torch.load itself does not look at the checksums in the archive: a flipped bit would go unseen.
-_MARK = b"medformer-sha256"
 
 
 def claim(out: str | None = None, run: Path | None = None, *, again: bool = False) -> Claim:
@@ -138,7 +136,7 @@ def save_checkpoint(run: Path, step: int, state: dict[str, Any], *, keep: int = 
         # The archive's own checksums, which torch.load does not read, take as long as all else and hold up training.
         torch.serialization.set_crc32_options(False)
         torch.save(state, hashed)  # pyright: ignore[reportArgumentType]
-        file.write(_MARK + hashed.digest.digest())
+        file.write(MARK + hashed.digest.digest())
 
     try:
         write_whole(path, write)
@@ -230,7 +228,7 @@ def load_checkpoint(path: Path, say: Callable[[str], None]) -> tuple[Path, dict[
         UserError: nothing there to go on from.
     """
     if path.is_file():
-        state, problem = _read(path)
+        state, problem = read_run_checkpoint(path)
         if state is None:
             raise UserError(f"--resume {path}: {problem}")
         return path.parent.parent, state
@@ -240,39 +238,11 @@ def load_checkpoint(path: Path, say: Callable[[str], None]) -> tuple[Path, dict[
     if not found:
         raise UserError(f"--resume {path}: no checkpoint in {path / 'checkpoints'}; start it anew without --resume")
     for candidate in found:
-        state, problem = _read(candidate)
+        state, problem = read_run_checkpoint(candidate)
         if state is not None:
             return path, state
         say(f"WARNING: {candidate} {problem}; falling back to the checkpoint before it")
     raise UserError(f"--resume {path}: none of its {len(found)} checkpoints can be read; start the run anew")
-
-
-def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
-    """The state, or None and what is wrong with the file."""
-    try:
-        if not _checksum_holds(path):
-            return None, "is damaged: its checksum does not match its content"
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
-    except Exception as error:
-        # Whatever the unpickler or the zip reader makes of a damaged file.
-        first = next(iter(str(error).strip().splitlines()), "")
-        return None, "is damaged or no checkpoint" + (f" ({first[:120]})" if " " in first else "")
-    if not isinstance(state, dict) or state.get("format") != "medformer-run-1":
-        return None, "is not a checkpoint of this trainer (checkpoints/step-*.pt of a run folder are)"
-    return state, ""
-
-
-def _checksum_holds(path: Path) -> bool:
-    """True also without a checksum: what was cut off there is found by torch.load."""
-    end = len(_MARK) + hashlib.sha256().digest_size
-    with open(path, "rb") as file:
-        left = max(0, os.fstat(file.fileno()).st_size - end)
-        digest = hashlib.sha256()
-        while left and (part := file.read(min(left, 2**22))):
-            digest.update(part)
-            left -= len(part)
-        tail = file.read(end)
-    return not tail.startswith(_MARK) or tail == _MARK + digest.digest()
 
 
 class Metrics:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import medformer
 from medformer.errors import UserError
 from medformer.models import TNT, ImageGPT, Model, ResNet
+from medformer.run_checkpoint import encoder_of
 from medformer.schedules import cosine
 
 __all__ = ["AttentiveHead", "Frozen", "LinearProbe", "knn", "linear_sweep", "load_model", "loss_of", "probabilities"]
@@ -55,16 +56,24 @@ class Frozen:
 def load_model(path: Path) -> tuple[Model, Path, dict[str, Any]]:
     """A model from its file or the folder of its run, that file, and the settings of the run ({} where it lies alone).
 
+    A `.pt` file is one of the checkpoints of a run, stopped or not: what its method would have saved at that step.
+
     Raises:
         UserError: it is no model of ours.
     """
+    if path.suffix == ".pt" and path.is_file():
+        model, run = encoder_of(path)
+        return model, path, run
     sequence = path / "image_gpt.safetensors"
     file = sequence if sequence.is_file() else path / "backbone.safetensors" if path.is_dir() else path
     try:
         model = medformer.load(file)
         model = getattr(model, "backbone", model)  # of one that was fine-tuned
     except FileNotFoundError as error:
-        raise UserError(f"{error}; give the folder of a run, or its backbone.safetensors", 2) from error
+        raise UserError(
+            f"{error}; give the folder of a finished run, its backbone.safetensors, or a file of its checkpoints/",
+            2,
+        ) from error
     except ValueError as error:
         raise UserError(str(error), 2) from error
     beside = file.parent / "config.yaml"

@@ -161,14 +161,17 @@ def pretrained(
     return run
 
 
-def made(folder: Path, shares: str, plan: Plan) -> bool:
-    """Whether the results of just this budget lie there; with others `medformer evaluate` goes on, or says why not."""
+def made(folder: Path, shares: str, plan: Plan, methods: Sequence[str] = ()) -> bool:
+    """Whether the results of just this budget lie there, of these methods at least; else `medformer evaluate` goes on,
+    or says why not."""
     if not (folder / "results.json").exists():
         return False
-    used = json.loads((folder / "results.json").read_text())["config"]
+    found = json.loads((folder / "results.json").read_text())
+    used = found["config"]
     asked = {"steps": plan.steps, "batch_size": plan.batch, "seeds": plan.seeds,
              "lrs": numbers(plan.lrs), "fractions": numbers(shares)}  # fmt: skip
-    return all(used[name] == value for name, value in asked.items())
+    there = {row["method"] for row in found.get("rows", ())}
+    return all(used[name] == value for name, value in asked.items()) and there.issuperset(methods)
 
 
 def numbers(text: str) -> list[float]:
@@ -180,12 +183,13 @@ def evaluated(out: Path, one: Set, task: str, run: Path, args: Any) -> dict[str,
     kind, sequence = one.tasks[task], (run / "image_gpt.safetensors").exists()
     folder = out / "evaluations" / f"{one.name}-{task}-{run.name}"
     shares = shares_of(one, task, args)
-    if not made(folder, shares, args.plan):
+    methods = [m for m in MAY[kind] if m in (args.downstream or ",".join(MAY[kind])).split(",")]
+    if not made(folder, shares, args.plan, methods):
         crop = [] if sequence else ["--size", "x".join(map(str, one.crop))]
         twin = out / "evaluations" / f"{one.name}-{task}-scratch{'-igpt' if sequence else ''}.txt"
         # Image-GPTs have codebooks of their own, and so a scratch of their own.
         shared = ["--scratch_of", twin.read_text()] if twin.exists() and not sequence else []
-        called("evaluate", run, "--task", one.root / f"{task}.csv", "--methods", ",".join(MAY[kind]), "--steps",
+        called("evaluate", run, "--task", one.root / f"{task}.csv", "--methods", ",".join(methods), "--steps",
                args.plan.steps, "--batch_size", args.plan.batch, "--lrs", args.plan.lrs, "--seeds", args.plan.seeds,
                "--fractions", shares, "--precision", args.precision, "--device", args.device,
                "--out", folder, *crop, *shared)  # fmt: skip
@@ -211,6 +215,7 @@ def main() -> None:
     parser.add_argument("--sets", help="names of sets, parted by commas; default: all")
     parser.add_argument("--methods", default="dino,byol,igpt")
     parser.add_argument("--tasks", help="stems of tables, parted by commas; default: all")
+    parser.add_argument("--downstream", help="methods of medformer evaluate, parted by commas; default: all but a few")
     parser.add_argument("--on", help=f"what to pretrain on: names of sets and {ALL}; default: every set and {ALL}")
     parser.add_argument(
         "--side", type=int, default=SIDE, help="voxels of a crop's side; its volume where scans are flat"
@@ -237,6 +242,7 @@ def main() -> None:
         parser.error(f"{args.folder}: no folder with images/fit in it")
     sets = [read_set(folder, args.side) for folder in folders]
     for name, wanted, known in (("tasks", args.tasks, {task for one in sets for task in one.tasks}),
+                                ("downstream", args.downstream, {m for may in MAY.values() for m in may}),
                                 ("on", args.on, {one.name for one in sets} | {ALL})):  # fmt: skip
         if unknown := {*(wanted or "").split(",")} - known - {""}:
             parser.error(f"--{name} {sorted(unknown)[0]}: must be of {', '.join(sorted(known))}")

@@ -9,7 +9,8 @@ Of masks, the tissue in the middle of each token, before any decoder: tokens of 
 tokens of the validation cases. Scores are macro Dice over the classes without background, at tokens. Of classes, whole
 scans at --size (class token and mean patch; of an Image-GPT its middle block): macro AUROC over training and validation
 cases, a fifth of the patients answered for by the others, mean of REPEATS cuts. `rank`: effective dimensions of what is
-answered for. The test split does not enter.
+answered for; `the scan`: what the grey values say without any network, averaged in cells. The test split does not
+enter.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ NEIGHBOURS = 20
 MOST = 20_000  # training tokens that kNN looks among
 RIDGE = 1e-2  # of the mean eigenvalue
 REPEATS, FOLDS = 20, 5
+CELL = 4  # voxels a side
 
 
 @torch.no_grad()
@@ -108,13 +110,17 @@ def folds(groups: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
 
 @torch.no_grad()
 def case_scores(model: Any, task: Task) -> dict[str, float]:
-    """kNN and ridge AUROC of whole cases, patients kept together, and the effective rank."""
+    """kNN and ridge AUROC of whole cases, patients kept together, and the effective rank. Without a model: of the scans
+    themselves, averaged in cells."""
     index, classes = np.concatenate([task.where("train"), task.where("val")]), len(task.names)
-    model.eval()
-    if isinstance(model, medformer.ImageGPT):
+    if model is None:
+        images = torch.stack([task.images[i].float() for i in index])
+        features = F.avg_pool3d(images, CELL).flatten(1) if task.dims == 3 else F.avg_pool2d(images, CELL).flatten(1)
+    elif isinstance(model, medformer.ImageGPT):
         # Where evaluation reads it: the middle block.
         features = probes.extract(model, [task.images[i] for i in index], 8, torch.no_grad, list).layers[-1]
     else:
+        model.eval()
         found = [model.forward_features(task.images[i][None].float()) for i in index]
         features = torch.cat([torch.cat([f.cls, f.patches.mean(1)], 1).float() for f in found])
     labels, groups = torch.as_tensor(task.labels(index)), task.groups(index)
@@ -165,7 +171,8 @@ def main() -> None:
         masks = "mask" in table.readline().strip().split(",")
     dims = len(model.config.grid) if isinstance(model, medformer.ImageGPT) else model.config.dims
     task = read_task(args.task, dims, None if masks else size, 0, list)
-    models = {str(file if file.suffix == ".pt" else file.parent): one for one, file in loaded}
+    models: dict[str, Any] = {} if masks else {f"the scan in cells of {CELL} voxels": None}
+    models |= {str(file if file.suffix == ".pt" else file.parent): one for one, file in loaded}
     for seed in range(args.seeds):
         torch.manual_seed(7_000_003 + seed)
         models[f"fresh {seed}"] = fresh = medformer.build(model.config)

@@ -33,6 +33,11 @@ def test_crops_are_cubes_where_scans_allow_it_and_flat_where_scans_are() -> None
     assert compare_3d.crop_of((9, 192, 162), 24) == (8, 40, 40)
 
 
+def test_whole_views_hold_most_of_a_scan_and_no_more_than_all_of_it() -> None:
+    flags = compare_3d.whole_views((9, 192, 160), (8, 64, 64))
+    assert flags == ["--views.global_scale", "1.5,2.5", "--views.through_plane_scale", "0.675,1.12"]
+
+
 def test_a_set_is_its_scans_and_its_tables(tmp_path: Path) -> None:
     (tmp_path / "images" / "fit").mkdir(parents=True)
     for i in range(3):
@@ -92,6 +97,10 @@ def test_results_of_another_budget_are_not_taken_for_finished(tmp_path: Path) ->
     assert not compare_3d.made(tmp_path, "0.1", plan)
     (tmp_path / "results.json").write_text(json.dumps({"config": used}))
     assert compare_3d.made(tmp_path, "0.1", plan)
+    assert not compare_3d.made(tmp_path, "0.1", plan, ["knn"])
+    (tmp_path / "results.json").write_text(json.dumps({"config": used, "rows": [{"method": "knn"}]}))
+    assert compare_3d.made(tmp_path, "0.1", plan, ["knn"])
+    assert not compare_3d.made(tmp_path, "0.1", plan, ["knn", "scratch"])
     assert not compare_3d.made(tmp_path, "0.1,1", plan)
     assert not compare_3d.made(tmp_path, "0.1", dataclasses.replace(plan, seeds=3))
     (tmp_path / "runs" / "a-dino-0").mkdir(parents=True)
@@ -113,7 +122,8 @@ def test_scratch_is_trained_once_a_task_and_leaks_are_looked_for_in_all_that_was
 
     monkeypatch.setattr(compare_3d, "called", called)
     (tmp_path / "evaluations").mkdir()
-    args = SimpleNamespace(plan=compare_3d.PLANS["quick"], labelled=None, precision="bf16", device="cpu")
+    args = SimpleNamespace(plan=compare_3d.PLANS["quick"], labelled=None, precision="bf16", device="cpu",
+                           downstream=None)  # fmt: skip
     for run in ("a-dino-0", "all-dino-0"):
         compare_3d.evaluated(tmp_path, a_set(tmp_path), "t", tmp_path / "runs" / run, args)
     assert "--scratch_of" not in seen[0]

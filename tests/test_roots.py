@@ -129,6 +129,19 @@ def test_all_methods_train_on_images(
     assert said.count("knn accuracy") == 3  # before, after 2, after 3
     lines = (run / "metrics.jsonl").read_text()
     assert "untrained_knn_accuracy" in lines
+    (last,) = (run / "checkpoints").glob("step-*3.pt")
+    if method == "igpt":
+        with pytest.raises(UserError, match="of which only a finished run can be read"):
+            load_model(last)
+    else:  # as if the run had ended there
+        model, file, settings = load_model(last)
+        assert (file, settings["method"]) == (last, method)
+        for name, value in medformer.load(run / "backbone.safetensors").state_dict().items():
+            assert value.equal(model.state_dict()[name])
+        damaged = last.with_name("damaged.pt")
+        damaged.write_bytes(last.read_bytes()[:-1] + b"?")
+        with pytest.raises(UserError, match="checksum does not match"):
+            load_model(damaged)
     assert lines.count('"linear_accuracy"') == 2
     weights = run / ("image_gpt.safetensors" if method == "igpt" else "backbone.safetensors")
     if method == "igpt":

@@ -37,7 +37,7 @@ from medformer.files import write_whole
 
 SIDE = 32  # of a crop, where the scans allow it
 STEP = 4  # crops are multiples of the tokens' step
-PART = 0.6  # of a scan's side that the closest view still holds, with --whole
+PART = 0.8  # of a scan's side that the closest view still holds, with --whole
 ALL = "all"  # name of the collection of every set
 MAY = {"segmentation": ("finetune", "decoder", "linear", "untrained", "scratch", "unet"),
        "classes": ("knn", "linear", "finetune", "untrained", "scratch", "resnet")}  # fmt: skip

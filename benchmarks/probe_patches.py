@@ -9,7 +9,8 @@ Of masks, the tissue in the middle of each token, before any decoder: tokens of 
 tokens of the validation cases. Scores are macro Dice over the classes without background, at tokens. Of classes, whole
 scans at --size (class token and mean patch; of an Image-GPT its middle block): macro AUROC over training and validation
 cases, a fifth of the patients answered for by the others, mean of REPEATS cuts. `rank`: effective dimensions of what is
-answered for; `the scan`: what the grey values say without any network, averaged in cells. The test split does not
+answered for; `the scan`: what the grey values say without any network, averaged in cells. With --few also the
+linear probe of `medformer evaluate` from few labels, asked about the other training patients. The test split does not
 enter.
 """
 
@@ -37,6 +38,7 @@ MOST = 20_000  # training tokens that kNN looks among
 RIDGE = 1e-2  # of the mean eigenvalue
 REPEATS, FOLDS = 20, 5
 CELL = 4  # voxels a side
+DRAWS, PROBE_STEPS = 5, 300
 
 
 @torch.no_grad()
@@ -139,6 +141,28 @@ def case_scores(model: Any, task: Task) -> dict[str, float]:
     return {**{name: float(np.mean(values)) for name, values in sums.items()}, "rank": rank(features)}
 
 
+def few_score(model: Any, task: Task, cases: int) -> float:
+    """AUROC of the linear probe of `medformer evaluate` from so many labelled training cases, on the training cases of
+    all other patients; mean of DRAWS draws. The validation cases choose its rate and layers, as there."""
+    train, val, answers = task.where("train"), task.where("val"), []
+    frozen = probes.extract(model, [task.images[i] for i in np.concatenate([train, val])], 8, torch.no_grad, list)
+    groups, labels = task.groups(train), torch.as_tensor(task.labels(train))
+    judges, truth = frozen.of(torch.arange(len(train), len(train) + len(val))), task.labels(val)
+
+    def said(probe: probes.LinearProbe, asked: probes.Frozen) -> np.ndarray:
+        return probes.probabilities(probe(asked), task.kind)
+
+    for seed in range(DRAWS):
+        known = np.flatnonzero(np.isin(train, fraction(task, min(1.0, cases / len(train)), seed)))
+        others = np.flatnonzero(~np.isin(groups, groups[known]))
+        probe = probes.linear_sweep(
+            frozen.of(torch.as_tensor(known)), labels[known], len(task.names), PROBE_STEPS, seed,
+            lambda probe: point("auroc", said(probe, judges), truth),
+        )  # fmt: skip
+        answers.append(point("auroc", said(probe, frozen.of(torch.as_tensor(others))), labels[others].numpy()))
+    return float(np.mean(answers))
+
+
 def scores(model: Any, task: Task, cases: int, size: tuple[int, ...], layer: int) -> dict[str, float]:
     """kNN and ridge Dice at tokens and the effective rank."""
     classes = len(task.names) + 1
@@ -159,6 +183,7 @@ def main() -> None:
     parser.add_argument("--task", type=Path, required=True, help=".csv of scans and masks or labels")
     parser.add_argument("--size", default="32,32,32", help="voxels (zyx) of a tile")
     parser.add_argument("--cases", type=int, default=12, help="labelled training cases")
+    parser.add_argument("--few", type=int, help="of classes: the linear probe from so many labelled cases, too")
     parser.add_argument("--layer", type=int, default=-1, help="block whose tokens are read")
     parser.add_argument("--seeds", type=int, default=2, help="fresh weights to compare with")
     args = parser.parse_args()
@@ -180,6 +205,8 @@ def main() -> None:
             fresh.codebook.load_state_dict(model.codebook.state_dict())  # the same tokens
     for name, one in models.items():
         found = scores(one, task, args.cases, size, args.layer) if masks else case_scores(one, task)
+        if args.few and not masks and one is not None:
+            found |= {f"linear from {args.few}": few_score(one, task, args.few)}
         print(f"{name[-30:]:30}", "  ".join(f"{key} {value:.3f}" for key, value in found.items()), flush=True)
 
 

@@ -35,7 +35,7 @@ def test_crops_are_cubes_where_scans_allow_it_and_flat_where_scans_are() -> None
 
 def test_whole_views_hold_most_of_a_scan_and_no_more_than_all_of_it() -> None:
     flags = compare_3d.whole_views((9, 192, 160), (8, 64, 64))
-    assert flags == ["--views.global_scale", "1.5,2.5", "--views.through_plane_scale", "0.675,1.12"]
+    assert flags == ["--views.global_scale", "2,2.5", "--views.through_plane_scale", "0.9,1.12"]
 
 
 def test_a_set_is_its_scans_and_its_tables(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import medformer
 import probe_patches
 from medformer.evaluation.tasks import Task
 
@@ -68,3 +70,17 @@ def test_token_dice_is_one_for_the_truth() -> None:
     truth = torch.tensor([0, 1, 2, 2])
     assert probe_patches.token_dice(truth, truth, 2) == pytest.approx(1)
     assert probe_patches.token_dice(torch.zeros(4, dtype=torch.long), truth, 2) == 0
+
+
+def test_a_probe_from_few_labels_is_asked_about_other_patients() -> None:
+    torch.manual_seed(0)
+    config = medformer.BackboneConfig(dims=3, width=12, depth=1, heads=1, patch_size=2, patch_stride=2, patch_padding=0)
+    model, task = medformer.build(config), a_task()
+    assert probe_patches.few_score(model, task, 8) > 0.9
+    same = replace(task, patients=("one",) * 40 + task.patients[40:])  # type: ignore[index]
+    with pytest.raises(ValueError):  # noqa: PT011
+        probe_patches.few_score(model, same, 8)  # nobody is left
+
+
+def test_the_scan_itself_is_read_without_a_model() -> None:
+    assert probe_patches.case_scores(None, a_task())["ridge"] > 0.9

@@ -194,6 +194,8 @@ def main() -> None:
         parser.error(f"{other[0]}: another architecture than {args.checkpoints[0]}; probe it by itself")
     with open(args.task) as table:
         masks = "mask" in table.readline().strip().split(",")
+    if masks and args.few:
+        parser.error(f"--few {args.few} is of classes; --task {args.task} has masks, use --cases")
     dims = len(model.config.grid) if isinstance(model, medformer.ImageGPT) else model.config.dims
     task = read_task(args.task, dims, None if masks else size, 0, list)
     models: dict[str, Any] = {} if masks else {f"the scan in cells of {CELL} voxels": None}
@@ -205,7 +207,7 @@ def main() -> None:
             fresh.codebook.load_state_dict(model.codebook.state_dict())  # the same tokens
     for name, one in models.items():
         found = scores(one, task, args.cases, size, args.layer) if masks else case_scores(one, task)
-        if args.few and not masks and one is not None:
+        if args.few and one is not None:
             found |= {f"linear from {args.few}": few_score(one, task, args.few)}
         print(f"{name[-30:]:30}", "  ".join(f"{key} {value:.3f}" for key, value in found.items()), flush=True)
 

@@ -46,7 +46,7 @@ def agreements(config: Any, cache: Path) -> dict[str, float]:
     found = reading(config.data, config.views, cache, config.seed)
     crops = Crops(found.train, config.views, config.seed)
     plans = default_collate([crops[i] for i in range(min(MOST, len(found.train)))])
-    views = fitting(render(plans, config.views, torch.device("cpu"))[0], config.model.dims)
+    views = fitting(render(plans, config.views, torch.device("cpu"))[0], config.model)
     torch.manual_seed(config.seed)
     model = medformer.build(config.model).eval()
     features = [model.forward_features(part) for part in views.split(16)]

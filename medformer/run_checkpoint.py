@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from medformer.channels import name_channels
+from medformer.data.sequences import patterns_of
 from medformer.errors import UserError
 from medformer.models import BackboneConfig, Model, ResNetConfig, TNTConfig, build
 
@@ -70,4 +72,5 @@ def encoder_of(path: Path) -> tuple[Model, dict[str, Any]]:
         model = build(_CONFIGS[run["network"]](**values))
     tensors = {k.removeprefix(prefix): v for k, v in state["method"].items() if k.startswith(prefix)}
     model.load_state_dict(tensors)
+    name_channels(model, tuple(patterns_of(run["data"].get("channels") or ())))
     return model, run

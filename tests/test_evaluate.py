@@ -252,7 +252,7 @@ def test_a_class_absent_from_a_split_is_named(
         ("file,label\na.nii,1\n", "needs a header with the column path"),
         ("path\na.nii\n", "give exactly one of label, mask, value, or one column for each label"),
         ("path,label\nscan0.nii,a\nscan1.nii,\n", "row 3 has no label"),
-        ("path,label\nnone.nii,a\n", "row 2: read_volume: 'none.nii' does not exist"),
+        ("path,label\nnone.nii,a\n", "row 2: 'none.nii' does not exist (looked at "),
         ("path,label,split\nscan0.nii,a,train\nscan1.nii,a,testing\n", "split 'testing' must be train, val or test"),
         ("path,mask\nscan0.nii,scan1.nii\n", "must be whole numbers of 0 to 255"),
     ],
